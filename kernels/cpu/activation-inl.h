@@ -1,0 +1,143 @@
+// Vector versions of the activations of activation.h and of their derivatives. float32: relative error of a few units in
+// the last place, also in the tails (no 1 + erf cancellation); float64 as exact as the C library.
+// Per-target code: included once for each instruction set.
+#if defined(NORMCORE_KERNELS_CPU_ACTIVATION_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef NORMCORE_KERNELS_CPU_ACTIVATION_INL_H_
+#undef NORMCORE_KERNELS_CPU_ACTIVATION_INL_H_
+#else
+#define NORMCORE_KERNELS_CPU_ACTIVATION_INL_H_
+#endif
+
+#include <hwy/contrib/math/math-inl.h>
+#include <hwy/highway.h>
+
+#include <cmath>
+
+#include "cpu/convert-inl.h"
+#include "normcore/kernels/activation.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace normcore::kernels::HWY_NAMESPACE {
+
+template <class A>
+HWY_INLINE Vector<A> constant(double value) {
+  return hn::Set(Tag<A>(), static_cast<A>(value));
+}
+
+// exp(x); infinity where it overflows.
+template <class A>
+HWY_INLINE Vector<A> exponential(Vector<A> x) {
+  const Tag<A> d;
+  if constexpr (sizeof(A) == 4) {
+    return hn::Exp(d, hn::Min(x, hn::Set(d, 104.0f)));  // the range in which hn::Exp is defined
+  } else {
+    const auto limit = hn::Set(d, 709.0);
+    const auto infinity = hn::Set(d, HUGE_VAL);
+    return hn::IfThenElse(hn::Gt(x, limit), infinity, hn::Exp(d, hn::Min(x, limit)));
+  }
+}
+
+// 1 / (1 + exp(-x))
+template <class A>
+HWY_INLINE Vector<A> sigmoid(Vector<A> x) {
+  const auto one = constant<A>(1.0);
+  return hn::Div(one, hn::Add(one, exponential<A>(hn::Neg(x))));
+}
+
+template <class A>
+struct NormalDistribution {
+  Vector<A> cumulative;  // Phi(x)
+  Vector<A> density;     // exp(-x^2 / 2) / sqrt(2 pi)
+};
+
+template <class A>
+HWY_INLINE NormalDistribution<A> normal_distribution(Vector<A> x) {
+  const Tag<A> d;
+  if constexpr (sizeof(A) == 4) {
+    const auto a = hn::Min(hn::Abs(x), constant<A>(20.0));  // exp(-200) is 0
+    // exp(-a^2/2) with the square in two parts: its rounding error would be multiplied by a^2/2 otherwise
+    const auto square = hn::Mul(a, a);
+    const auto square_error = hn::MulSub(a, a, square);
+    const auto half = constant<A>(0.5);
+    const auto gauss = hn::Mul(exponential<A>(hn::Mul(square, constant<A>(-0.5))),
+                               hn::NegMulAdd(half, square_error, constant<A>(1.0)));
+    // Phi(-a) exp(a^2/2) for a >= 0 as t times a polynomial in t = 1 / (1 + 0.35 a); fitted for [0, 14.5], relative
+    // error 3.2e-8
+    const auto t = hn::Div(constant<A>(1.0), hn::MulAdd(constant<A>(0.35), a, constant<A>(1.0)));
+    constexpr float kTail[] = {-0.029157016426324844f, 0.14402702450752258f, -0.25583159923553467f,
+                               0.1593119502067566f,    -0.023207461461424828f, 0.1055506020784378f,
+                               0.11982173472642899f,   0.13986346125602722f,   0.139621302485466f};
+    auto p = hn::Set(d, kTail[0]);
+    for (int i = 1; i < 9; ++i) p = hn::MulAdd(p, t, hn::Set(d, kTail[i]));
+    const auto tail = hn::Mul(hn::Mul(p, t), gauss);
+    const auto is_negative = hn::Lt(x, hn::Zero(d));
+    return {hn::IfThenElse(is_negative, tail, hn::Sub(constant<A>(1.0), tail)),
+            hn::Mul(gauss, constant<A>(kInvSqrtTwoPi))};
+  } else {
+    HWY_ALIGN double in[HWY_MAX_BYTES / sizeof(double)], cumulative[HWY_MAX_BYTES / sizeof(double)],
+        density[HWY_MAX_BYTES / sizeof(double)];
+    hn::Store(x, d, in);
+    for (std::int64_t i = 0; i < lanes<double>(); ++i) {
+      cumulative[i] = 0.5 * std::erfc(-in[i] * kSqrtHalf);
+      density[i] = kInvSqrtTwoPi * std::exp(-0.5 * in[i] * in[i]);
+    }
+    return {hn::Load(d, cumulative), hn::Load(d, density)};
+  }
+}
+
+// 2 u, u = sqrt(2/pi) (z + 0.044715 z^3), so that 0.5 (1 + tanh u) = sigmoid(2 u)
+template <class A>
+HWY_INLINE Vector<A> twice_gelu_tanh_argument(Vector<A> z) {
+  const auto inner = hn::MulAdd(hn::Mul(z, z), constant<A>(kGeluTanhCubic), constant<A>(1.0));
+  return hn::Mul(hn::Mul(z, constant<A>(2.0 * kSqrtTwoOverPi)), inner);
+}
+
+template <class A>
+HWY_INLINE Vector<A> activate(Activation activation, Vector<A> z) {
+  switch (activation) {
+    case Activation::kNone:
+      return z;
+    case Activation::kReLU:  // NaN stays NaN
+      return hn::IfThenZeroElse(hn::Le(z, hn::Zero(Tag<A>())), z);
+    case Activation::kSiLU:
+      return hn::Div(z, hn::Add(constant<A>(1.0), exponential<A>(hn::Neg(z))));
+    case Activation::kGelu:
+      return hn::Mul(z, normal_distribution<A>(z).cumulative);
+    case Activation::kGeluTanh:
+      return hn::Mul(z, sigmoid<A>(twice_gelu_tanh_argument<A>(z)));
+  }
+  return z;
+}
+
+template <class A>
+HWY_INLINE Vector<A> activation_derivative(Activation activation, Vector<A> z) {
+  const Tag<A> d;
+  const auto one = constant<A>(1.0);
+  switch (activation) {
+    case Activation::kNone:
+      return one;
+    case Activation::kReLU:
+      return hn::IfThenZeroElse(hn::Le(z, hn::Zero(d)), one);
+    case Activation::kSiLU: {
+      const auto s = sigmoid<A>(z);
+      return hn::Mul(s, hn::MulAdd(z, hn::Sub(one, s), one));
+    }
+    case Activation::kGelu: {
+      const auto normal = normal_distribution<A>(z);
+      return hn::MulAdd(z, normal.density, normal.cumulative);
+    }
+    case Activation::kGeluTanh: {
+      const auto s = sigmoid<A>(twice_gelu_tanh_argument<A>(z));
+      const auto slope = hn::Mul(
+          hn::MulAdd(hn::Mul(z, z), constant<A>(3.0 * kGeluTanhCubic), one),
+          constant<A>(2.0 * kSqrtTwoOverPi));
+      return hn::MulAdd(hn::Mul(z, hn::Mul(s, hn::Sub(one, s))), slope, s);
+    }
+  }
+  return one;
+}
+
+}  // namespace normcore::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,0 +1,45 @@
+// Scale and bias in the arithmetic type, converted once per call into the workspace where their dtype differs.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/element.h"
+#include "normcore/kernels/norm_input.h"
+
+namespace normcore::kernels {
+
+template <class A>
+class Affine {
+ public:
+  // `workspace` holds two arrays of the parameters' size.
+  Affine(const NormInput& input, A* workspace)
+      : row_stride_(input.affine_per_sample ? input.extent.c : 0) {
+    const std::int64_t count = input.extent.c * (input.affine_per_sample ? input.extent.n : 1);
+    scale_ = converted(input.scale, count, workspace);
+    bias_ = converted(input.bias, count, workspace + count);
+  }
+
+  A scale(std::int64_t sample, std::int64_t channel) const {
+    return scale_ == nullptr ? A{1} : scale_[sample * row_stride_ + channel];
+  }
+  A bias(std::int64_t sample, std::int64_t channel) const {
+    return bias_ == nullptr ? A{0} : bias_[sample * row_stride_ + channel];
+  }
+
+ private:
+  static const A* converted(ConstTensor tensor, std::int64_t count, A* out) {
+    if (!tensor) return nullptr;
+    constexpr DType kArithmetic =
+        std::is_same_v<A, double> ? DType::kFloat64 : DType::kFloat32;
+    if (tensor.dtype == kArithmetic) return static_cast<const A*>(tensor.data);
+    for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<A>(load_element(tensor, i));
+    return out;
+  }
+
+  std::int64_t row_stride_;
+  const A* scale_;
+  const A* bias_;
+};
+
+}  // namespace normcore::kernels

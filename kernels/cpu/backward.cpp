@@ -1,0 +1,370 @@
+#include "cpu/backward.h"
+
+#include <algorithm>
+
+#include "cpu/check.h"
+#include "cpu/coefficients.h"
+#include "cpu/sweep.h"
+
+namespace normcore::kernels {
+namespace {
+
+// S1 = sum g and S2 = sum g * (x - mean) of one channel (in one sample, for group norm).
+struct ChannelSums {
+  double g = 0.0, g_centered = 0.0;
+};
+
+// What both layouts share: saved statistics, coefficients of grad_x and gradients of the parameters.
+template <class A>
+class Gradients {
+ public:
+  Gradients(const BackwardCall& call, const Problem& problem, A* affine, double* parameters)
+      : call_(call),
+        affine_(call.input, affine),
+        parameters_(parameters),
+        block_(call.num_groups == 0 ? 1 : samples_per_block(problem.extent.n)) {}
+
+  const BackwardCall& call() const { return call_; }
+  bool group_norm() const { return call_.num_groups != 0; }
+
+  // The sums are needed for grad_x only through the statistics; the second sweep only for grad_x and grad_residual.
+  bool needs_sums() const {
+    return call_.grad.scale || call_.grad.bias || (call_.grad.x && call_.batch_statistics);
+  }
+  bool needs_sweep() const { return call_.grad.x || call_.grad.residual; }
+
+  SliceStatistics<A> statistics(std::int64_t slice) const {
+    return {load_element(call_.mean, slice), static_cast<const A*>(call_.rstd.data)[slice]};
+  }
+
+  void set_affine(const TileState<A>& out, std::int64_t entry, std::int64_t slice,
+                  std::int64_t sample, std::int64_t channel) const {
+    out.set_affine(entry, statistics(slice), affine_, sample, channel);
+  }
+
+  // One slice of `channels` channels with `count` values that count. sums[] hold g and g * (x - center), as reduced;
+  // center differs from the mean by its rounding error.
+  void finish_slice(const TileState<A>& out, std::int64_t entry, std::int64_t slice,
+                    std::int64_t sample, std::int64_t channel, std::int64_t channels, double count,
+                    ChannelSums* sums) const {
+    const SliceStatistics<A> stat = statistics(slice);
+    const double rstd = stat.rstd;
+    const double rounding = stat.mean - static_cast<double>(static_cast<A>(stat.mean));
+    double h = 0.0, h_centered = 0.0;
+    for (std::int64_t i = 0; i < channels; ++i) {
+      sums[i].g_centered -= rounding * sums[i].g;
+      const double scale = affine_.scale(sample, channel + i);
+      h += scale * sums[i].g;
+      h_centered += scale * sums[i].g_centered;
+      store_parameters(sample, channel + i, sums[i], rstd);
+    }
+    if (!call_.batch_statistics) return;
+    if (count == 1.0 && !call_.input.mask) {  // y does not depend on x: exactly 0, not the difference of equal terms
+      out.scale[entry] = out.slope[entry] = out.offset[entry] = A{0};
+      return;
+    }
+    const double slope = -rstd * rstd * rstd * h_centered / count;
+    const double offset = -rstd * h / count - slope * rounding;
+    for (std::int64_t i = 0; i < channels; ++i) {
+      out.slope[entry + i] = static_cast<A>(slope);
+      out.offset[entry + i] = static_cast<A>(offset);
+    }
+  }
+
+  GradientArgs<A> args(std::int64_t offset, const MaskBlock& mask,
+                       const Coefficients<A>& coefficients) const {
+    return {advance(call_.input.x, offset),
+            advance(call_.grad_y, offset),
+            advance(call_.input.residual, offset),
+            mask,
+            call_.input.activation,
+            coefficients,
+            advance(call_.grad.x, offset),
+            advance(call_.grad.residual, offset)};
+  }
+
+  // Sums the partial parameter gradients of group norm over blocks of samples, in order.
+  void fold_parameters(const CpuExecutor& executor) const {
+    if (!partial_parameters()) return;
+    const std::int64_t c = call_.input.extent.c, blocks = ceil_div(call_.input.extent.n, block_);
+    executor.parallel_for(c, 1024, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t channel = begin; channel < end; ++channel) {
+        double scale = 0.0, bias = 0.0;
+        for (std::int64_t b = 0; b < blocks; ++b) {
+          scale += parameters_[(b * c + channel) * 2];
+          bias += parameters_[(b * c + channel) * 2 + 1];
+        }
+        store_gradients(channel, scale, bias);
+      }
+    });
+  }
+
+ private:
+  bool partial_parameters() const {
+    return group_norm() && !call_.input.affine_per_sample && (call_.grad.scale || call_.grad.bias);
+  }
+
+  void store_gradients(std::int64_t index, double scale, double bias) const {
+    if (call_.grad.scale) store_element(call_.grad.scale, index, scale);
+    if (call_.grad.bias) store_element(call_.grad.bias, index, bias);
+  }
+
+  void store_parameters(std::int64_t sample, std::int64_t channel, const ChannelSums& sums,
+                        double rstd) const {
+    const std::int64_t c = call_.input.extent.c;
+    const double scale = sums.g_centered * rstd;
+    if (!partial_parameters()) {
+      store_gradients(sample * c + channel, scale, sums.g);
+      return;
+    }
+    double* const out = parameters_ + (sample / block_ * c + channel) * 2;
+    const bool first = sample % block_ == 0;  // samples of a block come in order
+    out[0] = (first ? 0.0 : out[0]) + scale;
+    out[1] = (first ? 0.0 : out[1]) + sums.g;
+  }
+
+  const BackwardCall& call_;
+  Affine<A> affine_;
+  double* parameters_;
+  std::int64_t block_;
+};
+
+// Values of a slice that count for its statistics.
+std::int64_t count_ones(const std::uint8_t* mask, std::int64_t size) {
+  return std::count_if(mask, mask + size, [](std::uint8_t v) { return v != 0; });
+}
+
+template <class A>
+class PlanesBackward {
+ public:
+  PlanesBackward(const Gradients<A>& gradients, const Primitives<A>& simd, const Problem& problem)
+      : gradients_(gradients), simd_(simd), geometry_(problem) {}
+
+  std::int64_t pieces(std::int64_t tile) const {
+    return gradients_.needs_sweep() ? geometry_.pieces(tile) : 0;
+  }
+  std::int64_t chunk_grain() const { return 2; }
+
+  void prepare(std::int64_t tile, char* state) const {
+    const TileState<A> out = tile_state(state);
+    const std::int64_t channel = geometry_.first_channel(tile);
+    for (std::int64_t p = 0; p < geometry_.planes(tile); ++p) {
+      gradients_.set_affine(out, p, slice(tile, p), geometry_.sample(tile), channel + p);
+    }
+  }
+
+  void reduce(std::int64_t tile, std::int64_t index, char* state, void* partial) const {
+    const RunChunk chunk = geometry_.chunk(tile, index);
+    const std::int64_t offset = geometry_.offset(tile) + chunk.offset;
+    const RunBlock block{geometry_.records(tile), geometry_.record_stride(), chunk.runs,
+                         geometry_.run_stride(), chunk.length};
+    const auto args = gradients_.args(offset, mask(offset, chunk.row_mask_offset),
+                                      tile_state(state).view(0));
+    simd_.sums_of_runs(args, block, static_cast<GradientSums*>(partial));
+  }
+
+  void finish(std::int64_t tile, char* state, const Partials& partials) const {
+    if (!gradients_.needs_sums()) return;
+    const TileState<A> out = tile_state(state);
+    auto* const sums = reinterpret_cast<ChannelSums*>(out.scratch);
+    const std::int64_t planes = geometry_.planes(tile), channel = geometry_.first_channel(tile);
+    for (std::int64_t p = 0; p < planes; ++p) {
+      sums[p] = {};
+      for (std::int64_t k = 0; k < geometry_.chunks(); ++k) {
+        const GradientSums& part = static_cast<const GradientSums*>(partials[k])[p];
+        sums[p].g += part.g;
+        sums[p].g_centered += part.g_centered;
+      }
+    }
+    const std::int64_t per_slice = gradients_.group_norm() ? planes : 1;
+    for (std::int64_t p = 0; p < planes; p += per_slice) {
+      gradients_.finish_slice(out, p, slice(tile, p), geometry_.sample(tile), channel + p, per_slice,
+                              count(tile, channel + p, per_slice), sums + p);
+    }
+  }
+
+  void apply(std::int64_t tile, std::int64_t index, char* state) const {
+    const PlanePiece piece = geometry_.piece(tile, index);
+    const std::int64_t offset = geometry_.offset(tile) + piece.offset;
+    const auto coefficients =
+        tile_state(state).view(piece.first_plane, gradients_.call().batch_statistics);
+    simd_.gradient_of_runs(
+        gradients_.args(offset, mask(offset, piece.row_mask_offset), coefficients), piece.planes,
+        piece.length);
+  }
+
+ private:
+  TileState<A> tile_state(char* state) const {
+    return TileState<A>(state, geometry_.max_planes(), 5);
+  }
+  std::int64_t slice(std::int64_t tile, std::int64_t plane) const {
+    return gradients_.group_norm() ? tile : geometry_.first_channel(tile) + plane;
+  }
+  MaskBlock mask(std::int64_t offset, std::int64_t row_mask_offset) const {
+    return mask_of_runs(gradients_.call().input.mask, offset, row_mask_offset,
+                        geometry_.record_stride(), geometry_.run_stride(),
+                        geometry_.row_mask_run_stride());
+  }
+  double count(std::int64_t tile, std::int64_t channel, std::int64_t channels) const {
+    const NormInput& in = gradients_.call().input;
+    const auto [n, c, s] = in.extent;
+    const std::int64_t first = gradients_.group_norm() ? geometry_.sample(tile) : 0;
+    const std::int64_t last = gradients_.group_norm() ? first + 1 : n;
+    std::int64_t total = 0;
+    for (std::int64_t sample = first; sample < last; ++sample) {
+      switch (in.mask.kind) {
+        case MaskKind::kNone:
+          total += channels * s;
+          break;
+        case MaskKind::kRow:
+          total += channels * count_ones(in.mask.data + sample * s, s);
+          break;
+        case MaskKind::kElement:
+          total += count_ones(in.mask.data + (sample * c + channel) * s, channels * s);
+          break;
+      }
+    }
+    return static_cast<double>(total);
+  }
+
+  const Gradients<A>& gradients_;
+  const Primitives<A>& simd_;
+  PlanesGeometry geometry_;
+};
+
+template <class A>
+class RowsBackward {
+ public:
+  RowsBackward(const Gradients<A>& gradients, const Primitives<A>& simd, const Problem& problem)
+      : gradients_(gradients), simd_(simd), geometry_(problem) {}
+
+  std::int64_t pieces(std::int64_t) const {
+    return gradients_.needs_sweep() ? geometry_.chunks() : 0;
+  }
+  std::int64_t chunk_grain() const { return 1; }
+
+  void prepare(std::int64_t tile, char* state) const {
+    const TileState<A> out = tile_state(state);
+    const std::int64_t c = gradients_.call().input.extent.c, groups = slices_per_tile(), d = c / groups;
+    for (std::int64_t i = 0; i < c; ++i) gradients_.set_affine(out, i, tile * groups + i / d, tile, i);
+    out.repeat(c, geometry_.width());
+  }
+
+  void reduce(std::int64_t tile, std::int64_t index, char* state, void* partial) const {
+    const RowChunk chunk = geometry_.chunk(index);
+    auto* const g = static_cast<A*>(partial);
+    simd_.sums_of_rows(args(tile, chunk, state), chunk.rows, chunk.columns, g, g + geometry_.width());
+  }
+
+  void finish(std::int64_t tile, char* state, const Partials& partials) const {
+    if (!gradients_.needs_sums()) return;
+    const TileState<A> out = tile_state(state);
+    auto* const sums = reinterpret_cast<ChannelSums*>(out.scratch);
+    const std::int64_t c = gradients_.call().input.extent.c, groups = slices_per_tile(), d = c / groups;
+    std::fill_n(sums, c, ChannelSums{});
+    for (std::int64_t k = 0; k < geometry_.chunks(); ++k) {
+      const auto* const g = static_cast<const A*>(partials[k]);
+      const auto* const g_centered = g + geometry_.width();
+      for (std::int64_t at = 0; at < geometry_.chunk(k).columns; at += c) {
+        for (std::int64_t i = 0; i < c; ++i) {
+          sums[i].g += g[at + i];
+          sums[i].g_centered += g_centered[at + i];
+        }
+      }
+    }
+    for (std::int64_t group = 0; group < groups; ++group) {
+      gradients_.finish_slice(out, group * d, tile * groups + group, tile, group * d, d,
+                              count(tile, group * d, d), sums + group * d);
+    }
+    out.repeat(c, geometry_.width());
+  }
+
+  void apply(std::int64_t tile, std::int64_t index, char* state) const {
+    const RowChunk chunk = geometry_.chunk(index);
+    simd_.gradient_of_rows(args(tile, chunk, state), chunk.rows, chunk.columns);
+  }
+
+ private:
+  TileState<A> tile_state(char* state) const { return TileState<A>(state, geometry_.width(), 5); }
+  std::int64_t slices_per_tile() const {
+    return gradients_.group_norm() ? gradients_.call().num_groups : gradients_.call().input.extent.c;
+  }
+  GradientArgs<A> args(std::int64_t tile, const RowChunk& chunk, char* state) const {
+    const NormInput& in = gradients_.call().input;
+    const std::int64_t offset = geometry_.offset(tile) + chunk.first_row * in.extent.c;
+    const auto mask = mask_of_rows(in.mask, offset, tile * geometry_.rows() + chunk.first_row);
+    return gradients_.args(offset, mask,
+                           tile_state(state).view(0, gradients_.call().batch_statistics));
+  }
+  double count(std::int64_t tile, std::int64_t channel, std::int64_t channels) const {
+    const NormInput& in = gradients_.call().input;
+    const std::int64_t rows = geometry_.rows(), first = tile * rows;
+    switch (in.mask.kind) {
+      case MaskKind::kNone:
+        break;
+      case MaskKind::kRow:
+        return static_cast<double>(channels * count_ones(in.mask.data + first, rows));
+      case MaskKind::kElement: {
+        std::int64_t total = 0;
+        for (std::int64_t row = first; row < first + rows; ++row) {
+          total += count_ones(in.mask.data + row * in.extent.c + channel, channels);
+        }
+        return static_cast<double>(total);
+      }
+    }
+    return static_cast<double>(channels * rows);
+  }
+
+  const Gradients<A>& gradients_;
+  const Primitives<A>& simd_;
+  RowsGeometry geometry_;
+};
+
+template <class A>
+void run_typed(const BackwardCall& call, const CpuPlan& plan, void* workspace,
+               const CpuExecutor& executor) {
+  const Problem problem(call.input, call.num_groups, Pass::kBackward);
+  WorkspaceLayout layout = workspace_layout(problem, plan);
+  auto* const base = static_cast<char*>(workspace);
+  const Gradients<A> gradients(call, problem, reinterpret_cast<A*>(base),
+                               reinterpret_cast<double*>(base + layout.affine));
+  if (!gradients.needs_sums() && !gradients.needs_sweep()) return;
+  char* const slots = base + layout.affine + layout.parameters;
+  if (!gradients.needs_sums()) layout.chunks = 0;
+  const auto simd = primitives<A>();
+  if (call.input.layout == Layout::kNCS) {
+    run_tiles(PlanesBackward<A>(gradients, simd, problem), problem, plan, layout, slots, executor);
+  } else {
+    run_tiles(RowsBackward<A>(gradients, simd, problem), problem, plan, layout, slots, executor);
+  }
+  gradients.fold_parameters(executor);
+}
+
+void zero(MutableTensor parameters, std::int64_t count) {
+  for (std::int64_t i = 0; parameters && i < count; ++i) store_element(parameters, i, 0.0);
+}
+
+}  // namespace
+
+Status run_backward(const BackwardCall& call, const CpuPlan& plan, void* workspace,
+                    const CpuExecutor& executor) {
+  const NormInput& input = call.input;
+  if (input.extent.numel() == 0) {
+    const std::int64_t count = input.extent.c * (input.affine_per_sample ? input.extent.n : 1);
+    zero(call.grad.scale, count);
+    zero(call.grad.bias, count);
+    return Status::success();
+  }
+  if (const Status status = check_gradients(input, call.grad_y, call.mean, call.rstd, call.grad);
+      !status.ok()) {
+    return status;
+  }
+  if (compute_type(input.x.dtype) == DType::kFloat64) {
+    run_typed<double>(call, plan, workspace, executor);
+  } else {
+    run_typed<float>(call, plan, workspace, executor);
+  }
+  return Status::success();
+}
+
+}  // namespace normcore::kernels

@@ -1,0 +1,69 @@
+#include "normcore/kernels/batch_norm.h"
+
+#include "cpu/backward.h"
+#include "cpu/check.h"
+#include "cpu/forward.h"
+
+namespace normcore::kernels {
+namespace {
+
+template <class A>
+void forward(const BatchNormForwardArgs& args, const CpuPlan& plan, void* workspace,
+             const CpuExecutor& executor) {
+  const double weight = args.running.mean ? running_weight(args.running) : 0.0;
+  const BatchStatistics<A> statistics{args.input.eps, args.mean, args.rstd, args.running, weight};
+  run_forward(args.input, 0, Pass::kForward, statistics, args.y, plan, workspace, executor);
+}
+
+template <class A>
+void inference(const BatchNormInferenceArgs& args, const CpuPlan& plan, void* workspace,
+               const CpuExecutor& executor) {
+  const GivenStatistics<A> statistics{args.input.eps, args.running_mean, args.running_var, args.rstd};
+  run_forward(args.input, 0, Pass::kInference, statistics, args.y, plan, workspace, executor);
+}
+
+}  // namespace
+
+Status batch_norm_forward(const BatchNormForwardArgs& args, const CpuPlan& plan, void* workspace,
+                          const CpuExecutor& executor) {
+  if (args.input.extent.numel() == 0) return Status::success();
+  if (const Status status = check_input(args.input, args.y); !status.ok()) return status;
+  if (args.mean == nullptr || !args.rstd) return Status::invalid("mean and rstd must be given");
+  if (static_cast<bool>(args.running.mean) != static_cast<bool>(args.running.var)) {
+    return Status::invalid("running mean and variance come together");
+  }
+  if (args.running.cumulative && args.running.num_batches_tracked == nullptr) {
+    return Status::invalid("a cumulative average needs num_batches_tracked");
+  }
+  if (compute_type(args.input.x.dtype) == DType::kFloat64) {
+    forward<double>(args, plan, workspace, executor);
+  } else {
+    forward<float>(args, plan, workspace, executor);
+  }
+  if (args.running.num_batches_tracked != nullptr) ++*args.running.num_batches_tracked;
+  return Status::success();
+}
+
+Status batch_norm_inference(const BatchNormInferenceArgs& args, const CpuPlan& plan,
+                            void* workspace, const CpuExecutor& executor) {
+  if (args.input.extent.numel() == 0) return Status::success();
+  if (const Status status = check_input(args.input, args.y); !status.ok()) return status;
+  if (!args.running_mean || !args.running_var || !args.rstd) {
+    return Status::invalid("running mean, running variance and rstd must be given");
+  }
+  if (compute_type(args.input.x.dtype) == DType::kFloat64) {
+    inference<double>(args, plan, workspace, executor);
+  } else {
+    inference<float>(args, plan, workspace, executor);
+  }
+  return Status::success();
+}
+
+Status batch_norm_backward(const BatchNormBackwardArgs& args, const CpuPlan& plan, void* workspace,
+                           const CpuExecutor& executor) {
+  return run_backward(
+      {args.input, 0, args.grad_y, args.mean, args.rstd, args.batch_statistics, args.grad}, plan,
+      workspace, executor);
+}
+
+}  // namespace normcore::kernels

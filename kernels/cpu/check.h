@@ -1,0 +1,44 @@
+// Rules of the args structs that a caller may break by mistake; they cost nothing beside a kernel.
+#pragma once
+
+#include "normcore/kernels/norm_input.h"
+#include "normcore/kernels/status.h"
+
+namespace normcore::kernels {
+
+inline bool fits_arithmetic(const NormInput& input, DType dtype) {
+  return dtype != DType::kFloat64 || input.x.dtype == DType::kFloat64;
+}
+
+inline Status check_operands(const NormInput& input) {
+  if (!input.x) return Status::invalid("x must be given");
+  if (input.mask && input.mask.data == nullptr) return Status::invalid("a mask needs data");
+  if (input.residual && !fits_arithmetic(input, input.residual.dtype)) {
+    return Status::invalid("a float64 residual needs a float64 x");
+  }
+  return Status::success();
+}
+
+inline Status check_input(const NormInput& input, ConstTensor y) {
+  if (!y) return Status::invalid("y must be given");
+  if (!fits_arithmetic(input, y.dtype)) return Status::invalid("a float64 y needs a float64 x");
+  return check_operands(input);
+}
+
+inline Status check_gradients(const NormInput& input, ConstTensor grad_y, ConstTensor mean,
+                              ConstTensor rstd, const NormGradients& grad) {
+  if (!grad_y || !mean || !rstd) return Status::invalid("grad_y, mean and rstd must be given");
+  if (!fits_arithmetic(input, grad_y.dtype)) {
+    return Status::invalid("a float64 grad_y needs a float64 x");
+  }
+  if (grad.x && grad.x.dtype != input.x.dtype) return Status::invalid("grad_x has the dtype of x");
+  if (grad.residual && input.activation == Activation::kNone) {
+    return Status::invalid("without an activation the gradient of the residual is grad_y");
+  }
+  if (grad.residual && !fits_arithmetic(input, grad.residual.dtype)) {
+    return Status::invalid("a float64 grad_residual needs a float64 x");
+  }
+  return check_operands(input);
+}
+
+}  // namespace normcore::kernels

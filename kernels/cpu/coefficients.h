@@ -1,0 +1,95 @@
+// The coefficients of a tile in the workspace: arrays of the arithmetic type, one entry per plane or per column, and
+// float64 scratch behind them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/affine.h"
+#include "cpu/primitives.h"
+#include "cpu/statistics.h"
+
+namespace normcore::kernels {
+
+template <class A>
+class TileState {
+ public:
+  // `arrays`: 3 for the forward pass (center, scale, shift), 5 for the backward pass (also slope, offset).
+  TileState(void* state, std::int64_t entries, int arrays)
+      : center(static_cast<A*>(state)),
+        scale(center + padded(entries)),
+        shift(scale + padded(entries)),
+        slope(arrays == 5 ? shift + padded(entries) : nullptr),
+        offset(arrays == 5 ? slope + padded(entries) : nullptr),
+        scratch(reinterpret_cast<double*>(center + arrays * padded(entries))) {}
+
+  A* center;
+  A* scale;
+  A* shift;
+  A* slope;
+  A* offset;
+  double* scratch;
+
+  // z = (x - center) * scale + shift for one channel. center is the mean rounded to A; what the rounding lost is put
+  // back through shift, in float64.
+  void set_affine(std::int64_t entry, const SliceStatistics<A>& statistics, const Affine<A>& affine,
+                  std::int64_t sample, std::int64_t channel) const {
+    const A rounded_mean = static_cast<A>(statistics.mean);
+    const A gain = statistics.rstd * affine.scale(sample, channel);
+    center[entry] = rounded_mean;
+    scale[entry] = gain;
+    shift[entry] = static_cast<A>(affine.bias(sample, channel) -
+                                  (statistics.mean - rounded_mean) * static_cast<double>(gain));
+  }
+
+  // Repeats the first `count` entries of every array up to `entries`: columns of folded rows.
+  void repeat(std::int64_t count, std::int64_t entries) const {
+    for (A* array : {center, scale, shift, slope, offset}) {
+      if (array == nullptr) continue;
+      for (std::int64_t i = count; i < entries; i += count) std::copy_n(array, count, array + i);
+    }
+  }
+
+  // From entry `first` on. `with_statistics` false: grad_x does not flow through the statistics.
+  Coefficients<A> view(std::int64_t first, bool with_statistics = true) const {
+    const bool gradient = slope != nullptr && with_statistics;
+    return {center + first, scale + first, shift + first, gradient ? slope + first : nullptr,
+            gradient ? offset + first : nullptr};
+  }
+
+ private:
+  static constexpr std::int64_t padded(std::int64_t entries) {
+    constexpr std::int64_t kLine = 64 / sizeof(A);
+    return (entries + kLine - 1) / kLine * kLine;
+  }
+};
+
+// The mask of a chunk or piece of runs.
+inline MaskBlock mask_of_runs(const Mask& mask, std::int64_t offset, std::int64_t row_mask_offset,
+                              std::int64_t record_stride, std::int64_t run_stride,
+                              std::int64_t row_mask_run_stride) {
+  switch (mask.kind) {
+    case MaskKind::kNone:
+      break;
+    case MaskKind::kRow:
+      return {mask.data + row_mask_offset, 0, row_mask_run_stride, false};
+    case MaskKind::kElement:
+      return {mask.data + offset, record_stride, run_stride, false};
+  }
+  return {};
+}
+
+// The mask of rows: `row` counts rows of the tensor, `offset` its values.
+inline MaskBlock mask_of_rows(const Mask& mask, std::int64_t offset, std::int64_t row) {
+  switch (mask.kind) {
+    case MaskKind::kNone:
+      break;
+    case MaskKind::kRow:
+      return {mask.data + row, 0, 0, true};
+    case MaskKind::kElement:
+      return {mask.data + offset, 0, 0, false};
+  }
+  return {};
+}
+
+}  // namespace normcore::kernels

@@ -1,0 +1,365 @@
+// Vectors of arithmetic type A from and to elements of any dtype, and the unit in which every loop walks a run: two
+// vectors, whole or cut at the end of the run. Per-target code: included once for each instruction set.
+#if defined(NORMCORE_KERNELS_CPU_CONVERT_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef NORMCORE_KERNELS_CPU_CONVERT_INL_H_
+#undef NORMCORE_KERNELS_CPU_CONVERT_INL_H_
+#else
+#define NORMCORE_KERNELS_CPU_CONVERT_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/element.h"
+
+// x86 before F16C and the emulated baseline convert float16 by truncation (Highway 1.0): there we round by integers.
+#undef NORMCORE_NATIVE_FLOAT16
+#if (HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2) || HWY_TARGET == HWY_NEON
+#define NORMCORE_NATIVE_FLOAT16 1
+#else
+#define NORMCORE_NATIVE_FLOAT16 0
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace normcore::kernels::HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+template <class A>
+using Tag = hn::ScalableTag<A>;
+template <class A>
+using Vector = hn::Vec<Tag<A>>;
+
+template <class A>
+HWY_INLINE std::int64_t lanes() {
+  return static_cast<std::int64_t>(hn::Lanes(Tag<A>()));
+}
+
+// ---- 16-bit formats <-> float32 lanes. DF: any float tag; bits travel as uint32 lanes.
+
+template <class DF, class VU>
+HWY_INLINE hn::Vec<DF> float_from_bfloat16(DF df, VU bits) {
+  return hn::BitCast(df, hn::ShiftLeft<16>(bits));
+}
+
+template <class DF, class V>
+HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> bfloat16_from_float(DF df, V v) {
+  const hn::RebindToUnsigned<DF> du;
+  const auto u = hn::BitCast(du, v);
+  const auto odd = hn::And(hn::ShiftRight<16>(u), hn::Set(du, 1u));
+  const auto rounded = hn::ShiftRight<16>(hn::Add(hn::Add(u, hn::Set(du, 0x7fffu)), odd));
+  const auto quiet = hn::Or(hn::ShiftRight<16>(u), hn::Set(du, 0x40u));
+  return hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), quiet, rounded);
+  (void)df;
+}
+
+template <class DF, class VU>
+HWY_INLINE hn::Vec<DF> float_from_float16(DF df, VU bits) {
+  const hn::RebindToUnsigned<DF> du;
+  const auto exponent_mask = hn::Set(du, 0x7c00u << 13);
+  const auto magnitude = hn::ShiftLeft<13>(hn::And(bits, hn::Set(du, 0x7fffu)));
+  const auto exponent = hn::And(magnitude, exponent_mask);
+  const auto rebased = hn::Add(magnitude, hn::Set(du, 112u << 23));
+  const auto special = hn::Add(magnitude, hn::Set(du, 224u << 23));  // infinity, NaN
+  // subnormal: one more in the exponent, then subtract the implicit bit as a float
+  const auto subnormal =
+      hn::BitCast(du, hn::Sub(hn::BitCast(df, hn::Add(magnitude, hn::Set(du, 113u << 23))),
+                              hn::BitCast(df, hn::Set(du, 113u << 23))));
+  auto result = hn::IfThenElse(hn::Eq(exponent, exponent_mask), special, rebased);
+  result = hn::IfThenElse(hn::Eq(exponent, hn::Zero(du)), subnormal, result);
+  return hn::BitCast(df, hn::Or(result, hn::ShiftLeft<16>(hn::And(bits, hn::Set(du, 0x8000u)))));
+}
+
+template <class DF, class V>
+HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> float16_from_float(DF df, V v) {
+  const hn::RebindToUnsigned<DF> du;
+  const hn::RebindToSigned<DF> di;
+  const auto all = hn::BitCast(du, v);
+  const auto sign = hn::And(hn::ShiftRight<16>(all), hn::Set(du, 0x8000u));
+  const auto u = hn::And(all, hn::Set(du, 0x7fffffffu));
+  const auto odd = hn::And(hn::ShiftRight<13>(u), hn::Set(du, 1u));
+  const auto normal = hn::ShiftRight<13>(
+      hn::Add(hn::Sub(u, hn::Set(du, 0x38000000u)), hn::Add(hn::Set(du, 0xfffu), odd)));
+  const auto subnormal = hn::Sub(hn::BitCast(du, hn::Add(hn::BitCast(df, u), hn::Set(df, 0.5f))),
+                                 hn::Set(du, 0x3f000000u));
+  const auto iu = hn::BitCast(di, u);  // magnitudes compare alike as signed integers
+  const auto is_small = hn::RebindMask(du, hn::Lt(iu, hn::Set(di, 0x38800000)));
+  const auto is_large = hn::RebindMask(du, hn::Gt(iu, hn::Set(di, 0x477fffff)));
+  const auto is_nan = hn::RebindMask(du, hn::Gt(iu, hn::Set(di, 0x7f800000)));
+  auto bits = hn::IfThenElse(is_small, subnormal, normal);
+  bits = hn::IfThenElse(is_large, hn::Set(du, 0x7c00u), bits);
+  bits = hn::IfThenElse(is_nan, hn::Set(du, 0x7e00u), bits);
+  return hn::Or(bits, sign);
+}
+
+// ---- one vector of A from and to memory
+
+// float32 lanes (as many as D has) from any dtype but float64.
+template <class DF>
+HWY_INLINE hn::Vec<DF> load_float(DF df, const float* p) {
+  return hn::LoadU(df, p);
+}
+template <class DF>
+HWY_INLINE hn::Vec<DF> load_float(DF df, const BFloat16* p) {
+  const hn::Rebind<std::uint16_t, DF> d16;
+  const hn::RebindToUnsigned<DF> du;
+  return float_from_bfloat16(
+      df, hn::PromoteTo(du, hn::LoadU(d16, reinterpret_cast<const std::uint16_t*>(p))));
+}
+template <class DF>
+HWY_INLINE hn::Vec<DF> load_float(DF df, const Float16* p) {
+#if NORMCORE_NATIVE_FLOAT16
+  const hn::Rebind<hwy::float16_t, DF> d16;
+  return hn::PromoteTo(df, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(p)));
+#else
+  const hn::Rebind<std::uint16_t, DF> d16;
+  const hn::RebindToUnsigned<DF> du;
+  return float_from_float16(
+      df, hn::PromoteTo(du, hn::LoadU(d16, reinterpret_cast<const std::uint16_t*>(p))));
+#endif
+}
+
+template <class DF, class V>
+HWY_INLINE void store_float(V v, DF df, float* p) {
+  hn::StoreU(v, df, p);
+}
+// Stores the low halves of uint32 lanes whose high halves are 0.
+template <class DF, class VU>
+HWY_INLINE void store_low_halves(VU bits, DF, std::uint16_t* p) {
+  const hn::Rebind<std::uint16_t, DF> d16;
+  const hn::RebindToSigned<DF> di;
+  hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, bits)), d16, p);
+}
+template <class DF, class V>
+HWY_INLINE void store_float(V v, DF df, BFloat16* p) {
+  store_low_halves(bfloat16_from_float(df, v), df, reinterpret_cast<std::uint16_t*>(p));
+}
+template <class DF, class V>
+HWY_INLINE void store_float(V v, DF df, Float16* p) {
+#if NORMCORE_NATIVE_FLOAT16
+  const hn::Rebind<hwy::float16_t, DF> d16;
+  hn::StoreU(hn::DemoteTo(d16, v), d16, reinterpret_cast<hwy::float16_t*>(p));
+#else
+  store_low_halves(float16_from_float(df, v), df, reinterpret_cast<std::uint16_t*>(p));
+#endif
+}
+
+template <class A, class T>
+HWY_INLINE Vector<A> load_vector(const T* p) {
+  const Tag<A> d;
+  if constexpr (std::is_same_v<A, T>) {
+    return hn::LoadU(d, p);
+  } else if constexpr (std::is_same_v<A, double>) {
+    const hn::Rebind<float, Tag<double>> df;
+    return hn::PromoteTo(d, load_float(df, p));
+  } else {
+    static_assert(!std::is_same_v<T, double>, "float64 tensors are computed in float64");
+    return load_float(d, p);
+  }
+}
+
+template <class A, class T>
+HWY_INLINE void store_vector(Vector<A> v, T* p) {
+  const Tag<A> d;
+  if constexpr (std::is_same_v<A, T>) {
+    hn::StoreU(v, d, p);
+  } else if constexpr (std::is_same_v<A, double> && std::is_same_v<T, float>) {
+    const hn::Rebind<float, Tag<double>> df;
+    hn::StoreU(hn::DemoteTo(df, v), df, p);
+  } else if constexpr (std::is_same_v<A, double>) {  // rare: one exact rounding matters more than speed
+    HWY_ALIGN double lane[HWY_MAX_BYTES / sizeof(double)];
+    hn::Store(v, d, lane);
+    for (std::int64_t i = 0; i < lanes<double>(); ++i) p[i] = from_double<T>(lane[i]);
+  } else {
+    static_assert(!std::is_same_v<T, double>, "float64 results need float64 arithmetic");
+    store_float(v, d, p);
+  }
+}
+
+template <class A>
+HWY_INLINE A sum_of_lanes(Vector<A> v) {
+  return hn::GetLane(hn::SumOfLanes(Tag<A>(), v));
+}
+
+// ---- units: pairs of vectors that cover a run of n values
+
+template <class A>
+struct Pair {
+  Vector<A> lo, hi;
+};
+template <class A>
+struct PairMask {
+  hn::Mask<Tag<A>> lo, hi;
+};
+
+template <class A>
+HWY_INLINE std::int64_t unit() {
+  return 2 * lanes<A>();
+}
+
+// Applies f to both vectors of pairs.
+template <class A, class F, class... P>
+HWY_INLINE Pair<A> map_pair(F&& f, const P&... pairs) {
+  return {f(pairs.lo...), f(pairs.hi...)};
+}
+
+template <class A>
+HWY_INLINE Pair<A> broadcast(A value) {
+  const auto v = hn::Set(Tag<A>(), value);
+  return {v, v};
+}
+
+// A whole unit at [at, at + unit).
+template <class A>
+struct WholeUnit {
+  static constexpr bool kWhole = true;
+  std::int64_t at;
+
+  template <class T>
+  HWY_INLINE Pair<A> load(const T* run) const {
+    return {load_vector<A>(run + at), load_vector<A>(run + at + lanes<A>())};
+  }
+  template <class T>
+  HWY_INLINE void store(const Pair<A>& v, T* run) const {
+    store_vector<A>(v.lo, run + at);
+    store_vector<A>(v.hi, run + at + lanes<A>());
+  }
+  HWY_INLINE PairMask<A> load_mask(const std::uint8_t* run) const;
+  HWY_INLINE Pair<A> only_new(const Pair<A>& v) const { return v; }
+  HWY_INLINE PairMask<A> only_new(const PairMask<A>& m) const { return m; }
+};
+
+template <class A>
+HWY_INLINE hn::Mask<Tag<A>> load_mask_vector(const std::uint8_t* p) {
+  const hn::Rebind<std::uint8_t, Tag<A>> d8;
+  const auto bytes = hn::LoadU(d8, p);
+  if constexpr (sizeof(A) == 4) {
+    const hn::RebindToUnsigned<Tag<A>> du;
+    return hn::RebindMask(Tag<A>(), hn::Ne(hn::PromoteTo(du, bytes), hn::Zero(du)));
+  } else {
+    const hn::RebindToUnsigned<Tag<A>> du;
+    const hn::Rebind<std::uint32_t, Tag<A>> d32;
+    return hn::RebindMask(Tag<A>(),
+                          hn::Ne(hn::PromoteTo(du, hn::PromoteTo(d32, bytes)), hn::Zero(du)));
+  }
+}
+
+template <class A>
+HWY_INLINE PairMask<A> WholeUnit<A>::load_mask(const std::uint8_t* run) const {
+  return {load_mask_vector<A>(run + at), load_mask_vector<A>(run + at + lanes<A>())};
+}
+
+// The end of a run. Runs of at least a unit: the last whole unit, which overlaps values already seen; `only_new` clears
+// those, storing them again writes the same bits. Shorter runs: `count` values, the rest of the lanes is 0.
+template <class A>
+struct LastUnit {
+  static constexpr bool kWhole = false;
+  std::int64_t at, seen, count;
+
+  HWY_INLINE explicit LastUnit(std::int64_t n) {
+    const auto u = unit<A>();
+    at = n >= u ? n - u : 0;
+    seen = n >= u ? u - n % u : 0;
+    count = n >= u ? u : n;
+  }
+
+  template <class T>
+  HWY_INLINE Pair<A> load(const T* run) const {
+    if (count == unit<A>()) return WholeUnit<A>{at}.load(run);
+    T buffer[2 * HWY_MAX_BYTES / sizeof(A)] = {};
+    std::memcpy(buffer, run, static_cast<std::size_t>(count) * sizeof(T));
+    return WholeUnit<A>{0}.load(buffer);
+  }
+  template <class T>
+  HWY_INLINE void store(const Pair<A>& v, T* run) const {
+    if (count == unit<A>()) return WholeUnit<A>{at}.store(v, run);
+    T buffer[2 * HWY_MAX_BYTES / sizeof(A)];
+    WholeUnit<A>{0}.store(v, buffer);
+    std::memcpy(run, buffer, static_cast<std::size_t>(count) * sizeof(T));
+  }
+  HWY_INLINE PairMask<A> load_mask(const std::uint8_t* run) const {
+    if (count == unit<A>()) return WholeUnit<A>{at}.load_mask(run);
+    std::uint8_t buffer[2 * HWY_MAX_BYTES / sizeof(A)] = {};
+    std::memcpy(buffer, run, static_cast<std::size_t>(count));
+    return WholeUnit<A>{0}.load_mask(buffer);
+  }
+  HWY_INLINE PairMask<A> new_lanes() const {
+    const Tag<A> d;
+    const auto from = hn::Set(d, static_cast<A>(seen)), to = hn::Set(d, static_cast<A>(count));
+    const auto lo = hn::Iota(d, A{0}), hi = hn::Iota(d, static_cast<A>(lanes<A>()));
+    return {hn::And(hn::Ge(lo, from), hn::Lt(lo, to)), hn::And(hn::Ge(hi, from), hn::Lt(hi, to))};
+  }
+  HWY_INLINE Pair<A> only_new(const Pair<A>& v) const {
+    const auto m = new_lanes();
+    return {hn::IfThenElseZero(m.lo, v.lo), hn::IfThenElseZero(m.hi, v.hi)};
+  }
+  HWY_INLINE PairMask<A> only_new(const PairMask<A>& v) const {
+    const auto m = new_lanes();
+    return {hn::And(m.lo, v.lo), hn::And(m.hi, v.hi)};
+  }
+};
+
+// Calls body(unit) for the units that cover n values.
+template <class A, class Body>
+HWY_INLINE void for_each_unit(std::int64_t n, Body&& body) {
+  std::int64_t i = 0;
+  for (; i + unit<A>() <= n; i += unit<A>()) body(WholeUnit<A>{i});
+  if (i < n) body(LastUnit<A>(n));
+}
+
+// Calls f(TypeTag<T>) for the dtype of x: float64 tensors are computed in float64, all others in float32.
+template <class A, class F>
+HWY_INLINE void visit_elements(DType dtype, F&& f) {
+  if constexpr (std::is_same_v<A, double>) {
+    f(TypeTag<double>{});
+  } else if (dtype == DType::kBFloat16) {
+    f(TypeTag<BFloat16>{});
+  } else if (dtype == DType::kFloat16) {
+    f(TypeTag<Float16>{});
+  } else {
+    f(TypeTag<float>{});
+  }
+}
+
+// ---- tensors whose dtype is known only at run time (outputs, residuals and gradients of another dtype than x)
+
+// The dtypes that can stand beside arithmetic in A: no float64 beside float32 arithmetic.
+template <class A, class F>
+HWY_INLINE void visit_beside(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      if constexpr (std::is_same_v<A, double>) f(TypeTag<double>{});
+      break;
+    case DType::kFloat32:
+      f(TypeTag<float>{});
+      break;
+    case DType::kBFloat16:
+      f(TypeTag<BFloat16>{});
+      break;
+    case DType::kFloat16:
+      f(TypeTag<Float16>{});
+      break;
+  }
+}
+
+template <class A, class Unit>
+HWY_INLINE Pair<A> load_any(const Unit& u, ConstTensor tensor) {
+  Pair<A> v = broadcast(A{0});
+  visit_beside<A>(tensor.dtype, [&](auto tag) HWY_ATTR {
+    v = u.load(static_cast<const typename decltype(tag)::type*>(tensor.data));
+  });
+  return v;
+}
+
+template <class A, class Unit>
+HWY_INLINE void store_any(const Unit& u, const Pair<A>& v, MutableTensor tensor) {
+  visit_beside<A>(tensor.dtype, [&](auto tag) HWY_ATTR {
+    u.store(v, static_cast<typename decltype(tag)::type*>(tensor.data));
+  });
+}
+
+}  // namespace normcore::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif  // per-target include guard

@@ -1,0 +1,196 @@
+#include "cpu/forward.h"
+
+#include <algorithm>
+
+#include "cpu/coefficients.h"
+#include "cpu/sweep.h"
+
+namespace normcore::kernels {
+namespace {
+
+// What both layouts share.
+template <class A, class Statistics>
+struct ForwardCall {
+  const NormInput& input;
+  std::int64_t num_groups;
+  const Statistics& statistics;
+  MutableTensor y;
+  Affine<A> affine;
+  Primitives<A> simd;
+
+  ApplyArgs<A> apply_args(std::int64_t offset, const Coefficients<A>& coefficients) const {
+    return {advance(input.x, offset), advance(input.residual, offset), advance(y, offset),
+            input.activation, coefficients};
+  }
+};
+
+template <class A, class Statistics>
+class PlanesForward {
+ public:
+  PlanesForward(const ForwardCall<A, Statistics>& call, const Problem& problem)
+      : call_(call), geometry_(problem) {}
+
+  std::int64_t pieces(std::int64_t tile) const { return geometry_.pieces(tile); }
+  std::int64_t chunk_grain() const { return 2; }
+
+  void prepare(std::int64_t, char*) const {}
+
+  void reduce(std::int64_t tile, std::int64_t index, char*, void* partial) const {
+    const RunChunk chunk = geometry_.chunk(tile, index);
+    const std::int64_t offset = geometry_.offset(tile) + chunk.offset;
+    const RunBlock block{geometry_.records(tile), geometry_.record_stride(), chunk.runs,
+                         geometry_.run_stride(), chunk.length};
+    const MaskBlock mask =
+        mask_of_runs(call_.input.mask, offset, chunk.row_mask_offset, block.record_stride,
+                     block.run_stride, geometry_.row_mask_run_stride());
+    call_.simd.moments_of_runs(advance(call_.input.x, offset), block, mask,
+                               static_cast<Moments*>(partial));
+  }
+
+  void finish(std::int64_t tile, char* state, const Partials& partials) const {
+    const TileState<A> out = tile_state(state);
+    const std::int64_t sample = geometry_.sample(tile), channel = geometry_.first_channel(tile);
+    const std::int64_t planes = geometry_.planes(tile), records = geometry_.records(tile);
+    SliceStatistics<A> statistics;
+    for (std::int64_t p = 0; p < planes; ++p) {
+      if (p < records) {  // batch norm: every plane is a slice; group norm: the first record is the slice
+        const std::int64_t slice = call_.num_groups == 0 ? channel + p : tile;
+        statistics = call_.statistics(slice, merged(partials, p));
+      }
+      out.set_affine(p, statistics, call_.affine, sample, channel + p);
+    }
+  }
+
+  void apply(std::int64_t tile, std::int64_t index, char* state) const {
+    const PlanePiece piece = geometry_.piece(tile, index);
+    call_.simd.apply_runs(call_.apply_args(geometry_.offset(tile) + piece.offset,
+                                           tile_state(state).view(piece.first_plane)),
+                          piece.planes, piece.length);
+  }
+
+ private:
+  TileState<A> tile_state(char* state) const {
+    return TileState<A>(state, geometry_.max_planes(), 3);
+  }
+  Moments merged(const Partials& partials, std::int64_t record) const {
+    Moments total;
+    for (std::int64_t k = 0; k < geometry_.chunks(); ++k) {
+      total.merge(static_cast<const Moments*>(partials[k])[record]);
+    }
+    return total;
+  }
+
+  const ForwardCall<A, Statistics>& call_;
+  PlanesGeometry geometry_;
+};
+
+template <class A, class Statistics>
+class RowsForward {
+ public:
+  RowsForward(const ForwardCall<A, Statistics>& call, const Problem& problem)
+      : call_(call), geometry_(problem), chunks_(problem.pass == Pass::kInference ? 0 : geometry_.chunks()) {}
+
+  std::int64_t pieces(std::int64_t) const { return geometry_.chunks(); }
+  std::int64_t chunk_grain() const { return 1; }
+
+  void prepare(std::int64_t, char*) const {}
+
+  void reduce(std::int64_t tile, std::int64_t index, char*, void* partial) const {
+    const RowChunk chunk = geometry_.chunk(index);
+    const std::int64_t offset = this->offset(tile, chunk);
+    call_.simd.moments_of_rows(
+        advance(call_.input.x, offset), chunk.rows, chunk.columns,
+        mask_of_rows(call_.input.mask, offset, tile * geometry_.rows() + chunk.first_row),
+        columns(partial));
+  }
+
+  void finish(std::int64_t tile, char* state, const Partials& partials) const {
+    const TileState<A> out = tile_state(state);
+    const std::int64_t c = call_.input.extent.c;
+    const ColumnMoments total{out.scratch, out.scratch + c, out.scratch + 2 * c};
+    std::fill_n(out.scratch, 3 * c, 0.0);
+    for (std::int64_t k = 0; k < chunks_; ++k) {
+      const ColumnMoments part = columns(partials[k]);
+      for (std::int64_t at = 0; at < geometry_.chunk(k).columns; at += c) merge(total, part, at, c);
+    }
+    const std::int64_t groups = call_.num_groups == 0 ? c : call_.num_groups, d = c / groups;
+    for (std::int64_t g = 0; g < groups; ++g) {
+      Moments slice;
+      for (std::int64_t i = g * d; i < (g + 1) * d; ++i) {
+        slice.merge({total.count[i], total.mean[i], total.m2[i]});
+      }
+      const auto statistics = call_.statistics(tile * groups + g, slice);
+      for (std::int64_t i = g * d; i < (g + 1) * d; ++i) {
+        out.set_affine(i, statistics, call_.affine, tile, i);
+      }
+    }
+    out.repeat(c, geometry_.width());
+  }
+
+  void apply(std::int64_t tile, std::int64_t index, char* state) const {
+    const RowChunk chunk = geometry_.chunk(index);
+    call_.simd.apply_rows(call_.apply_args(offset(tile, chunk), tile_state(state).view(0)), chunk.rows,
+                          chunk.columns);
+  }
+
+ private:
+  std::int64_t offset(std::int64_t tile, const RowChunk& chunk) const {
+    return geometry_.offset(tile) + chunk.first_row * call_.input.extent.c;
+  }
+  TileState<A> tile_state(char* state) const { return TileState<A>(state, geometry_.width(), 3); }
+  ColumnMoments columns(void* partial) const {
+    auto* p = static_cast<double*>(partial);
+    return {p, p + geometry_.width(), p + 2 * geometry_.width()};
+  }
+  // Chan's formula for `c` columns at once, without branches so that it vectorises.
+  static void merge(const ColumnMoments& total, const ColumnMoments& part, std::int64_t at,
+                    std::int64_t c) {
+    for (std::int64_t i = 0; i < c; ++i) {
+      const double added = part.count[at + i], count = total.count[i] + added;
+      const double weight = added / std::max(count, 1.0);
+      const double delta = part.mean[at + i] - total.mean[i];
+      total.mean[i] += delta * weight;
+      total.m2[i] += part.m2[at + i] + delta * delta * (total.count[i] * weight);
+      total.count[i] = count;
+    }
+  }
+
+  const ForwardCall<A, Statistics>& call_;
+  RowsGeometry geometry_;
+  std::int64_t chunks_;
+};
+
+}  // namespace
+
+template <class Statistics>
+void run_forward(const NormInput& input, std::int64_t num_groups, Pass pass,
+                 const Statistics& statistics, MutableTensor y, const CpuPlan& plan, void* workspace,
+                 const CpuExecutor& executor) {
+  const Problem problem(input, num_groups, pass);
+  const WorkspaceLayout layout = workspace_layout(problem, plan);
+  using A = typename Statistics::Arithmetic;
+  auto* base = static_cast<char*>(workspace);
+  const ForwardCall<A, Statistics> call{input,
+                                        num_groups,
+                                        statistics,
+                                        y,
+                                        Affine<A>(input, reinterpret_cast<A*>(base)),
+                                        primitives<A>()};
+  char* const slots = base + layout.affine + layout.parameters;
+  if (input.layout == Layout::kNCS) {
+    run_tiles(PlanesForward<A, Statistics>(call, problem), problem, plan, layout, slots, executor);
+  } else {
+    run_tiles(RowsForward<A, Statistics>(call, problem), problem, plan, layout, slots, executor);
+  }
+}
+
+template void run_forward(const NormInput&, std::int64_t, Pass, const BatchStatistics<float>&,
+                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+template void run_forward(const NormInput&, std::int64_t, Pass, const BatchStatistics<double>&,
+                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+template void run_forward(const NormInput&, std::int64_t, Pass, const GivenStatistics<float>&,
+                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+template void run_forward(const NormInput&, std::int64_t, Pass, const GivenStatistics<double>&,
+                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+
+}  // namespace normcore::kernels

@@ -1,0 +1,412 @@
+// Forward primitives: moments of runs and of rows, and the application of y = act((x - center) * scale + shift + res).
+//
+// Moments are taken about a pivot, in arithmetic A: the pivot is the mean of (at least) the first eighth of the values,
+// taken relative to the first value. Then sum (x - pivot)^2 is at most 9 times the centred sum of squares whatever the
+// data, so that subtracting sum^2 / n in float64 costs about 3 bits at worst, and constant data gives exactly 0.
+// Masked values are read but never used in arithmetic.
+#include "cpu/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/forward_primitives.cpp"
+#include <hwy/foreach_target.h>
+// clang-format off: must follow foreach_target.h
+#include <hwy/highway.h>
+// clang-format on
+
+#include <algorithm>
+
+#include "cpu/activation-inl.h"
+#include "cpu/convert-inl.h"
+#include "cpu/primitives.h"
+#include "cpu/primitives_export.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace normcore::kernels::HWY_NAMESPACE {
+namespace {
+
+// ---- moments of runs
+
+// Sums about a pivot in four pairs of accumulators: two for values, two for squares.
+template <class A>
+struct ShiftedSums {
+  Pair<A> sum[2], square[2];
+
+  HWY_INLINE ShiftedSums() {
+    for (int i = 0; i < 2; ++i) sum[i] = square[i] = broadcast(A{0});
+  }
+  HWY_INLINE void add(int slot, const Pair<A>& centered) {
+    sum[slot] = {hn::Add(sum[slot].lo, centered.lo), hn::Add(sum[slot].hi, centered.hi)};
+    square[slot] = {hn::MulAdd(centered.lo, centered.lo, square[slot].lo),
+                    hn::MulAdd(centered.hi, centered.hi, square[slot].hi)};
+  }
+  static HWY_INLINE A total(const Pair<A> (&v)[2]) {
+    return sum_of_lanes<A>(hn::Add(hn::Add(v[0].lo, v[1].lo), hn::Add(v[0].hi, v[1].hi)));
+  }
+};
+
+template <class A>
+HWY_INLINE Pair<A> subtract(const Pair<A>& a, const Pair<A>& b) {
+  return {hn::Sub(a.lo, b.lo), hn::Sub(a.hi, b.hi)};
+}
+
+// sum(x - pivot) of n values
+template <class T, class A>
+HWY_INLINE A sum_about(const T* x, std::int64_t n, A pivot) {
+  const auto p = broadcast(pivot);
+  auto sum = broadcast(A{0});
+  for_each_unit<A>(n, [&](const auto& u) HWY_ATTR {
+    const auto v = u.only_new(subtract(u.load(x), p));
+    sum = {hn::Add(sum.lo, v.lo), hn::Add(sum.hi, v.hi)};
+  });
+  return sum_of_lanes<A>(hn::Add(sum.lo, sum.hi));
+}
+
+template <class T, class A>
+HWY_INLINE void accumulate_run(const T* x, std::int64_t n, const Pair<A>& pivot, ShiftedSums<A>& sums) {
+  const std::int64_t u = unit<A>();
+  std::int64_t i = 0;
+  for (; i + 2 * u <= n; i += 2 * u) {
+    sums.add(0, subtract(WholeUnit<A>{i}.load(x), pivot));
+    sums.add(1, subtract(WholeUnit<A>{i + u}.load(x), pivot));
+  }
+  for_each_unit<A>(n - i, [&](const auto& rest) HWY_ATTR {
+    sums.add(0, rest.only_new(subtract(rest.load(x + i), pivot)));
+  });
+}
+
+template <class T, class A>
+HWY_INLINE Moments moments_of_record(const T* x, const RunBlock& block) {
+  const std::int64_t n = block.runs * block.length;
+  const A first = static_cast<A>(to_double(x[0]));
+  A sum = 0;
+  std::int64_t seen = 0;
+  if (block.runs == 1) {
+    seen = std::min(n, std::max(2 * unit<A>(), n / 8 / unit<A>() * unit<A>()));
+    sum = sum_about<T, A>(x, seen, first);
+  } else {
+    const std::int64_t runs = (block.runs + 7) / 8;
+    for (std::int64_t r = 0; r < runs; ++r) {
+      sum += sum_about<T, A>(x + r * block.run_stride, block.length, first);
+    }
+    seen = runs * block.length;
+  }
+  const A pivot = first + sum / static_cast<A>(seen);
+  const auto p = broadcast(pivot);
+  ShiftedSums<A> sums;
+  for (std::int64_t r = 0; r < block.runs; ++r) {
+    accumulate_run<T, A>(x + r * block.run_stride, block.length, p, sums);
+  }
+  return Moments::from_shifted_sums(static_cast<double>(n), pivot, ShiftedSums<A>::total(sums.sum),
+                                    ShiftedSums<A>::total(sums.square));
+}
+
+// With a mask the values that count may lie anywhere, so the pivot is the mean of all of them.
+template <class T, class A>
+HWY_INLINE Moments masked_moments_of_record(const T* x, const std::uint8_t* mask,
+                                            std::int64_t mask_run_stride, const RunBlock& block) {
+  std::int64_t count = 0;
+  A first = 0;
+  for (std::int64_t r = 0; r < block.runs; ++r) {
+    for (std::int64_t i = 0; i < block.length; ++i) {
+      if (mask[r * mask_run_stride + i] == 0) continue;
+      if (count++ == 0) first = static_cast<A>(to_double(x[r * block.run_stride + i]));
+    }
+  }
+  if (count == 0) return {};
+  const auto shift = broadcast(first);
+  auto total = broadcast(A{0});
+  const auto masked = [&](const auto& u, std::int64_t r, const Pair<A>& pivot) HWY_ATTR {
+    const auto m = u.only_new(u.load_mask(mask + r * mask_run_stride));
+    const auto v = subtract(u.load(x + r * block.run_stride), pivot);
+    return Pair<A>{hn::IfThenElseZero(m.lo, v.lo), hn::IfThenElseZero(m.hi, v.hi)};
+  };
+  for (std::int64_t r = 0; r < block.runs; ++r) {
+    for_each_unit<A>(block.length, [&](const auto& u) HWY_ATTR {
+      const auto v = masked(u, r, shift);
+      total = {hn::Add(total.lo, v.lo), hn::Add(total.hi, v.hi)};
+    });
+  }
+  const A pivot = first + sum_of_lanes<A>(hn::Add(total.lo, total.hi)) / static_cast<A>(count);
+  const auto p = broadcast(pivot);
+  ShiftedSums<A> sums;
+  for (std::int64_t r = 0; r < block.runs; ++r) {
+    for_each_unit<A>(block.length, [&](const auto& u) HWY_ATTR { sums.add(0, masked(u, r, p)); });
+  }
+  return Moments::from_shifted_sums(static_cast<double>(count), pivot,
+                                    ShiftedSums<A>::total(sums.sum),
+                                    ShiftedSums<A>::total(sums.square));
+}
+
+template <class A>
+void moments_of_runs(ConstTensor x, const RunBlock& block, const MaskBlock& mask, Moments* out) {
+  visit_elements<A>(x.dtype, [&](auto tag) HWY_ATTR {
+    using T = typename decltype(tag)::type;
+    for (std::int64_t r = 0; r < block.records; ++r) {
+      const T* values = static_cast<const T*>(x.data) + r * block.record_stride;
+      out[r] = mask.data == nullptr
+                   ? moments_of_record<T, A>(values, block)
+                   : masked_moments_of_record<T, A>(values, mask.data + r * mask.record_stride,
+                                                    mask.run_stride, block);
+    }
+  });
+}
+
+// ---- moments of rows
+
+// Columns are processed in strips whose accumulators fit the first-level cache.
+constexpr std::int64_t kStrip = 1024;
+
+// Rows that count, as offsets in rows; all of them when there is no row mask.
+struct RowList {
+  const std::int32_t* index;  // null: 0, 1, 2, ...
+  std::int64_t size;
+  HWY_INLINE std::int64_t operator[](std::int64_t i) const { return index ? index[i] : i; }
+};
+
+template <class A>
+struct StripSums {
+  A pivot[kStrip], sum[kStrip], square[kStrip], count[kStrip];
+};
+
+template <class A>
+HWY_INLINE void fill_zero(A* p, std::int64_t n) {
+  std::fill(p, p + n, A{0});
+}
+
+template <class T, class A>
+HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t width, const RowList& rows,
+                              StripSums<A>& s) {
+  const std::int64_t head = (rows.size + 7) / 8;
+  const T* first = x + rows[0] * stride;
+  fill_zero(s.sum, width);
+  for (std::int64_t i = 1; i < head; ++i) {
+    const T* row = x + rows[i] * stride;
+    for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
+      const auto v = u.only_new(subtract(u.load(row), u.load(first)));
+      const auto sum = u.load(s.sum);
+      u.store(Pair<A>{hn::Add(sum.lo, v.lo), hn::Add(sum.hi, v.hi)}, s.sum);
+    });
+  }
+  const auto weight = hn::Set(Tag<A>(), A{1} / static_cast<A>(head));
+  for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
+    const auto sum = u.load(s.sum), base = u.load(first);
+    u.store(Pair<A>{hn::MulAdd(sum.lo, weight, base.lo), hn::MulAdd(sum.hi, weight, base.hi)},
+            s.pivot);
+  });
+  fill_zero(s.sum, width);
+  fill_zero(s.square, width);
+  constexpr int kRows = 4;  // rows that share one load of the accumulators
+  std::int64_t i = 0;
+  const auto add_rows = [&](auto count) HWY_ATTR {
+    const T* row[kRows];
+    for (int k = 0; k < count(); ++k) row[k] = x + rows[i + k] * stride;
+    for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
+      const auto pivot = u.load(s.pivot);
+      auto sum = u.load(s.sum), square = u.load(s.square);
+      for (int k = 0; k < count(); ++k) {
+        const auto v = u.only_new(subtract(u.load(row[k]), pivot));
+        sum = {hn::Add(sum.lo, v.lo), hn::Add(sum.hi, v.hi)};
+        square = {hn::MulAdd(v.lo, v.lo, square.lo), hn::MulAdd(v.hi, v.hi, square.hi)};
+      }
+      u.store(sum, s.sum);
+      u.store(square, s.square);
+    });
+    i += count();
+  };
+  while (i + kRows <= rows.size) add_rows(std::integral_constant<int, kRows>());
+  while (i < rows.size) add_rows(std::integral_constant<int, 1>());
+}
+
+template <class T, class A>
+HWY_INLINE void masked_strip_moments(const T* x, const std::uint8_t* mask, std::int64_t stride,
+                                     std::int64_t width, std::int64_t rows, StripSums<A>& s) {
+  const Tag<A> d;
+  const auto one = hn::Set(d, A{1});
+  A* first = s.square;  // not needed before the second sweep
+  fill_zero(first, width);
+  fill_zero(s.sum, width);
+  fill_zero(s.count, width);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
+      const auto m = u.only_new(u.load_mask(mask + r * stride));
+      const auto v = u.load(x + r * stride), old_first = u.load(first), count = u.load(s.count),
+                 sum = u.load(s.sum);
+      const auto step = [&](auto mk, auto value, auto f, auto c) HWY_ATTR {
+        return hn::IfThenElse(hn::And(mk, hn::Eq(c, hn::Zero(d))), value, f);
+      };
+      const Pair<A> f = {step(m.lo, v.lo, old_first.lo, count.lo),
+                         step(m.hi, v.hi, old_first.hi, count.hi)};
+      u.store(f, first);
+      u.store(Pair<A>{hn::Add(sum.lo, hn::IfThenElseZero(m.lo, hn::Sub(v.lo, f.lo))),
+                      hn::Add(sum.hi, hn::IfThenElseZero(m.hi, hn::Sub(v.hi, f.hi)))},
+              s.sum);
+      u.store(Pair<A>{hn::Add(count.lo, hn::IfThenElseZero(m.lo, one)),
+                      hn::Add(count.hi, hn::IfThenElseZero(m.hi, one))},
+              s.count);
+    });
+  }
+  for (std::int64_t j = 0; j < width; ++j) {
+    s.pivot[j] = s.count[j] == A{0} ? A{0} : first[j] + s.sum[j] / s.count[j];
+  }
+  fill_zero(s.sum, width);
+  fill_zero(s.square, width);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
+      const auto m = u.only_new(u.load_mask(mask + r * stride));
+      const auto centered = subtract(u.load(x + r * stride), u.load(s.pivot));
+      const auto lo = hn::IfThenElseZero(m.lo, centered.lo), hi = hn::IfThenElseZero(m.hi, centered.hi);
+      const auto sum = u.load(s.sum), square = u.load(s.square);
+      u.store(Pair<A>{hn::Add(sum.lo, lo), hn::Add(sum.hi, hi)}, s.sum);
+      u.store(Pair<A>{hn::MulAdd(lo, lo, square.lo), hn::MulAdd(hi, hi, square.hi)}, s.square);
+    });
+  }
+}
+
+template <class A>
+void moments_of_rows(ConstTensor x, std::int64_t rows, std::int64_t width, const MaskBlock& mask,
+                     const ColumnMoments& out) {
+  std::int32_t counting[kMaxRows];
+  RowList list{nullptr, rows};
+  if (mask.data != nullptr && mask.per_row) {
+    list = {counting, 0};
+    for (std::int64_t r = 0; r < rows; ++r) {
+      if (mask.data[r] != 0) counting[list.size++] = static_cast<std::int32_t>(r);
+    }
+  }
+  const bool masked = mask.data != nullptr && !mask.per_row;
+  StripSums<A> s;
+  for (std::int64_t at = 0; at < width; at += kStrip) {
+    const std::int64_t columns = std::min(kStrip, width - at);
+    if (list.size == 0) {
+      for (std::int64_t j = at; j < at + columns; ++j) out.mean[j] = out.m2[j] = out.count[j] = 0.0;
+      continue;
+    }
+    visit_elements<A>(x.dtype, [&](auto tag) HWY_ATTR {
+      using T = typename decltype(tag)::type;
+      const T* values = static_cast<const T*>(x.data) + at;
+      if (masked) {
+        masked_strip_moments<T, A>(values, mask.data + at, width, columns, rows, s);
+      } else {
+        strip_moments<T, A>(values, width, columns, list, s);
+      }
+    });
+    if (!masked) std::fill(s.count, s.count + columns, static_cast<A>(list.size));
+    for (std::int64_t j = 0; j < columns; ++j) {
+      const double count = s.count[j], sum = s.sum[j];
+      const double weight = count == 0.0 ? 0.0 : 1.0 / count;
+      const double m2 = s.square[j] - sum * sum * weight;
+      out.mean[at + j] = s.pivot[j] + sum * weight;
+      out.m2[at + j] = m2 < 0.0 ? 0.0 : m2;
+      out.count[at + j] = count;
+    }
+  }
+}
+
+// ---- application
+
+// How a run or a row gets its coefficients: one value for all, or one per column.
+template <class A>
+struct RunCoefficients {
+  Pair<A> center, scale, shift;
+  HWY_INLINE RunCoefficients(const Coefficients<A>& c, std::int64_t run)
+      : center(broadcast(c.center[run])),
+        scale(broadcast(c.scale[run])),
+        shift(broadcast(c.shift[run])) {}
+  template <class Unit>
+  HWY_INLINE const RunCoefficients& at(const Unit&) const {
+    return *this;
+  }
+};
+
+template <class A>
+struct ColumnCoefficients {
+  const Coefficients<A>& c;
+  struct AtUnit {
+    Pair<A> center, scale, shift;
+  };
+  template <class Unit>
+  HWY_INLINE AtUnit at(const Unit& u) const {
+    return {u.load(c.center), u.load(c.scale), u.load(c.shift)};
+  }
+};
+
+// kPlain: y has the dtype of x and there is no epilogue.
+template <class T, class A, bool kPlain, class Source>
+HWY_INLINE void apply_run(const ApplyArgs<A>& args, std::int64_t offset, std::int64_t n,
+                          const Source& source) {
+  const T* x = static_cast<const T*>(args.x.data) + offset;
+  const auto residual = advance(args.residual, offset);
+  const auto y = advance(args.y, offset);
+  for_each_unit<A>(n, [&](const auto& u) HWY_ATTR {
+    const auto& c = source.at(u);
+    const auto v = u.load(x);
+    Pair<A> z = {hn::MulAdd(hn::Sub(v.lo, c.center.lo), c.scale.lo, c.shift.lo),
+                 hn::MulAdd(hn::Sub(v.hi, c.center.hi), c.scale.hi, c.shift.hi)};
+    if constexpr (kPlain) {
+      u.store(z, static_cast<T*>(y.data));
+    } else {
+      if (residual) {
+        const auto r = load_any<A>(u, residual);
+        z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)};
+      }
+      z = {activate<A>(args.activation, z.lo), activate<A>(args.activation, z.hi)};
+      store_any<A>(u, z, y);
+    }
+  });
+}
+
+template <class A, class F>
+HWY_INLINE void visit_apply(const ApplyArgs<A>& args, F&& f) {
+  visit_elements<A>(args.x.dtype, [&](auto tag) HWY_ATTR {
+    if (args.y.dtype == args.x.dtype && !args.residual && args.activation == Activation::kNone) {
+      f(tag, std::true_type());
+    } else {
+      f(tag, std::false_type());
+    }
+  });
+}
+
+template <class A>
+void apply_runs(const ApplyArgs<A>& args, std::int64_t count, std::int64_t length) {
+  visit_apply(args, [&](auto tag, auto plain) HWY_ATTR {
+    for (std::int64_t r = 0; r < count; ++r) {
+      apply_run<typename decltype(tag)::type, A, plain()>(args, r * length, length,
+                                                          RunCoefficients<A>(args.coefficients, r));
+    }
+  });
+}
+
+template <class A>
+void apply_rows(const ApplyArgs<A>& args, std::int64_t rows, std::int64_t width) {
+  visit_apply(args, [&](auto tag, auto plain) HWY_ATTR {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      apply_run<typename decltype(tag)::type, A, plain()>(args, r * width, width,
+                                                          ColumnCoefficients<A>{args.coefficients});
+    }
+  });
+}
+
+}  // namespace
+
+void fill_forward_primitives(Primitives<float>& f, Primitives<double>& d) {
+  f.moments_of_runs = moments_of_runs<float>;
+  f.moments_of_rows = moments_of_rows<float>;
+  f.apply_runs = apply_runs<float>;
+  f.apply_rows = apply_rows<float>;
+  d.moments_of_runs = moments_of_runs<double>;
+  d.moments_of_rows = moments_of_rows<double>;
+  d.apply_runs = apply_runs<double>;
+  d.apply_rows = apply_rows<double>;
+}
+
+}  // namespace normcore::kernels::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace normcore::kernels {
+HWY_EXPORT(fill_forward_primitives);
+void add_forward_primitives(Primitives<float>& f, Primitives<double>& d) {
+  HWY_DYNAMIC_DISPATCH(fill_forward_primitives)(f, d);
+}
+}  // namespace normcore::kernels
+#endif

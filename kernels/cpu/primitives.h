@@ -1,0 +1,104 @@
+// The vector loops under all CPU norms, compiled once per instruction set and chosen at run time. A primitive reduces
+// or transforms dense runs of values; it knows nothing of batch, groups, threads or the order in which partial results
+// are merged (forward.cpp and backward.cpp do). `A` is the type of arithmetic: float, or double for float64 tensors.
+//
+// Two shapes of work:
+//   runs   contiguous values that share one set of coefficients (a plane of an NCS tensor)
+//   rows   contiguous values with one set of coefficients per column (rows of an NSC tensor)
+// Pointers need only the alignment of their element. Inputs and outputs do not overlap.
+#pragma once
+
+#include <cstdint>
+
+#include "normcore/kernels/moments.h"
+#include "normcore/kernels/norm_input.h"
+
+namespace normcore::kernels {
+
+// Rows per call of moments_of_rows and sums_of_rows, at most: bounds the float32 chains of their accumulators.
+inline constexpr std::int64_t kMaxRows = 1024;
+
+// `records` independent reductions, each over `runs` runs of `length` values. Strides count elements.
+struct RunBlock {
+  std::int64_t records = 1, record_stride = 0;
+  std::int64_t runs = 1, run_stride = 0;
+  std::int64_t length = 0;
+};
+
+// Mask bytes of a RunBlock or of rows; null: every value counts.
+struct MaskBlock {
+  const std::uint8_t* data = nullptr;
+  std::int64_t record_stride = 0, run_stride = 0;  // runs: like the strides of the RunBlock
+  bool per_row = false;                            // rows: one byte per row, not per value
+};
+
+// Moments of columns, as separate arrays so that they fold quickly.
+struct ColumnMoments {
+  double* mean = nullptr;
+  double* m2 = nullptr;
+  double* count = nullptr;
+};
+
+// Coefficients of z = (x - center) * scale + shift + residual: one per run, or one per column.
+// backward adds grad_x = scale * g + mask * (slope * (x - center) + offset), g = grad_y * activation'(z).
+template <class A>
+struct Coefficients {
+  const A* center = nullptr;
+  const A* scale = nullptr;
+  const A* shift = nullptr;
+  const A* slope = nullptr;   // null: statistics are constants, grad_x = scale * g
+  const A* offset = nullptr;
+};
+
+template <class A>
+struct ApplyArgs {
+  ConstTensor x;
+  ConstTensor residual;
+  MutableTensor y;
+  Activation activation = Activation::kNone;
+  Coefficients<A> coefficients;
+};
+
+template <class A>
+struct GradientArgs {
+  ConstTensor x;
+  ConstTensor grad_y;
+  ConstTensor residual;
+  MaskBlock mask;
+  Activation activation = Activation::kNone;
+  Coefficients<A> coefficients;
+  MutableTensor grad_x;         // read by gradient_of_* only
+  MutableTensor grad_residual;  // likewise; either may be absent
+};
+
+struct GradientSums {
+  double g = 0.0;           // sum g
+  double g_centered = 0.0;  // sum g * (x - center)
+};
+
+template <class A>
+struct Primitives {
+  // out[record] = moments of the record's values.
+  void (*moments_of_runs)(ConstTensor x, const RunBlock& block, const MaskBlock& mask, Moments* out);
+  // out[column] = moments of a column over `rows` <= kMaxRows rows of `width` values.
+  void (*moments_of_rows)(ConstTensor x, std::int64_t rows, std::int64_t width,
+                          const MaskBlock& mask, const ColumnMoments& out);
+  // y of `count` neighbouring runs of `length` values.
+  void (*apply_runs)(const ApplyArgs<A>& args, std::int64_t count, std::int64_t length);
+  void (*apply_rows)(const ApplyArgs<A>& args, std::int64_t rows, std::int64_t width);
+  // out[record] = sums over the record's values; coefficients are indexed by record.
+  void (*sums_of_runs)(const GradientArgs<A>& args, const RunBlock& block, GradientSums* out);
+  // g[column], g_centered[column] = sums over `rows` rows.
+  void (*sums_of_rows)(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width, A* g,
+                       A* g_centered);
+  // grad_x and grad_residual of `count` neighbouring runs of `length` values; the mask's record_stride leads from run
+  // to run.
+  void (*gradient_of_runs)(const GradientArgs<A>& args, std::int64_t count, std::int64_t length);
+  void (*gradient_of_rows)(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width);
+};
+
+// The primitives of the best instruction set that this CPU offers.
+template <class A>
+Primitives<A> primitives();
+
+}  // namespace normcore::kernels

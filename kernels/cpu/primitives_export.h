@@ -1,0 +1,11 @@
+// How the per-target files hand their functions to primitives(): each fills its part of the tables.
+#pragma once
+
+#include "cpu/primitives.h"
+
+namespace normcore::kernels {
+
+void add_forward_primitives(Primitives<float>& f, Primitives<double>& d);
+void add_backward_primitives(Primitives<float>& f, Primitives<double>& d);
+
+}  // namespace normcore::kernels

@@ -1,0 +1,329 @@
+#include "cpu/reference.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace normcore::kernels::reference {
+namespace {
+
+// An IEEE 754 binary interchange format of at most 16 bits.
+struct SmallFloat {
+  int exponent_bits;
+  int mantissa_bits;
+
+  int min_exponent() const { return 2 - (1 << (exponent_bits - 1)); }
+  unsigned infinity() const { return ((1u << exponent_bits) - 1u) << mantissa_bits; }
+
+  double decode(std::uint16_t bits) const {
+    const unsigned magnitude = bits & 0x7fffu;
+    const double sign = (bits & 0x8000u) != 0 ? -1.0 : 1.0;
+    if (magnitude > infinity()) return std::numeric_limits<double>::quiet_NaN();
+    if (magnitude == infinity()) return sign * std::numeric_limits<double>::infinity();
+    const unsigned exponent = magnitude >> mantissa_bits;
+    const unsigned mantissa = magnitude & ((1u << mantissa_bits) - 1u);
+    const unsigned digits = exponent == 0 ? mantissa : mantissa | (1u << mantissa_bits);
+    const int shift = exponent == 0 ? 0 : static_cast<int>(exponent) - 1;
+    return sign * std::ldexp(digits, min_exponent() + shift - mantissa_bits);
+  }
+
+  std::uint16_t encode(double value) const {
+    const unsigned sign = std::signbit(value) ? 0x8000u : 0u;
+    if (std::isnan(value)) {
+      return static_cast<std::uint16_t>(sign | infinity() | (1u << (mantissa_bits - 1)));
+    }
+    unsigned magnitude = infinity();
+    if (std::abs(value) < std::ldexp(1.0, 2 - min_exponent())) {
+      const int exponent = value == 0.0 ? min_exponent() : std::max(std::ilogb(value), min_exponent());
+      // Scaling by a power of two is exact, so the only rounding is nearbyint's. The hidden bit of a normal number,
+      // and a carry out of the mantissa, add themselves to the exponent field.
+      const double digits = std::nearbyint(std::ldexp(std::abs(value), mantissa_bits - exponent));
+      const unsigned exponent_field = static_cast<unsigned>(exponent - min_exponent());
+      magnitude = (exponent_field << mantissa_bits) + static_cast<unsigned>(digits);
+    }
+    return static_cast<std::uint16_t>(sign | std::min(magnitude, infinity()));
+  }
+};
+
+constexpr SmallFloat kBFloat16Format{8, 7};
+constexpr SmallFloat kFloat16Format{5, 10};
+
+template <class T>
+T read(const void* data, std::int64_t index) {
+  T value;
+  std::memcpy(&value, static_cast<const char*>(data) + index * static_cast<std::int64_t>(sizeof(T)),
+              sizeof(T));
+  return value;
+}
+
+template <class T>
+void write(void* data, std::int64_t index, T value) {
+  std::memcpy(static_cast<char*>(data) + index * static_cast<std::int64_t>(sizeof(T)), &value,
+              sizeof(T));
+}
+
+// The values that share one mean and variance: samples [n_begin, n_end) of channels [c_begin, c_end), all positions.
+struct Slice {
+  std::int64_t n_begin, n_end, c_begin, c_end;
+};
+
+struct Moments {
+  double count = 0.0, mean = 0.0, var = 0.0;
+};
+
+double compute_rstd(double var, double eps) { return 1.0 / std::sqrt(var + eps); }
+
+// A norm's input, addressed by (n, c, s).
+struct Input {
+  explicit Input(const NormInput& input) : in(input), e(input.extent) {}
+
+  std::int64_t index(std::int64_t n, std::int64_t c, std::int64_t s) const {
+    return in.layout == Layout::kNCS ? (n * e.c + c) * e.s + s : (n * e.s + s) * e.c + c;
+  }
+  std::int64_t affine_index(std::int64_t n, std::int64_t c) const {
+    return in.affine_per_sample ? n * e.c + c : c;
+  }
+  std::int64_t affine_count() const { return in.affine_per_sample ? e.n * e.c : e.c; }
+
+  double x(std::int64_t n, std::int64_t c, std::int64_t s) const {
+    return load(in.x, index(n, c, s));
+  }
+  double scale(std::int64_t n, std::int64_t c) const {
+    return in.scale ? load(in.scale, affine_index(n, c)) : 1.0;
+  }
+  double bias(std::int64_t n, std::int64_t c) const {
+    return in.bias ? load(in.bias, affine_index(n, c)) : 0.0;
+  }
+  bool counts(std::int64_t n, std::int64_t c, std::int64_t s) const {
+    switch (in.mask.kind) {
+      case MaskKind::kNone:
+        return true;
+      case MaskKind::kRow:
+        return in.mask.data[n * e.s + s] != 0;
+      case MaskKind::kElement:
+        return in.mask.data[index(n, c, s)] != 0;
+    }
+    return true;
+  }
+  // What the activation is applied to.
+  double z(std::int64_t n, std::int64_t c, std::int64_t s, double mean, double rstd) const {
+    const double residual = in.residual ? load(in.residual, index(n, c, s)) : 0.0;
+    return (x(n, c, s) - mean) * (rstd * scale(n, c)) + bias(n, c) + residual;
+  }
+
+  template <class Body>
+  void for_each(const Slice& slice, Body body) const {
+    for (std::int64_t n = slice.n_begin; n < slice.n_end; ++n) {
+      for (std::int64_t c = slice.c_begin; c < slice.c_end; ++c) {
+        for (std::int64_t s = 0; s < e.s; ++s) body(n, c, s);
+      }
+    }
+  }
+
+  // Sums are taken relative to the first value, so that equal values give exactly that value and variance 0.
+  Moments moments(const Slice& slice) const {
+    double count = 0.0, pivot = 0.0;
+    long double sum = 0.0L, square_sum = 0.0L;
+    for_each(slice, [&](std::int64_t n, std::int64_t c, std::int64_t s) {
+      if (!counts(n, c, s)) return;
+      if (count == 0.0) pivot = x(n, c, s);
+      count += 1.0;
+      sum += static_cast<long double>(x(n, c, s)) - pivot;
+    });
+    const long double mean = pivot + sum / count;
+    for_each(slice, [&](std::int64_t n, std::int64_t c, std::int64_t s) {
+      if (!counts(n, c, s)) return;
+      const long double centred = x(n, c, s) - mean;
+      square_sum += centred * centred;
+    });
+    return {count, static_cast<double>(mean), static_cast<double>(square_sum / count)};
+  }
+
+  void apply(const Slice& slice, double mean, double rstd, MutableTensor y) const {
+    for_each(slice, [&](std::int64_t n, std::int64_t c, std::int64_t s) {
+      store(y, index(n, c, s), activate(in.activation, z(n, c, s, mean, rstd)));
+    });
+  }
+
+  const NormInput& in;
+  const Extent e;
+};
+
+// Gradients of one slice after another; those of scale and bias are stored by finish().
+class Backward {
+ public:
+  Backward(const NormInput& input, ConstTensor grad_y, const NormGradients& grad)
+      : input_(input),
+        grad_y_(grad_y),
+        grad_(grad),
+        scale_sums_(static_cast<std::size_t>(input_.affine_count())),
+        bias_sums_(scale_sums_.size()) {}
+
+  void add_slice(const Slice& slice, double mean, double rstd, bool batch_statistics) {
+    double count = 0.0;
+    long double h_sum = 0.0L, hx_sum = 0.0L;
+    input_.for_each(slice, [&](std::int64_t n, std::int64_t c, std::int64_t s) {
+      const bool counts = input_.counts(n, c, s);
+      if (counts) count += 1.0;
+      const double grad_z = grad_z_at(n, c, s, mean, rstd, counts);
+      const double xhat = (input_.x(n, c, s) - mean) * rstd;
+      const double product = !counts && grad_z == 0.0 ? 0.0 : grad_z * xhat;
+      const auto affine = static_cast<std::size_t>(input_.affine_index(n, c));
+      scale_sums_[affine] += product;
+      bias_sums_[affine] += grad_z;
+      h_sum += static_cast<long double>(grad_z) * input_.scale(n, c);
+      hx_sum += static_cast<long double>(product) * input_.scale(n, c);
+    });
+    input_.for_each(slice, [&](std::int64_t n, std::int64_t c, std::int64_t s) {
+      const bool counts = input_.counts(n, c, s);
+      const double grad_z = grad_z_at(n, c, s, mean, rstd, counts);
+      double grad_xhat = grad_z * input_.scale(n, c);
+      if (batch_statistics && counts) {
+        const double xhat = (input_.x(n, c, s) - mean) * rstd;
+        grad_xhat -= static_cast<double>((h_sum + xhat * hx_sum) / count);
+      }
+      if (grad_.x) store(grad_.x, input_.index(n, c, s), rstd * grad_xhat);
+      if (grad_.residual) store(grad_.residual, input_.index(n, c, s), grad_z);
+    });
+  }
+
+  void finish() const {
+    for (std::size_t i = 0; i < scale_sums_.size(); ++i) {
+      const auto index = static_cast<std::int64_t>(i);
+      if (grad_.scale) store(grad_.scale, index, static_cast<double>(scale_sums_[i]));
+      if (grad_.bias) store(grad_.bias, index, static_cast<double>(bias_sums_[i]));
+    }
+  }
+
+ private:
+  // A masked-out value may be NaN: it must not get into the gradients through 0 * NaN.
+  double grad_z_at(std::int64_t n, std::int64_t c, std::int64_t s, double mean, double rstd,
+                   bool counts) const {
+    const double grad_y = load(grad_y_, input_.index(n, c, s));
+    if (!counts && grad_y == 0.0) return 0.0;
+    return grad_y * activate_derivative(input_.in.activation, input_.z(n, c, s, mean, rstd));
+  }
+
+  const Input input_;
+  const ConstTensor grad_y_;
+  const NormGradients grad_;
+  std::vector<long double> scale_sums_, bias_sums_;
+};
+
+Slice channel_slice(const Extent& extent, std::int64_t channel) {
+  return {0, extent.n, channel, channel + 1};
+}
+
+Slice group_slice(const Extent& extent, std::int64_t num_groups, std::int64_t slice) {
+  const std::int64_t n = slice / num_groups, group = slice % num_groups;
+  const std::int64_t group_size = extent.c / num_groups;
+  return {n, n + 1, group * group_size, (group + 1) * group_size};
+}
+
+void update(const RunningStatistics& running, std::int64_t channel, const Moments& moments) {
+  if (!running.mean || moments.count == 0.0) return;
+  const double weight = running.cumulative
+                            ? 1.0 / static_cast<double>(*running.num_batches_tracked)
+                            : running.momentum;
+  const bool correct = running.unbiased && moments.count > 1.0;
+  const double var = correct ? moments.var * moments.count / (moments.count - 1.0) : moments.var;
+  const auto blend = [&](MutableTensor tensor, double value) {
+    store(tensor, channel, (1.0 - weight) * load(tensor, channel) + weight * value);
+  };
+  blend(running.mean, moments.mean);
+  blend(running.var, var);
+}
+
+}  // namespace
+
+double load(ConstTensor tensor, std::int64_t index) {
+  switch (tensor.dtype) {
+    case DType::kFloat64:
+      return read<double>(tensor.data, index);
+    case DType::kFloat32:
+      return read<float>(tensor.data, index);
+    case DType::kBFloat16:
+      return kBFloat16Format.decode(read<std::uint16_t>(tensor.data, index));
+    case DType::kFloat16:
+      return kFloat16Format.decode(read<std::uint16_t>(tensor.data, index));
+  }
+  return 0.0;
+}
+
+void store(MutableTensor tensor, std::int64_t index, double value) {
+  switch (tensor.dtype) {
+    case DType::kFloat64:
+      return write(tensor.data, index, value);
+    case DType::kFloat32:
+      return write(tensor.data, index, static_cast<float>(value));
+    case DType::kBFloat16:
+      return write(tensor.data, index, kBFloat16Format.encode(value));
+    case DType::kFloat16:
+      return write(tensor.data, index, kFloat16Format.encode(value));
+  }
+}
+
+void batch_norm_forward(const BatchNormForwardArgs& args) {
+  const Input input(args.input);
+  if (input.e.numel() == 0) return;
+  if (args.running.num_batches_tracked != nullptr) ++*args.running.num_batches_tracked;
+  for (std::int64_t c = 0; c < input.e.c; ++c) {
+    const Slice slice = channel_slice(input.e, c);
+    const Moments moments = input.moments(slice);
+    const double rstd = compute_rstd(moments.var, args.input.eps);
+    args.mean[c] = moments.mean;
+    store(args.rstd, c, rstd);
+    update(args.running, c, moments);
+    input.apply(slice, moments.mean, rstd, args.y);
+  }
+}
+
+void batch_norm_inference(const BatchNormInferenceArgs& args) {
+  const Input input(args.input);
+  if (input.e.numel() == 0) return;
+  for (std::int64_t c = 0; c < input.e.c; ++c) {
+    const double rstd = compute_rstd(load(args.running_var, c), args.input.eps);
+    store(args.rstd, c, rstd);
+    input.apply(channel_slice(input.e, c), load(args.running_mean, c), rstd, args.y);
+  }
+}
+
+void batch_norm_backward(const BatchNormBackwardArgs& args) {
+  const Extent& extent = args.input.extent;
+  if (extent.numel() == 0) return;
+  Backward backward(args.input, args.grad_y, args.grad);
+  for (std::int64_t c = 0; c < extent.c; ++c) {
+    backward.add_slice(channel_slice(extent, c), load(args.mean, c), load(args.rstd, c),
+                       args.batch_statistics);
+  }
+  backward.finish();
+}
+
+void group_norm_forward(const GroupNormForwardArgs& args) {
+  const Input input(args.input);
+  if (input.e.numel() == 0) return;
+  for (std::int64_t i = 0; i < input.e.n * args.num_groups; ++i) {
+    const Slice slice = group_slice(input.e, args.num_groups, i);
+    const Moments moments = input.moments(slice);
+    const double rstd = compute_rstd(moments.var, args.input.eps);
+    args.mean[i] = moments.mean;
+    store(args.rstd, i, rstd);
+    input.apply(slice, moments.mean, rstd, args.y);
+  }
+}
+
+void group_norm_backward(const GroupNormBackwardArgs& args) {
+  const Extent& extent = args.input.extent;
+  Backward backward(args.input, args.grad_y, args.grad);
+  if (extent.numel() > 0) {
+    for (std::int64_t i = 0; i < extent.n * args.num_groups; ++i) {
+      backward.add_slice(group_slice(extent, args.num_groups, i), args.mean[i],
+                         load(args.rstd, i), true);
+    }
+  }
+  backward.finish();
+}
+
+}  // namespace normcore::kernels::reference

@@ -1,0 +1,62 @@
+// How one call will run: a pure function of shape, dtype and number of threads, so that every choice can be tested
+// and printed without running anything. The reduction tree (chunk, fold) depends on the shape of one slice only,
+// never on the number of threads or of slices: results are bit-identical for every executor, and for every batch size
+// where a slice lies in one sample.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "normcore/kernels/norm_input.h"
+
+namespace normcore::kernels {
+
+enum class Pass : std::uint8_t { kForward, kInference, kBackward };
+
+// What a plan may look at. num_groups = 0 is batch norm (one slice per channel).
+struct Problem {
+  Extent extent;
+  Layout layout = Layout::kNCS;
+  DType dtype = DType::kFloat32;  // of x
+  MaskKind mask = MaskKind::kNone;
+  bool affine_per_sample = false;
+  std::int64_t num_groups = 0;
+  Pass pass = Pass::kForward;
+
+  Problem() = default;
+  Problem(const NormInput& input, std::int64_t num_groups, Pass pass)
+      : extent(input.extent),
+        layout(input.layout),
+        dtype(input.x.dtype),
+        mask(input.mask.kind),
+        affine_per_sample(input.affine_per_sample),
+        num_groups(num_groups),
+        pass(pass) {}
+};
+
+enum class CpuPath : std::uint8_t {
+  kSlice,  // a task owns whole slices: it reduces, then applies while the slice is in cache
+  kChunk,  // all chunks of all slices are reduced in parallel, then all pieces are applied in parallel
+};
+
+struct CpuPlan {
+  CpuPath path = CpuPath::kSlice;
+  std::int64_t chunk = 0;   // kNCS: values of a run, kNSC: (folded) rows that are reduced in compute_type arithmetic
+  std::int64_t fold = 1;    // kNSC: rows treated as one row of fold * c columns
+  std::int64_t tiles = 0;   // slices or groups of slices that are finished together
+  std::int64_t chunks = 0;  // chunks per tile
+  std::int64_t tasks = 1;   // kSlice: ranges of tiles that run in parallel
+  std::size_t workspace_bytes = 0;
+  const char* reason = "";  // why this path, static storage
+};
+
+CpuPlan plan_cpu(const Problem& problem, int num_threads);
+
+// One line for people: path, chunk, workspace and reason.
+std::string describe(const CpuPlan& plan);
+
+// Name of the instruction set that the CPU kernels use on this machine, e.g. "AVX2".
+const char* simd_target();
+
+}  // namespace normcore::kernels

@@ -1,0 +1,23 @@
+// The outcome of a kernel entry. Kernels never throw: the torch layer turns a status into an error.
+// kInvalidArgument means that the caller broke the contract of the args struct (a bug in the caller, since user
+// arguments are checked before); kDeviceError carries the device runtime's code and text.
+#pragma once
+
+namespace normcore::kernels {
+
+enum class StatusCode : unsigned char { kOk, kInvalidArgument, kDeviceError };
+
+struct [[nodiscard]] Status {
+  StatusCode code = StatusCode::kOk;
+  int device_code = 0;          // cudaError_t of a kDeviceError
+  const char* message = "";     // static storage: names the violated rule, or the device's own text
+
+  bool ok() const { return code == StatusCode::kOk; }
+
+  static constexpr Status success() { return {}; }
+  static constexpr Status invalid(const char* rule) {
+    return {StatusCode::kInvalidArgument, 0, rule};
+  }
+};
+
+}  // namespace normcore::kernels
