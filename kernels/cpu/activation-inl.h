@@ -1,6 +1,6 @@
-// Vector versions of the activations of activation.h and of their derivatives. float32: relative error of a few units in
-// the last place, also in the tails (no 1 + erf cancellation); float64 as exact as the C library.
-// Per-target code: included once for each instruction set.
+// Vector versions of the activations of activation.h and of their derivatives. float32: relative
+// error of a few units in the last place, also in the tails (no 1 + erf cancellation); float64 as
+// exact as the C library. Per-target code: included once for each instruction set.
 #if defined(NORMCORE_KERNELS_CPU_ACTIVATION_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef NORMCORE_KERNELS_CPU_ACTIVATION_INL_H_
 #undef NORMCORE_KERNELS_CPU_ACTIVATION_INL_H_
@@ -55,18 +55,20 @@ HWY_INLINE NormalDistribution<A> normal_distribution(Vector<A> x) {
   const Tag<A> d;
   if constexpr (sizeof(A) == 4) {
     const auto a = hn::Min(hn::Abs(x), constant<A>(20.0));  // exp(-200) is 0
-    // exp(-a^2/2) with the square in two parts: its rounding error would be multiplied by a^2/2 otherwise
+    // exp(-a^2/2) with the square in two parts: its rounding error would be multiplied by a^2/2
+    // otherwise
     const auto square = hn::Mul(a, a);
     const auto square_error = hn::MulSub(a, a, square);
     const auto half = constant<A>(0.5);
     const auto gauss = hn::Mul(exponential<A>(hn::Mul(square, constant<A>(-0.5))),
                                hn::NegMulAdd(half, square_error, constant<A>(1.0)));
-    // Phi(-a) exp(a^2/2) for a >= 0 as t times a polynomial in t = 1 / (1 + 0.35 a); fitted for [0, 14.5], relative
-    // error 3.2e-8
+    // Phi(-a) exp(a^2/2) for a >= 0 as t times a polynomial in t = 1 / (1 + 0.35 a); fitted for
+    // [0, 14.5], relative error 3.2e-8
     const auto t = hn::Div(constant<A>(1.0), hn::MulAdd(constant<A>(0.35), a, constant<A>(1.0)));
-    constexpr float kTail[] = {-0.029157016426324844f, 0.14402702450752258f, -0.25583159923553467f,
-                               0.1593119502067566f,    -0.023207461461424828f, 0.1055506020784378f,
-                               0.11982173472642899f,   0.13986346125602722f,   0.139621302485466f};
+    constexpr float kTail[] = {
+        -0.029157016426324844f, 0.14402702450752258f,   -0.25583159923553467f,
+        0.1593119502067566f,    -0.023207461461424828f, 0.1055506020784378f,
+        0.11982173472642899f,   0.13986346125602722f,   0.139621302485466f};
     auto p = hn::Set(d, kTail[0]);
     for (int i = 1; i < 9; ++i) p = hn::MulAdd(p, t, hn::Set(d, kTail[i]));
     const auto tail = hn::Mul(hn::Mul(p, t), gauss);
@@ -128,9 +130,8 @@ HWY_INLINE Vector<A> activation_derivative(Activation activation, Vector<A> z) {
     }
     case Activation::kGeluTanh: {
       const auto s = sigmoid<A>(twice_gelu_tanh_argument<A>(z));
-      const auto slope = hn::Mul(
-          hn::MulAdd(hn::Mul(z, z), constant<A>(3.0 * kGeluTanhCubic), one),
-          constant<A>(2.0 * kSqrtTwoOverPi));
+      const auto slope = hn::Mul(hn::MulAdd(hn::Mul(z, z), constant<A>(3.0 * kGeluTanhCubic), one),
+                                 constant<A>(2.0 * kSqrtTwoOverPi));
       return hn::MulAdd(hn::Mul(z, hn::Mul(s, hn::Sub(one, s))), slope, s);
     }
   }

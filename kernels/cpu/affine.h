@@ -1,4 +1,5 @@
-// Scale and bias in the arithmetic type, converted once per call into the workspace where their dtype differs.
+// Scale and bias in the arithmetic type, converted once per call into the workspace where their
+// dtype differs.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,7 @@ class Affine {
  private:
   static const A* converted(ConstTensor tensor, std::int64_t count, A* out) {
     if (!tensor) return nullptr;
-    constexpr DType kArithmetic =
-        std::is_same_v<A, double> ? DType::kFloat64 : DType::kFloat32;
+    constexpr DType kArithmetic = std::is_same_v<A, double> ? DType::kFloat64 : DType::kFloat32;
     if (tensor.dtype == kArithmetic) return static_cast<const A*>(tensor.data);
     for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<A>(load_element(tensor, i));
     return out;

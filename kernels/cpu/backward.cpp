@@ -14,7 +14,8 @@ struct ChannelSums {
   double g = 0.0, g_centered = 0.0;
 };
 
-// What both layouts share: saved statistics, coefficients of grad_x and gradients of the parameters.
+// What both layouts share: saved statistics, coefficients of grad_x and gradients of the
+// parameters.
 template <class A>
 class Gradients {
  public:
@@ -27,7 +28,8 @@ class Gradients {
   const BackwardCall& call() const { return call_; }
   bool group_norm() const { return call_.num_groups != 0; }
 
-  // The sums are needed for grad_x only through the statistics; the second sweep only for grad_x and grad_residual.
+  // The sums are needed for grad_x only through the statistics; the second sweep only for grad_x
+  // and grad_residual.
   bool needs_sums() const {
     return call_.grad.scale || call_.grad.bias || (call_.grad.x && call_.batch_statistics);
   }
@@ -42,8 +44,8 @@ class Gradients {
     out.set_affine(entry, statistics(slice), affine_, sample, channel);
   }
 
-  // One slice of `channels` channels with `count` values that count. sums[] hold g and g * (x - center), as reduced;
-  // center differs from the mean by its rounding error.
+  // One slice of `channels` channels with `count` values that count. sums[] hold g and g * (x -
+  // center), as reduced; center differs from the mean by its rounding error.
   void finish_slice(const TileState<A>& out, std::int64_t entry, std::int64_t slice,
                     std::int64_t sample, std::int64_t channel, std::int64_t channels, double count,
                     ChannelSums* sums) const {
@@ -56,10 +58,12 @@ class Gradients {
       const double scale = affine_.scale(sample, channel + i);
       h += scale * sums[i].g;
       h_centered += scale * sums[i].g_centered;
-      store_parameters(sample, channel + i, sums[i], rstd);
     }
+    store_parameters(sample, channel, channels, sums, rstd);
     if (!call_.batch_statistics) return;
-    if (count == 1.0 && !call_.input.mask) {  // y does not depend on x: exactly 0, not the difference of equal terms
+    if (count == 1.0 &&
+        !call_.input
+             .mask) {  // y does not depend on x: exactly 0, not the difference of equal terms
       out.scale[entry] = out.slope[entry] = out.offset[entry] = A{0};
       return;
     }
@@ -109,18 +113,23 @@ class Gradients {
     if (call_.grad.bias) store_element(call_.grad.bias, index, bias);
   }
 
-  void store_parameters(std::int64_t sample, std::int64_t channel, const ChannelSums& sums,
-                        double rstd) const {
+  // `first` is the index of the slice's first channel.
+  void store_parameters(std::int64_t sample, std::int64_t first, std::int64_t channels,
+                        const ChannelSums* sums, double rstd) const {
     const std::int64_t c = call_.input.extent.c;
-    const double scale = sums.g_centered * rstd;
     if (!partial_parameters()) {
-      store_gradients(sample * c + channel, scale, sums.g);
+      for (std::int64_t i = 0; i < channels; ++i) {
+        store_gradients(sample * c + first + i, sums[i].g_centered * rstd, sums[i].g);
+      }
       return;
     }
-    double* const out = parameters_ + (sample / block_ * c + channel) * 2;
-    const bool first = sample % block_ == 0;  // samples of a block come in order
-    out[0] = (first ? 0.0 : out[0]) + scale;
-    out[1] = (first ? 0.0 : out[1]) + sums.g;
+    double* const out = parameters_ + (sample / block_ * c + first) * 2;
+    if (sample % block_ == 0)
+      std::fill_n(out, 2 * channels, 0.0);  // a block's samples come in order
+    for (std::int64_t i = 0; i < channels; ++i) {
+      out[2 * i] += sums[i].g_centered * rstd;
+      out[2 * i + 1] += sums[i].g;
+    }
   }
 
   const BackwardCall& call_;
@@ -158,8 +167,8 @@ class PlanesBackward {
     const std::int64_t offset = geometry_.offset(tile) + chunk.offset;
     const RunBlock block{geometry_.records(tile), geometry_.record_stride(), chunk.runs,
                          geometry_.run_stride(), chunk.length};
-    const auto args = gradients_.args(offset, mask(offset, chunk.row_mask_offset),
-                                      tile_state(state).view(0));
+    const auto args =
+        gradients_.args(offset, mask(offset, chunk.row_mask_offset), tile_state(state).view(0));
     simd_.sums_of_runs(args, block, static_cast<GradientSums*>(partial));
   }
 
@@ -178,8 +187,8 @@ class PlanesBackward {
     }
     const std::int64_t per_slice = gradients_.group_norm() ? planes : 1;
     for (std::int64_t p = 0; p < planes; p += per_slice) {
-      gradients_.finish_slice(out, p, slice(tile, p), geometry_.sample(tile), channel + p, per_slice,
-                              count(tile, channel + p, per_slice), sums + p);
+      gradients_.finish_slice(out, p, slice(tile, p), geometry_.sample(tile), channel + p,
+                              per_slice, count(tile, channel + p, per_slice), sums + p);
     }
   }
 
@@ -245,22 +254,26 @@ class RowsBackward {
 
   void prepare(std::int64_t tile, char* state) const {
     const TileState<A> out = tile_state(state);
-    const std::int64_t c = gradients_.call().input.extent.c, groups = slices_per_tile(), d = c / groups;
-    for (std::int64_t i = 0; i < c; ++i) gradients_.set_affine(out, i, tile * groups + i / d, tile, i);
+    const std::int64_t c = gradients_.call().input.extent.c, groups = slices_per_tile(),
+                       d = c / groups;
+    for (std::int64_t i = 0; i < c; ++i)
+      gradients_.set_affine(out, i, tile * groups + i / d, tile, i);
     out.repeat(c, geometry_.width());
   }
 
   void reduce(std::int64_t tile, std::int64_t index, char* state, void* partial) const {
     const RowChunk chunk = geometry_.chunk(index);
     auto* const g = static_cast<A*>(partial);
-    simd_.sums_of_rows(args(tile, chunk, state), chunk.rows, chunk.columns, g, g + geometry_.width());
+    simd_.sums_of_rows(args(tile, chunk, state), chunk.rows, chunk.columns, g,
+                       g + geometry_.width());
   }
 
   void finish(std::int64_t tile, char* state, const Partials& partials) const {
     if (!gradients_.needs_sums()) return;
     const TileState<A> out = tile_state(state);
     auto* const sums = reinterpret_cast<ChannelSums*>(out.scratch);
-    const std::int64_t c = gradients_.call().input.extent.c, groups = slices_per_tile(), d = c / groups;
+    const std::int64_t c = gradients_.call().input.extent.c, groups = slices_per_tile(),
+                       d = c / groups;
     std::fill_n(sums, c, ChannelSums{});
     for (std::int64_t k = 0; k < geometry_.chunks(); ++k) {
       const auto* const g = static_cast<const A*>(partials[k]);
@@ -287,7 +300,8 @@ class RowsBackward {
  private:
   TileState<A> tile_state(char* state) const { return TileState<A>(state, geometry_.width(), 5); }
   std::int64_t slices_per_tile() const {
-    return gradients_.group_norm() ? gradients_.call().num_groups : gradients_.call().input.extent.c;
+    return gradients_.group_norm() ? gradients_.call().num_groups
+                                   : gradients_.call().input.extent.c;
   }
   GradientArgs<A> args(std::int64_t tile, const RowChunk& chunk, char* state) const {
     const NormInput& in = gradients_.call().input;

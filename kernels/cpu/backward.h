@@ -1,4 +1,5 @@
-// The backward pass of every norm on the CPU, over slices of either layout. Internal to kernels/cpu.
+// The backward pass of every norm on the CPU, over slices of either layout. Internal to
+// kernels/cpu.
 #pragma once
 
 #include "normcore/kernels/executor.h"

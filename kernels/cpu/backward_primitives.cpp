@@ -1,6 +1,7 @@
-// Backward primitives: sums of g and g * (x - center), and the gradients with respect to x and the residual, where
-// g = grad_y * activation'(z). z is computed again from x: nothing but mean and rstd is kept from the forward pass.
-// A masked-out value whose grad_y is 0 takes part with g = 0 and x = center, whatever it holds.
+// Backward primitives: sums of g and g * (x - center), and the gradients with respect to x and the
+// residual, where g = grad_y * activation'(z). z is computed again from x: nothing but mean and
+// rstd is kept from the forward pass. A masked-out value whose grad_y is 0 takes part with g = 0
+// and x = center, whatever it holds.
 #include "cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -21,7 +22,8 @@ HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {
 namespace {
 
-// How much of the general formula a call needs. kPlain: grad_y has the dtype of x, no activation, no mask.
+// How much of the general formula a call needs. kPlain: grad_y has the dtype of x, no activation,
+// no mask.
 enum class Epilogue { kPlain, kGeneral };
 
 // One run or row of the operands; offsets are applied once.
@@ -77,8 +79,8 @@ HWY_INLINE Vector<A> subtract_or_zero(hn::Mask<Tag<A>> keep, Vector<A> x, Vector
 }
 
 template <Epilogue kEpilogue, class T, class A, class Unit, class Source>
-HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, A>& in, const Source& source,
-                                        const Pair<A>& center) {
+HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, A>& in,
+                                        const Source& source, const Pair<A>& center) {
   const Tag<A> d;
   const auto x = u.load(in.x);
   Gradient<A> out;
@@ -110,10 +112,10 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, A>& in,
       const auto r = load_any<A>(u, in.residual);
       z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)};
     }
-    out.g = {hn::IfThenElseZero(
-                 keep.lo, hn::Mul(out.g.lo, activation_derivative<A>(in.activation, z.lo))),
-             hn::IfThenElseZero(
-                 keep.hi, hn::Mul(out.g.hi, activation_derivative<A>(in.activation, z.hi)))};
+    out.g = {hn::IfThenElseZero(keep.lo,
+                                hn::Mul(out.g.lo, activation_derivative<A>(in.activation, z.lo))),
+             hn::IfThenElseZero(keep.hi,
+                                hn::Mul(out.g.hi, activation_derivative<A>(in.activation, z.hi)))};
   }
   return out;
 }
@@ -154,10 +156,10 @@ void sums_of_runs(const GradientArgs<A>& args, const RunBlock& block, GradientSu
       const auto center = broadcast(args.coefficients.center[record]);
       SumPair<A> even, odd;
       for (std::int64_t run = 0; run < block.runs; ++run) {
-        const std::uint8_t* mask = args.mask.data == nullptr
-                                       ? nullptr
-                                       : args.mask.data + record * args.mask.record_stride +
-                                             run * args.mask.run_stride;
+        const std::uint8_t* mask =
+            args.mask.data == nullptr
+                ? nullptr
+                : args.mask.data + record * args.mask.record_stride + run * args.mask.run_stride;
         const Operands<T, A> in(args, record * block.record_stride + run * block.run_stride, mask,
                                 false);
         const auto add = [&](const auto& u, SumPair<A>& sums) HWY_ATTR {
@@ -176,11 +178,11 @@ void sums_of_runs(const GradientArgs<A>& args, const RunBlock& block, GradientSu
         }
         if (i < block.length) add(LastUnit<A>(block.length), odd);
       }
-      out[record].g = sum_of_lanes<A>(
-          hn::Add(hn::Add(even.g.lo, odd.g.lo), hn::Add(even.g.hi, odd.g.hi)));
-      out[record].g_centered = sum_of_lanes<A>(
-          hn::Add(hn::Add(even.g_centered.lo, odd.g_centered.lo),
-                  hn::Add(even.g_centered.hi, odd.g_centered.hi)));
+      out[record].g =
+          sum_of_lanes<A>(hn::Add(hn::Add(even.g.lo, odd.g.lo), hn::Add(even.g.hi, odd.g.hi)));
+      out[record].g_centered =
+          sum_of_lanes<A>(hn::Add(hn::Add(even.g_centered.lo, odd.g_centered.lo),
+                                  hn::Add(even.g_centered.hi, odd.g_centered.hi)));
     }
   });
 }

@@ -18,7 +18,8 @@ void forward(const BatchNormForwardArgs& args, const CpuPlan& plan, void* worksp
 template <class A>
 void inference(const BatchNormInferenceArgs& args, const CpuPlan& plan, void* workspace,
                const CpuExecutor& executor) {
-  const GivenStatistics<A> statistics{args.input.eps, args.running_mean, args.running_var, args.rstd};
+  const GivenStatistics<A> statistics{args.input.eps, args.running_mean, args.running_var,
+                                      args.rstd};
   run_forward(args.input, 0, Pass::kInference, statistics, args.y, plan, workspace, executor);
 }
 

@@ -1,5 +1,5 @@
-// The coefficients of a tile in the workspace: arrays of the arithmetic type, one entry per plane or per column, and
-// float64 scratch behind them.
+// The coefficients of a tile in the workspace: arrays of the arithmetic type, one entry per plane
+// or per column, and float64 scratch behind them.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,8 @@ namespace normcore::kernels {
 template <class A>
 class TileState {
  public:
-  // `arrays`: 3 for the forward pass (center, scale, shift), 5 for the backward pass (also slope, offset).
+  // `arrays`: 3 for the forward pass (center, scale, shift), 5 for the backward pass (also slope,
+  // offset).
   TileState(void* state, std::int64_t entries, int arrays)
       : center(static_cast<A*>(state)),
         scale(center + padded(entries)),
@@ -30,8 +31,8 @@ class TileState {
   A* offset;
   double* scratch;
 
-  // z = (x - center) * scale + shift for one channel. center is the mean rounded to A; what the rounding lost is put
-  // back through shift, in float64.
+  // z = (x - center) * scale + shift for one channel. center is the mean rounded to A; what the
+  // rounding lost is put back through shift, in float64.
   void set_affine(std::int64_t entry, const SliceStatistics<A>& statistics, const Affine<A>& affine,
                   std::int64_t sample, std::int64_t channel) const {
     const A rounded_mean = static_cast<A>(statistics.mean);

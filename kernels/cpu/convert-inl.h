@@ -1,5 +1,6 @@
-// Vectors of arithmetic type A from and to elements of any dtype, and the unit in which every loop walks a run: two
-// vectors, whole or cut at the end of the run. Per-target code: included once for each instruction set.
+// Vectors of arithmetic type A from and to elements of any dtype, and the unit in which every loop
+// walks a run: two vectors, whole or cut at the end of the run. Per-target code: included once for
+// each instruction set.
 #if defined(NORMCORE_KERNELS_CPU_CONVERT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef NORMCORE_KERNELS_CPU_CONVERT_INL_H_
 #undef NORMCORE_KERNELS_CPU_CONVERT_INL_H_
@@ -14,7 +15,8 @@
 
 #include "cpu/element.h"
 
-// x86 before F16C and the emulated baseline convert float16 by truncation (Highway 1.0): there we round by integers.
+// x86 before F16C and the emulated baseline convert float16 by truncation (Highway 1.0): there we
+// round by integers.
 #undef NORMCORE_NATIVE_FLOAT16
 #if (HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2) || HWY_TARGET == HWY_NEON
 #define NORMCORE_NATIVE_FLOAT16 1
@@ -167,7 +169,8 @@ HWY_INLINE void store_vector(Vector<A> v, T* p) {
   } else if constexpr (std::is_same_v<A, double> && std::is_same_v<T, float>) {
     const hn::Rebind<float, Tag<double>> df;
     hn::StoreU(hn::DemoteTo(df, v), df, p);
-  } else if constexpr (std::is_same_v<A, double>) {  // rare: one exact rounding matters more than speed
+  } else if constexpr (std::is_same_v<A, double>) {  // rare: one exact rounding matters more than
+                                                     // speed
     HWY_ALIGN double lane[HWY_MAX_BYTES / sizeof(double)];
     hn::Store(v, d, lane);
     for (std::int64_t i = 0; i < lanes<double>(); ++i) p[i] = from_double<T>(lane[i]);
@@ -250,8 +253,9 @@ HWY_INLINE PairMask<A> WholeUnit<A>::load_mask(const std::uint8_t* run) const {
   return {load_mask_vector<A>(run + at), load_mask_vector<A>(run + at + lanes<A>())};
 }
 
-// The end of a run. Runs of at least a unit: the last whole unit, which overlaps values already seen; `only_new` clears
-// those, storing them again writes the same bits. Shorter runs: `count` values, the rest of the lanes is 0.
+// The end of a run. Runs of at least a unit: the last whole unit, which overlaps values already
+// seen; `only_new` clears those, storing them again writes the same bits. Shorter runs: `count`
+// values, the rest of the lanes is 0.
 template <class A>
 struct LastUnit {
   static constexpr bool kWhole = false;
@@ -308,7 +312,8 @@ HWY_INLINE void for_each_unit(std::int64_t n, Body&& body) {
   if (i < n) body(LastUnit<A>(n));
 }
 
-// Calls f(TypeTag<T>) for the dtype of x: float64 tensors are computed in float64, all others in float32.
+// Calls f(TypeTag<T>) for the dtype of x: float64 tensors are computed in float64, all others in
+// float32.
 template <class A, class F>
 HWY_INLINE void visit_elements(DType dtype, F&& f) {
   if constexpr (std::is_same_v<A, double>) {
@@ -322,7 +327,8 @@ HWY_INLINE void visit_elements(DType dtype, F&& f) {
   }
 }
 
-// ---- tensors whose dtype is known only at run time (outputs, residuals and gradients of another dtype than x)
+// ---- tensors whose dtype is known only at run time (outputs, residuals and gradients of another
+// dtype than x)
 
 // The dtypes that can stand beside arithmetic in A: no float64 beside float32 arithmetic.
 template <class A, class F>

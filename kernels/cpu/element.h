@@ -1,5 +1,6 @@
-// Element types as the CPU kernels see them, their exact scalar conversions, and the one visitor that turns a DType
-// into a type. BFloat16 and Float16 are bit patterns; stores round to nearest, ties to even, and keep NaN a NaN.
+// Element types as the CPU kernels see them, their exact scalar conversions, and the one visitor
+// that turns a DType into a type. BFloat16 and Float16 are bit patterns; stores round to nearest,
+// ties to even, and keep NaN a NaN.
 #pragma once
 
 #include <bit>

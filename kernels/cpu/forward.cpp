@@ -53,7 +53,8 @@ class PlanesForward {
     const std::int64_t planes = geometry_.planes(tile), records = geometry_.records(tile);
     SliceStatistics<A> statistics;
     for (std::int64_t p = 0; p < planes; ++p) {
-      if (p < records) {  // batch norm: every plane is a slice; group norm: the first record is the slice
+      if (p < records) {  // batch norm: every plane is a slice; group norm: the first record is the
+                          // slice
         const std::int64_t slice = call_.num_groups == 0 ? channel + p : tile;
         statistics = call_.statistics(slice, merged(partials, p));
       }
@@ -88,7 +89,9 @@ template <class A, class Statistics>
 class RowsForward {
  public:
   RowsForward(const ForwardCall<A, Statistics>& call, const Problem& problem)
-      : call_(call), geometry_(problem), chunks_(problem.pass == Pass::kInference ? 0 : geometry_.chunks()) {}
+      : call_(call),
+        geometry_(problem),
+        chunks_(problem.pass == Pass::kInference ? 0 : geometry_.chunks()) {}
 
   std::int64_t pieces(std::int64_t) const { return geometry_.chunks(); }
   std::int64_t chunk_grain() const { return 1; }
@@ -115,11 +118,7 @@ class RowsForward {
     }
     const std::int64_t groups = call_.num_groups == 0 ? c : call_.num_groups, d = c / groups;
     for (std::int64_t g = 0; g < groups; ++g) {
-      Moments slice;
-      for (std::int64_t i = g * d; i < (g + 1) * d; ++i) {
-        slice.merge({total.count[i], total.mean[i], total.m2[i]});
-      }
-      const auto statistics = call_.statistics(tile * groups + g, slice);
+      const auto statistics = call_.statistics(tile * groups + g, slice_of(total, g * d, d));
       for (std::int64_t i = g * d; i < (g + 1) * d; ++i) {
         out.set_affine(i, statistics, call_.affine, tile, i);
       }
@@ -129,8 +128,8 @@ class RowsForward {
 
   void apply(std::int64_t tile, std::int64_t index, char* state) const {
     const RowChunk chunk = geometry_.chunk(index);
-    call_.simd.apply_rows(call_.apply_args(offset(tile, chunk), tile_state(state).view(0)), chunk.rows,
-                          chunk.columns);
+    call_.simd.apply_rows(call_.apply_args(offset(tile, chunk), tile_state(state).view(0)),
+                          chunk.rows, chunk.columns);
   }
 
  private:
@@ -141,6 +140,29 @@ class RowsForward {
   ColumnMoments columns(void* partial) const {
     auto* p = static_cast<double*>(partial);
     return {p, p + geometry_.width(), p + 2 * geometry_.width()};
+  }
+  // The moments of `d` neighbouring channels. Their counts differ only under a mask of single
+  // values; equal counts need no division per channel.
+  Moments slice_of(const ColumnMoments& channels, std::int64_t first, std::int64_t d) const {
+    const double* const mean = channels.mean + first;
+    const double* const m2 = channels.m2 + first;
+    const double* const count = channels.count + first;
+    Moments slice{count[0], mean[0], m2[0]};
+    if (call_.input.mask.kind == MaskKind::kElement) {
+      for (std::int64_t i = 1; i < d; ++i) slice.merge({count[i], mean[i], m2[i]});
+      return slice;
+    }
+    double shift = 0.0, squares = 0.0;
+    for (std::int64_t i = 1; i < d; ++i) shift += mean[i] - mean[0];
+    slice.mean += shift / static_cast<double>(d);
+    for (std::int64_t i = 0; i < d; ++i) {
+      const double delta = mean[i] - slice.mean;
+      squares += delta * delta;
+    }
+    for (std::int64_t i = 1; i < d; ++i) slice.m2 += m2[i];
+    slice.m2 += count[0] * squares;
+    slice.count *= static_cast<double>(d);
+    return slice;
   }
   // Chan's formula for `c` columns at once, without branches so that it vectorises.
   static void merge(const ColumnMoments& total, const ColumnMoments& part, std::int64_t at,
@@ -164,18 +186,15 @@ class RowsForward {
 
 template <class Statistics>
 void run_forward(const NormInput& input, std::int64_t num_groups, Pass pass,
-                 const Statistics& statistics, MutableTensor y, const CpuPlan& plan, void* workspace,
-                 const CpuExecutor& executor) {
+                 const Statistics& statistics, MutableTensor y, const CpuPlan& plan,
+                 void* workspace, const CpuExecutor& executor) {
   const Problem problem(input, num_groups, pass);
   const WorkspaceLayout layout = workspace_layout(problem, plan);
   using A = typename Statistics::Arithmetic;
   auto* base = static_cast<char*>(workspace);
-  const ForwardCall<A, Statistics> call{input,
-                                        num_groups,
-                                        statistics,
-                                        y,
-                                        Affine<A>(input, reinterpret_cast<A*>(base)),
-                                        primitives<A>()};
+  const ForwardCall<A, Statistics> call{
+      input,          num_groups, statistics, y, Affine<A>(input, reinterpret_cast<A*>(base)),
+      primitives<A>()};
   char* const slots = base + layout.affine + layout.parameters;
   if (input.layout == Layout::kNCS) {
     run_tiles(PlanesForward<A, Statistics>(call, problem), problem, plan, layout, slots, executor);

@@ -7,11 +7,12 @@
 
 namespace normcore::kernels {
 
-// Reduces x (unless the problem is inference), turns the moments of each slice into statistics through
-// `statistics(slice, moments)`, and writes y. Statistics is BatchStatistics<A> or GivenStatistics<A>.
+// Reduces x (unless the problem is inference), turns the moments of each slice into statistics
+// through `statistics(slice, moments)`, and writes y. Statistics is BatchStatistics<A> or
+// GivenStatistics<A>.
 template <class Statistics>
 void run_forward(const NormInput& input, std::int64_t num_groups, Pass pass,
-                 const Statistics& statistics, MutableTensor y, const CpuPlan& plan, void* workspace,
-                 const CpuExecutor& executor);
+                 const Statistics& statistics, MutableTensor y, const CpuPlan& plan,
+                 void* workspace, const CpuExecutor& executor);
 
 }  // namespace normcore::kernels

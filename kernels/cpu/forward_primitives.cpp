@@ -1,9 +1,11 @@
-// Forward primitives: moments of runs and of rows, and the application of y = act((x - center) * scale + shift + res).
+// Forward primitives: moments of runs and of rows, and the application of y = act((x - center) *
+// scale + shift + res).
 //
-// Moments are taken about a pivot, in arithmetic A: the pivot is the mean of (at least) the first eighth of the values,
-// taken relative to the first value. Then sum (x - pivot)^2 is at most 9 times the centred sum of squares whatever the
-// data, so that subtracting sum^2 / n in float64 costs about 3 bits at worst, and constant data gives exactly 0.
-// Masked values are read but never used in arithmetic.
+// Moments are taken about a pivot, in arithmetic A: the pivot is the mean of (at least) the first
+// eighth of the values, taken relative to the first value. Then sum (x - pivot)^2 is at most 9
+// times the centred sum of squares whatever the data, so that subtracting sum^2 / n in float64
+// costs about 3 bits at worst, and constant data gives exactly 0. Masked values are read but never
+// used in arithmetic.
 #include "cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -62,7 +64,8 @@ HWY_INLINE A sum_about(const T* x, std::int64_t n, A pivot) {
 }
 
 template <class T, class A>
-HWY_INLINE void accumulate_run(const T* x, std::int64_t n, const Pair<A>& pivot, ShiftedSums<A>& sums) {
+HWY_INLINE void accumulate_run(const T* x, std::int64_t n, const Pair<A>& pivot,
+                               ShiftedSums<A>& sums) {
   const std::int64_t u = unit<A>();
   std::int64_t i = 0;
   for (; i + 2 * u <= n; i += 2 * u) {
@@ -174,8 +177,8 @@ HWY_INLINE void fill_zero(A* p, std::int64_t n) {
 }
 
 template <class T, class A>
-HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t width, const RowList& rows,
-                              StripSums<A>& s) {
+HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t width,
+                              const RowList& rows, StripSums<A>& s) {
   const std::int64_t head = (rows.size + 7) / 8;
   const T* first = x + rows[0] * stride;
   fill_zero(s.sum, width);
@@ -254,7 +257,8 @@ HWY_INLINE void masked_strip_moments(const T* x, const std::uint8_t* mask, std::
     for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
       const auto m = u.only_new(u.load_mask(mask + r * stride));
       const auto centered = subtract(u.load(x + r * stride), u.load(s.pivot));
-      const auto lo = hn::IfThenElseZero(m.lo, centered.lo), hi = hn::IfThenElseZero(m.hi, centered.hi);
+      const auto lo = hn::IfThenElseZero(m.lo, centered.lo),
+                 hi = hn::IfThenElseZero(m.hi, centered.hi);
       const auto sum = u.load(s.sum), square = u.load(s.square);
       u.store(Pair<A>{hn::Add(sum.lo, lo), hn::Add(sum.hi, hi)}, s.sum);
       u.store(Pair<A>{hn::MulAdd(lo, lo, square.lo), hn::MulAdd(hi, hi, square.hi)}, s.square);
@@ -290,14 +294,19 @@ void moments_of_rows(ConstTensor x, std::int64_t rows, std::int64_t width, const
         strip_moments<T, A>(values, width, columns, list, s);
       }
     });
-    if (!masked) std::fill(s.count, s.count + columns, static_cast<A>(list.size));
-    for (std::int64_t j = 0; j < columns; ++j) {
-      const double count = s.count[j], sum = s.sum[j];
-      const double weight = count == 0.0 ? 0.0 : 1.0 / count;
-      const double m2 = s.square[j] - sum * sum * weight;
+    const auto store = [&](std::int64_t j, double count, double weight) HWY_ATTR {
+      const double sum = s.sum[j];
       out.mean[at + j] = s.pivot[j] + sum * weight;
-      out.m2[at + j] = m2 < 0.0 ? 0.0 : m2;
+      out.m2[at + j] = std::max(s.square[j] - sum * sum * weight, 0.0);
       out.count[at + j] = count;
+    };
+    if (masked) {
+      for (std::int64_t j = 0; j < columns; ++j) {
+        store(j, s.count[j], s.count[j] == A{0} ? 0.0 : 1.0 / s.count[j]);
+      }
+    } else {
+      const double count = static_cast<double>(list.size), weight = 1.0 / count;
+      for (std::int64_t j = 0; j < columns; ++j) store(j, count, weight);
     }
   }
 }

@@ -26,7 +26,8 @@ Status group_norm_forward(const GroupNormForwardArgs& args, const CpuPlan& plan,
   if (args.input.extent.numel() == 0) return Status::success();
   if (const Status status = check_input(args.input, args.y); !status.ok()) return status;
   if (args.mean == nullptr || !args.rstd) return Status::invalid("mean and rstd must be given");
-  if (!groups_divide(args.input, args.num_groups)) return Status::invalid("num_groups must divide c");
+  if (!groups_divide(args.input, args.num_groups))
+    return Status::invalid("num_groups must divide c");
   if (compute_type(args.input.x.dtype) == DType::kFloat64) {
     forward<double>(args, plan, workspace, executor);
   } else {
@@ -37,7 +38,8 @@ Status group_norm_forward(const GroupNormForwardArgs& args, const CpuPlan& plan,
 
 Status group_norm_backward(const GroupNormBackwardArgs& args, const CpuPlan& plan, void* workspace,
                            const CpuExecutor& executor) {
-  if (!groups_divide(args.input, args.num_groups)) return Status::invalid("num_groups must divide c");
+  if (!groups_divide(args.input, args.num_groups))
+    return Status::invalid("num_groups must divide c");
   const ConstTensor mean{args.mean, DType::kFloat64};
   return run_backward({args.input, args.num_groups, args.grad_y, mean, args.rstd, true, args.grad},
                       plan, workspace, executor);

@@ -1,6 +1,7 @@
-// The vector loops under all CPU norms, compiled once per instruction set and chosen at run time. A primitive reduces
-// or transforms dense runs of values; it knows nothing of batch, groups, threads or the order in which partial results
-// are merged (forward.cpp and backward.cpp do). `A` is the type of arithmetic: float, or double for float64 tensors.
+// The vector loops under all CPU norms, compiled once per instruction set and chosen at run time. A
+// primitive reduces or transforms dense runs of values; it knows nothing of batch, groups, threads
+// or the order in which partial results are merged (forward.cpp and backward.cpp do). `A` is the
+// type of arithmetic: float, or double for float64 tensors.
 //
 // Two shapes of work:
 //   runs   contiguous values that share one set of coefficients (a plane of an NCS tensor)
@@ -15,10 +16,12 @@
 
 namespace normcore::kernels {
 
-// Rows per call of moments_of_rows and sums_of_rows, at most: bounds the float32 chains of their accumulators.
+// Rows per call of moments_of_rows and sums_of_rows, at most: bounds the float32 chains of their
+// accumulators.
 inline constexpr std::int64_t kMaxRows = 1024;
 
-// `records` independent reductions, each over `runs` runs of `length` values. Strides count elements.
+// `records` independent reductions, each over `runs` runs of `length` values. Strides count
+// elements.
 struct RunBlock {
   std::int64_t records = 1, record_stride = 0;
   std::int64_t runs = 1, run_stride = 0;
@@ -40,13 +43,14 @@ struct ColumnMoments {
 };
 
 // Coefficients of z = (x - center) * scale + shift + residual: one per run, or one per column.
-// backward adds grad_x = scale * g + mask * (slope * (x - center) + offset), g = grad_y * activation'(z).
+// backward adds grad_x = scale * g + mask * (slope * (x - center) + offset), g = grad_y *
+// activation'(z).
 template <class A>
 struct Coefficients {
   const A* center = nullptr;
   const A* scale = nullptr;
   const A* shift = nullptr;
-  const A* slope = nullptr;   // null: statistics are constants, grad_x = scale * g
+  const A* slope = nullptr;  // null: statistics are constants, grad_x = scale * g
   const A* offset = nullptr;
 };
 
@@ -79,7 +83,8 @@ struct GradientSums {
 template <class A>
 struct Primitives {
   // out[record] = moments of the record's values.
-  void (*moments_of_runs)(ConstTensor x, const RunBlock& block, const MaskBlock& mask, Moments* out);
+  void (*moments_of_runs)(ConstTensor x, const RunBlock& block, const MaskBlock& mask,
+                          Moments* out);
   // out[column] = moments of a column over `rows` <= kMaxRows rows of `width` values.
   void (*moments_of_rows)(ConstTensor x, std::int64_t rows, std::int64_t width,
                           const MaskBlock& mask, const ColumnMoments& out);
@@ -91,8 +96,8 @@ struct Primitives {
   // g[column], g_centered[column] = sums over `rows` rows.
   void (*sums_of_rows)(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width, A* g,
                        A* g_centered);
-  // grad_x and grad_residual of `count` neighbouring runs of `length` values; the mask's record_stride leads from run
-  // to run.
+  // grad_x and grad_residual of `count` neighbouring runs of `length` values; the mask's
+  // record_stride leads from run to run.
   void (*gradient_of_runs)(const GradientArgs<A>& args, std::int64_t count, std::int64_t length);
   void (*gradient_of_rows)(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width);
 };

@@ -36,9 +36,10 @@ struct SmallFloat {
     }
     unsigned magnitude = infinity();
     if (std::abs(value) < std::ldexp(1.0, 2 - min_exponent())) {
-      const int exponent = value == 0.0 ? min_exponent() : std::max(std::ilogb(value), min_exponent());
-      // Scaling by a power of two is exact, so the only rounding is nearbyint's. The hidden bit of a normal number,
-      // and a carry out of the mantissa, add themselves to the exponent field.
+      const int exponent =
+          value == 0.0 ? min_exponent() : std::max(std::ilogb(value), min_exponent());
+      // Scaling by a power of two is exact, so the only rounding is nearbyint's. The hidden bit of
+      // a normal number, and a carry out of the mantissa, add themselves to the exponent field.
       const double digits = std::nearbyint(std::ldexp(std::abs(value), mantissa_bits - exponent));
       const unsigned exponent_field = static_cast<unsigned>(exponent - min_exponent());
       magnitude = (exponent_field << mantissa_bits) + static_cast<unsigned>(digits);
@@ -64,7 +65,8 @@ void write(void* data, std::int64_t index, T value) {
               sizeof(T));
 }
 
-// The values that share one mean and variance: samples [n_begin, n_end) of channels [c_begin, c_end), all positions.
+// The values that share one mean and variance: samples [n_begin, n_end) of channels [c_begin,
+// c_end), all positions.
 struct Slice {
   std::int64_t n_begin, n_end, c_begin, c_end;
 };
@@ -122,7 +124,8 @@ struct Input {
     }
   }
 
-  // Sums are taken relative to the first value, so that equal values give exactly that value and variance 0.
+  // Sums are taken relative to the first value, so that equal values give exactly that value and
+  // variance 0.
   Moments moments(const Slice& slice) const {
     double count = 0.0, pivot = 0.0;
     long double sum = 0.0L, square_sum = 0.0L;
@@ -224,9 +227,8 @@ Slice group_slice(const Extent& extent, std::int64_t num_groups, std::int64_t sl
 
 void update(const RunningStatistics& running, std::int64_t channel, const Moments& moments) {
   if (!running.mean || moments.count == 0.0) return;
-  const double weight = running.cumulative
-                            ? 1.0 / static_cast<double>(*running.num_batches_tracked)
-                            : running.momentum;
+  const double weight = running.cumulative ? 1.0 / static_cast<double>(*running.num_batches_tracked)
+                                           : running.momentum;
   const bool correct = running.unbiased && moments.count > 1.0;
   const double var = correct ? moments.var * moments.count / (moments.count - 1.0) : moments.var;
   const auto blend = [&](MutableTensor tensor, double value) {
@@ -319,8 +321,8 @@ void group_norm_backward(const GroupNormBackwardArgs& args) {
   Backward backward(args.input, args.grad_y, args.grad);
   if (extent.numel() > 0) {
     for (std::int64_t i = 0; i < extent.n * args.num_groups; ++i) {
-      backward.add_slice(group_slice(extent, args.num_groups, i), args.mean[i],
-                         load(args.rstd, i), true);
+      backward.add_slice(group_slice(extent, args.num_groups, i), args.mean[i], load(args.rstd, i),
+                         true);
     }
   }
   backward.finish();

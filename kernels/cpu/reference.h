@@ -1,7 +1,8 @@
-// Plain float64 reference of the norms, for tests only: the formulas of batch_norm.h and group_norm.h written with one
-// scalar loop each, two-pass moments and sums in long double, and one rounding when a result is stored.
-// The args structs, shapes, layouts, absent tensors and empty inputs are those of the kernels; beyond their contract
-// any output may have any DType (float64 with any x), so that results can be read before their last rounding.
+// Plain float64 reference of the norms, for tests only: the formulas of batch_norm.h and
+// group_norm.h written with one scalar loop each, two-pass moments and sums in long double, and one
+// rounding when a result is stored. The args structs, shapes, layouts, absent tensors and empty
+// inputs are those of the kernels; beyond their contract any output may have any DType (float64
+// with any x), so that results can be read before their last rounding.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +12,9 @@
 
 namespace normcore::kernels::reference {
 
-// Element `index` of a tensor as float64 (exact), and the value rounded to nearest even into the tensor's DType:
-// beyond the largest finite value it becomes infinite, subnormals are kept, NaN becomes the quiet NaN.
+// Element `index` of a tensor as float64 (exact), and the value rounded to nearest even into the
+// tensor's DType: beyond the largest finite value it becomes infinite, subnormals are kept, NaN
+// becomes the quiet NaN.
 double load(ConstTensor tensor, std::int64_t index);
 void store(MutableTensor tensor, std::int64_t index, double value);
 

@@ -1,5 +1,6 @@
-// Where the statistics of a slice come from and go to: batch moments that are saved for the backward pass and blended
-// into running statistics, running statistics that are read, and saved statistics that are read back.
+// Where the statistics of a slice come from and go to: batch moments that are saved for the
+// backward pass and blended into running statistics, running statistics that are read, and saved
+// statistics that are read back.
 #pragma once
 
 #include <cmath>
@@ -37,8 +38,7 @@ inline void update_running(const RunningStatistics& running, double weight, std:
     const double old = load_element(stat, channel);
     store_element(stat, channel, (1.0 - weight) * old + weight * value);
   };
-  const double divisor =
-      running.unbiased && batch.count > 1.0 ? batch.count - 1.0 : batch.count;
+  const double divisor = running.unbiased && batch.count > 1.0 ? batch.count - 1.0 : batch.count;
   blend(running.mean, batch.mean);
   blend(running.var, batch.m2 / divisor);
 }

@@ -1,10 +1,11 @@
 // The order in which a norm is computed, for any layout and pass. A driver offers, for each tile,
 //   prepare(tile, state)                  coefficients that the reduction needs
 //   reduce(tile, chunk, state, partial)   one leaf of the reduction tree
-//   finish(tile, state, partials)         merges the leaves in order, stores statistics, completes the coefficients
-//   apply(tile, piece, state)             the second sweep
-//   pieces(tile)                          number of pieces; tile 0 has the most
-// run_tiles() calls them tile by tile or phase by phase as the plan says; the results are the same bits.
+//   finish(tile, state, partials)         merges the leaves in order, stores statistics, completes
+//   the coefficients apply(tile, piece, state)             the second sweep pieces(tile) number of
+//   pieces; tile 0 has the most
+// run_tiles() calls them tile by tile or phase by phase as the plan says; the results are the same
+// bits.
 #pragma once
 
 #include <algorithm>
@@ -61,12 +62,13 @@ void run_tiles(const Driver& driver, const Problem& problem, const CpuPlan& plan
   executor.parallel_for(plan.tiles, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t tile = begin; tile < end; ++tile) driver.prepare(tile, state(tile));
   });
-  executor.parallel_for(plan.tiles * chunks, driver.chunk_grain(), [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t tile = i / chunks, k = i % chunks;
-      driver.reduce(tile, k, state(tile), partials(tile)[k]);
-    }
-  });
+  executor.parallel_for(plan.tiles * chunks, driver.chunk_grain(),
+                        [&](std::int64_t begin, std::int64_t end) {
+                          for (std::int64_t i = begin; i < end; ++i) {
+                            const std::int64_t tile = i / chunks, k = i % chunks;
+                            driver.reduce(tile, k, state(tile), partials(tile)[k]);
+                          }
+                        });
   executor.parallel_for(groups, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t tile = begin * group; tile < std::min(end * group, plan.tiles); ++tile) {
       driver.finish(tile, state(tile), partials(tile));

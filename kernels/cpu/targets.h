@@ -1,6 +1,6 @@
-// Instruction sets that the kernels are compiled for: the compiler's baseline, SSE4, AVX2, AVX-512, NEON. The
-// others would add compile time for no measured gain (SSSE3, AVX3_DL) or need vectors of unknown size as struct members
-// (SVE). Include before any Highway header.
+// Instruction sets that the kernels are compiled for: the compiler's baseline, SSE4, AVX2, AVX-512,
+// NEON. The others would add compile time for no measured gain (SSSE3, AVX3_DL) or need vectors of
+// unknown size as struct members (SVE). Include before any Highway header.
 #pragma once
 
 #define HWY_DISABLED_TARGETS \

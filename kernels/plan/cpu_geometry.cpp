@@ -5,16 +5,20 @@
 namespace normcore::kernels {
 namespace {
 
-constexpr std::int64_t kRunChunk = 4096;        // values per leaf of the tree, kNCS
-constexpr std::int64_t kShortRun = 1024;        // batch norm tiles channels whose planes are shorter
-constexpr std::int64_t kPieceValues = 32768;    // values per unit of the second sweep
-constexpr std::int64_t kRowChunkValues = 65536; // values per leaf of the tree, kNSC, within the next two limits
+constexpr std::int64_t kRunChunk = 4096;      // values per leaf of the tree, kNCS
+constexpr std::int64_t kShortRun = 1024;      // batch norm tiles channels whose planes are shorter
+constexpr std::int64_t kPieceValues = 32768;  // values per unit of the second sweep
+constexpr std::int64_t kRowChunkValues =
+    65536;  // values per leaf of the tree, kNSC, within the next two limits
 constexpr std::int64_t kMinRows = 128, kMaxRowsPerChunk = 1024;
-constexpr std::int64_t kLaneMultiple = 16;      // columns of a folded row are a multiple of this when possible
-constexpr std::int64_t kWideRow = 128;          // columns from which rows are not folded further
+constexpr std::int64_t kLaneMultiple =
+    16;  // columns of a folded row are a multiple of this when possible
+constexpr std::int64_t kWideRow = 128;  // columns from which rows are not folded further
 constexpr std::int64_t kMaxFoldedColumns = 2048;
 
-std::size_t round_up(std::int64_t bytes) { return static_cast<std::size_t>((bytes + 63) / 64 * 64); }
+std::size_t round_up(std::int64_t bytes) {
+  return static_cast<std::size_t>((bytes + 63) / 64 * 64);
+}
 
 std::int64_t fold_of(std::int64_t c, std::int64_t rows) {
   std::int64_t fold = kLaneMultiple / std::gcd(c, kLaneMultiple);
@@ -42,7 +46,8 @@ PlanesGeometry::PlanesGeometry(const Problem& p)
     run_stride_ = s_;
     length_ = by_plane ? s_ : planes_ * s_;
   } else {
-    // neighbouring short planes share cache lines and calls; inference has nothing to reduce and takes all channels
+    // neighbouring short planes share cache lines and calls; inference has nothing to reduce and
+    // takes all channels
     const std::int64_t together = s_ < kShortRun ? kRunChunk / s_ + 1 : 1;
     planes_ = p.pass == Pass::kInference ? c_ : std::min(c_, together);
     tiles_ = ceil_div(c_, planes_);
@@ -146,7 +151,8 @@ WorkspaceLayout workspace_layout(const Problem& p, const CpuPlan& plan) {
   }
   if (planes) {
     const PlanesGeometry g(p);
-    w.state = coefficients * round_up(g.max_planes() * element) + round_up(g.max_records() * 3 * kDouble);
+    w.state =
+        coefficients * round_up(g.max_planes() * element) + round_up(g.max_records() * 3 * kDouble);
     w.partial = round_up(g.max_records() * (backward ? 2 : 3) * kDouble);
   } else {
     const RowsGeometry g(p);

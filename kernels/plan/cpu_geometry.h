@@ -1,6 +1,7 @@
-// How a tensor is cut on the CPU: tiles (slices that are finished together), chunks of a tile (the leaves of the
-// reduction tree, merged in order) and pieces of a tile (units of the second sweep). Offsets count elements.
-// Shared by plan_cpu(), which sizes the workspace, and by the loops in kernels/cpu.
+// How a tensor is cut on the CPU: tiles (slices that are finished together), chunks of a tile (the
+// leaves of the reduction tree, merged in order) and pieces of a tile (units of the second sweep).
+// Offsets count elements. Shared by plan_cpu(), which sizes the workspace, and by the loops in
+// kernels/cpu.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +27,9 @@ struct PlanePiece {
   std::int64_t first_plane = 0, planes = 0, length = 0;
 };
 
-// kNCS. Batch norm: a tile is a few neighbouring channels, a slice is a channel with n runs of s values. Group norm: a
-// tile is one slice of d planes, contiguous in memory. The backward pass reduces every channel of a slice by itself.
+// kNCS. Batch norm: a tile is a few neighbouring channels, a slice is a channel with n runs of s
+// values. Group norm: a tile is one slice of d planes, contiguous in memory. The backward pass
+// reduces every channel of a slice by itself.
 class PlanesGeometry {
  public:
   explicit PlanesGeometry(const Problem& problem);
@@ -40,7 +42,7 @@ class PlanesGeometry {
   std::int64_t sample(std::int64_t tile) const;         // of the tile; 0 for batch norm
   std::int64_t planes(std::int64_t tile) const;         // channels in the tile
   std::int64_t max_planes() const { return planes_; }
-  std::int64_t records(std::int64_t tile) const;        // independent reductions per chunk
+  std::int64_t records(std::int64_t tile) const;  // independent reductions per chunk
   std::int64_t max_records() const { return channel_records_ ? planes_ : 1; }
   std::int64_t offset(std::int64_t tile) const;
   std::int64_t record_stride() const { return s_; }
@@ -56,29 +58,29 @@ class PlanesGeometry {
 
   std::int64_t n_, c_, s_, groups_;
   bool group_norm_, channel_records_;
-  std::int64_t tiles_, planes_;                       // planes: channels per (full) tile
-  std::int64_t runs_, run_stride_, length_;           // of one record
+  std::int64_t tiles_, planes_;              // planes: channels per (full) tile
+  std::int64_t runs_, run_stride_, length_;  // of one record
   std::int64_t chunk_, chunks_, chunks_per_run_, runs_per_chunk_;
   std::int64_t piece_length_, planes_per_piece_;
 };
 
-// Neighbouring rows of a tile, as `rows` folded rows of `columns` values. Rows that do not fill a folded row make a last
-// chunk of one shorter row.
+// Neighbouring rows of a tile, as `rows` folded rows of `columns` values. Rows that do not fill a
+// folded row make a last chunk of one shorter row.
 struct RowChunk {
   std::int64_t first_row = 0;  // single rows from the tile's first row
   std::int64_t rows = 0;
   std::int64_t columns = 0;
 };
 
-// kNSC. Batch norm: one tile of n * s rows. Group norm: a tile per sample, of s rows. Chunks are also the pieces. Under a
-// row mask rows are not folded.
+// kNSC. Batch norm: one tile of n * s rows. Group norm: a tile per sample, of s rows. Chunks are
+// also the pieces. Under a row mask rows are not folded.
 class RowsGeometry {
  public:
   explicit RowsGeometry(const Problem& problem);
 
   std::int64_t tiles() const { return tiles_; }
   std::int64_t chunks() const { return chunks_; }
-  std::int64_t rows() const { return rows_; }      // single rows per tile
+  std::int64_t rows() const { return rows_; }  // single rows per tile
   std::int64_t fold() const { return fold_; }
   std::int64_t width() const { return fold_ * c_; }
   std::int64_t chunk_size() const { return chunk_; }
@@ -90,19 +92,19 @@ class RowsGeometry {
   std::int64_t c_, tiles_, rows_, fold_, chunk_, chunks_;
 };
 
-// Group norm sums its parameter gradients over samples in two levels: over blocks of neighbouring samples, then over the
-// blocks. All tiles of a block run in one task, in order.
+// Group norm sums its parameter gradients over samples in two levels: over blocks of neighbouring
+// samples, then over the blocks. All tiles of a block run in one task, in order.
 inline std::int64_t samples_per_block(std::int64_t samples) {
   return std::clamp<std::int64_t>(samples / 64, 1, 32);
 }
 
 // The parts of a call's workspace, in bytes; each part is a multiple of 64.
 struct WorkspaceLayout {
-  std::size_t affine = 0;       // scale and bias in arithmetic type, once
-  std::size_t parameters = 0;   // partial parameter gradients of group norm, once
-  std::size_t state = 0;        // coefficients and scratch, per tile
-  std::size_t partial = 0;      // per chunk of a tile
-  std::int64_t slots = 0;       // tiles that need state and partials at the same time
+  std::size_t affine = 0;      // scale and bias in arithmetic type, once
+  std::size_t parameters = 0;  // partial parameter gradients of group norm, once
+  std::size_t state = 0;       // coefficients and scratch, per tile
+  std::size_t partial = 0;     // per chunk of a tile
+  std::int64_t slots = 0;      // tiles that need state and partials at the same time
   std::int64_t chunks = 0;
 
   std::size_t slot() const { return state + partial * static_cast<std::size_t>(chunks); }

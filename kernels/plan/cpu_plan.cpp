@@ -31,7 +31,8 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads) {
   }
   const auto bytes = problem.extent.numel() * static_cast<std::int64_t>(size_of(problem.dtype));
   const std::int64_t groups = ceil_div(plan.tiles, tiles_per_group(problem));
-  const std::int64_t wanted = std::clamp<std::int64_t>(bytes / kTaskBytes, 1, std::max(num_threads, 1));
+  const std::int64_t wanted =
+      std::clamp<std::int64_t>(bytes / kTaskBytes, 1, std::max(num_threads, 1));
   if (problem.pass == Pass::kInference) {
     plan.path = CpuPath::kChunk;
     plan.reason = "no statistics to reduce: one sweep in memory order";
@@ -52,13 +53,14 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads) {
 
 std::string describe(const CpuPlan& plan) {
   char text[256];
-  std::snprintf(text, sizeof(text),
-                "%s path: %lld tiles of %lld chunks (chunk %lld, fold %lld), %lld tasks, %zu bytes of "
-                "workspace: %s",
-                plan.path == CpuPath::kSlice ? "slice" : "chunk", static_cast<long long>(plan.tiles),
-                static_cast<long long>(plan.chunks), static_cast<long long>(plan.chunk),
-                static_cast<long long>(plan.fold), static_cast<long long>(plan.tasks),
-                plan.workspace_bytes, plan.reason);
+  std::snprintf(
+      text, sizeof(text),
+      "%s path: %lld tiles of %lld chunks (chunk %lld, fold %lld), %lld tasks, %zu bytes of "
+      "workspace: %s",
+      plan.path == CpuPath::kSlice ? "slice" : "chunk", static_cast<long long>(plan.tiles),
+      static_cast<long long>(plan.chunks), static_cast<long long>(plan.chunk),
+      static_cast<long long>(plan.fold), static_cast<long long>(plan.tasks), plan.workspace_bytes,
+      plan.reason);
   return text;
 }
 

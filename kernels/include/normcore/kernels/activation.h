@@ -1,8 +1,9 @@
 // Activations that may be fused behind a norm: y = act(z), z = norm(x) * scale + bias + residual.
 //   kReLU      max(z, 0); NaN stays NaN, the derivative at 0 is 0
 //   kSiLU      z * sigmoid(z)
-//   kGelu      z * Phi(z), Phi the standard normal distribution function (torch: approximate="none")
-//   kGeluTanh  0.5 * z * (1 + tanh(sqrt(2/pi) * (z + 0.044715 z^3)))      (torch: approximate="tanh")
+//   kGelu      z * Phi(z), Phi the standard normal distribution function (torch:
+//   approximate="none") kGeluTanh  0.5 * z * (1 + tanh(sqrt(2/pi) * (z + 0.044715 z^3))) (torch:
+//   approximate="tanh")
 // The functions below are the float64 definitions; vector versions are tested against them.
 #pragma once
 
@@ -13,9 +14,9 @@ namespace normcore::kernels {
 
 enum class Activation : std::uint8_t { kNone, kReLU, kSiLU, kGelu, kGeluTanh };
 
-inline constexpr double kSqrtHalf = 0.70710678118654752440;         // 1 / sqrt(2)
-inline constexpr double kInvSqrtTwoPi = 0.39894228040143267794;     // 1 / sqrt(2 pi)
-inline constexpr double kSqrtTwoOverPi = 0.79788456080286535588;    // sqrt(2 / pi)
+inline constexpr double kSqrtHalf = 0.70710678118654752440;       // 1 / sqrt(2)
+inline constexpr double kInvSqrtTwoPi = 0.39894228040143267794;   // 1 / sqrt(2 pi)
+inline constexpr double kSqrtTwoOverPi = 0.79788456080286535588;  // sqrt(2 / pi)
 inline constexpr double kGeluTanhCubic = 0.044715;
 
 inline double activate(Activation activation, double z) {

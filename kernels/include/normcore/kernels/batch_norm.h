@@ -1,14 +1,16 @@
-// Batch norm over an Extent {n, c, s}: one slice per channel, reduced over n and s (m = n * s values, or the masked
-// count). Biased variance normalises. Source: Ioffe and Szegedy 2015; flax.linen.BatchNorm for mask and decay.
-//   forward    mean_c, var_c of the batch; y as in norm_input.h; running = (1 - momentum) * running + momentum * batch
-//   inference  y with given running mean and variance; reads no statistic of x and ignores the mask
-//   backward   g = grad_y * activation'(z);  S1 = sum g, S2 = sum g * xhat over all positions of the channel
-//              grad_x = scale * rstd * (g - w_i * (S1 + xhat * S2)), w_i = 1/m (0 where masked out; 0 for running
-//              statistics); grad_scale = S2, grad_bias = S1, grad_residual = g
+// Batch norm over an Extent {n, c, s}: one slice per channel, reduced over n and s (m = n * s
+// values, or the masked count). Biased variance normalises. Source: Ioffe and Szegedy 2015;
+// flax.linen.BatchNorm for mask and decay.
+//   forward    mean_c, var_c of the batch; y as in norm_input.h; running = (1 - momentum) * running
+//   + momentum * batch inference  y with given running mean and variance; reads no statistic of x
+//   and ignores the mask backward   g = grad_y * activation'(z);  S1 = sum g, S2 = sum g * xhat
+//   over all positions of the channel
+//              grad_x = scale * rstd * (g - w_i * (S1 + xhat * S2)), w_i = 1/m (0 where masked out;
+//              0 for running statistics); grad_scale = S2, grad_bias = S1, grad_residual = g
 // A masked-out value with grad_y = 0 reaches no gradient, even if it is NaN or infinite.
-// A channel with no valid element: y is NaN, its running statistics do not change. n, c or s = 0: parameter
-// gradients are 0, nothing else happens.
-// One value per channel: var = 0, y = activation(bias + residual).
+// A channel with no valid element: y is NaN, its running statistics do not change. n, c or s = 0:
+// parameter gradients are 0, nothing else happens. One value per channel: var = 0, y =
+// activation(bias + residual).
 #pragma once
 
 #include "normcore/kernels/executor.h"
@@ -19,12 +21,13 @@
 namespace normcore::kernels {
 
 struct RunningStatistics {
-  MutableTensor mean;  // [c] or absent; both or none
-  MutableTensor var;   // [c]
+  MutableTensor mean;                           // [c] or absent; both or none
+  MutableTensor var;                            // [c]
   std::int64_t* num_batches_tracked = nullptr;  // incremented by 1 when given
-  double momentum = 0.1;    // weight of the new batch
-  bool cumulative = false;  // weight is 1 / num_batches_tracked (after the increment), momentum is ignored
-  bool unbiased = true;     // running var takes var * m / (m - 1) when m > 1
+  double momentum = 0.1;                        // weight of the new batch
+  bool cumulative =
+      false;  // weight is 1 / num_batches_tracked (after the increment), momentum is ignored
+  bool unbiased = true;  // running var takes var * m / (m - 1) when m > 1
 };
 
 struct BatchNormForwardArgs {
@@ -45,14 +48,15 @@ struct BatchNormInferenceArgs {
 
 struct BatchNormBackwardArgs {
   NormInput input;
-  ConstTensor grad_y;             // extent and layout of x, any DType
-  ConstTensor mean;               // [c] any DType: saved mean (float64), or the running mean
-  ConstTensor rstd;               // [c] dtype compute_type(x.dtype)
-  bool batch_statistics = true;   // false: mean and rstd are constants
+  ConstTensor grad_y;            // extent and layout of x, any DType
+  ConstTensor mean;              // [c] any DType: saved mean (float64), or the running mean
+  ConstTensor rstd;              // [c] dtype compute_type(x.dtype)
+  bool batch_statistics = true;  // false: mean and rstd are constants
   NormGradients grad;
 };
 
-// `workspace` holds plan.workspace_bytes, aligned to 64 bytes. The plan must come from the same input and pass.
+// `workspace` holds plan.workspace_bytes, aligned to 64 bytes. The plan must come from the same
+// input and pass.
 Status batch_norm_forward(const BatchNormForwardArgs& args, const CpuPlan& plan, void* workspace,
                           const CpuExecutor& executor);
 Status batch_norm_inference(const BatchNormInferenceArgs& args, const CpuPlan& plan,

@@ -1,5 +1,6 @@
-// How a CPU kernel runs in parallel: a parallel_for given by the caller (at::parallel_for in the torch layer, loops of
-// any order and width in tests). Kernels give bit-identical results for every executor.
+// How a CPU kernel runs in parallel: a parallel_for given by the caller (at::parallel_for in the
+// torch layer, loops of any order and width in tests). Kernels give bit-identical results for every
+// executor.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@ namespace normcore::kernels {
 
 struct CpuExecutor {
   using Body = void (*)(void* body_context, std::int64_t begin, std::int64_t end);
-  // Calls body on disjoint ranges that cover [0, count); ranges smaller than `grain` are not worth a thread.
+  // Calls body on disjoint ranges that cover [0, count); ranges smaller than `grain` are not worth
+  // a thread.
   using ParallelFor = void (*)(void* context, std::int64_t count, std::int64_t grain, Body body,
                                void* body_context);
 

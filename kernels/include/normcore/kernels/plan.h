@@ -1,7 +1,7 @@
-// How one call will run: a pure function of shape, dtype and number of threads, so that every choice can be tested
-// and printed without running anything. The reduction tree (chunk, fold) depends on the shape of one slice only,
-// never on the number of threads or of slices: results are bit-identical for every executor, and for every batch size
-// where a slice lies in one sample.
+// How one call will run: a pure function of shape, dtype and number of threads, so that every
+// choice can be tested and printed without running anything. The reduction tree (chunk, fold)
+// depends on the shape of one slice only, never on the number of threads or of slices: results are
+// bit-identical for every executor, and for every batch size where a slice lies in one sample.
 #pragma once
 
 #include <cstddef>
@@ -37,12 +37,14 @@ struct Problem {
 
 enum class CpuPath : std::uint8_t {
   kSlice,  // a task owns whole slices: it reduces, then applies while the slice is in cache
-  kChunk,  // all chunks of all slices are reduced in parallel, then all pieces are applied in parallel
+  kChunk,  // all chunks of all slices are reduced in parallel, then all pieces are applied in
+           // parallel
 };
 
 struct CpuPlan {
   CpuPath path = CpuPath::kSlice;
-  std::int64_t chunk = 0;   // kNCS: values of a run, kNSC: (folded) rows that are reduced in compute_type arithmetic
+  std::int64_t chunk =
+      0;  // kNCS: values of a run, kNSC: (folded) rows that are reduced in compute_type arithmetic
   std::int64_t fold = 1;    // kNSC: rows treated as one row of fold * c columns
   std::int64_t tiles = 0;   // slices or groups of slices that are finished together
   std::int64_t chunks = 0;  // chunks per tile

@@ -1,6 +1,7 @@
 // The outcome of a kernel entry. Kernels never throw: the torch layer turns a status into an error.
-// kInvalidArgument means that the caller broke the contract of the args struct (a bug in the caller, since user
-// arguments are checked before); kDeviceError carries the device runtime's code and text.
+// kInvalidArgument means that the caller broke the contract of the args struct (a bug in the
+// caller, since user arguments are checked before); kDeviceError carries the device runtime's code
+// and text.
 #pragma once
 
 namespace normcore::kernels {
@@ -9,8 +10,8 @@ enum class StatusCode : unsigned char { kOk, kInvalidArgument, kDeviceError };
 
 struct [[nodiscard]] Status {
   StatusCode code = StatusCode::kOk;
-  int device_code = 0;          // cudaError_t of a kDeviceError
-  const char* message = "";     // static storage: names the violated rule, or the device's own text
+  int device_code = 0;       // cudaError_t of a kDeviceError
+  const char* message = "";  // static storage: names the violated rule, or the device's own text
 
   bool ok() const { return code == StatusCode::kOk; }
 

@@ -1,0 +1,99 @@
+# The commands people type. Each one makes what it needs: system packages (Debian and Ubuntu, as root), a virtual
+# environment with torch, the library, installed into that environment. What is up to date is not made again.
+#   TORCH_VERSION=2.11.0   another torch than the newest one, in an environment and build folder of its own
+#   PYTHON=python3.12      the Python to make the environment with
+#   WERROR=ON              compiler warnings are errors
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+PYTHON ?= python3
+TORCH_VERSION ?=
+WERROR ?= OFF
+
+variant := $(addprefix -,$(TORCH_VERSION))
+venv := .venv$(variant)
+build := build/cmake$(variant)
+demo := build/demo$(variant)
+stamps := build/stamps$(variant)
+bin := $(CURDIR)/$(venv)/bin
+unexport PYTHONPATH
+export PATH := $(bin):$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(venv)
+export CMAKE_GENERATOR := Ninja
+export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
+
+# Stamps carry a hash of what they depend on: they survive touched files and notice deleted ones.
+hash = $(shell find $(1) -type f -not -path '*/__pycache__/*' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c -16)
+environment := $(stamps)/environment-$(call hash,pyproject.toml .ci/system_packages)
+installed = $(stamps)/installed-$(WERROR)-$(call hash,$(sources))
+sources := CMakeLists.txt cmake csrc kernels pyproject.toml python setup.py
+
+.PHONY: help
+help: ## what can be made
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+$(environment):
+	.ci/system_packages $(PYTHON)
+	$(PYTHON) -m venv $(venv)
+	@echo "installing torch and the Python packages into $(venv); the first time takes minutes"
+	python -m pip install --quiet --upgrade "pip>=25.1"
+	python -m pip install --quiet torch$(addprefix ==,$(TORCH_VERSION)) \
+	  --group build --group test --group examples --group lint
+	@mkdir -p $(stamps) && rm -f $(stamps)/environment-* && touch $@
+
+# setuptools' own build folder may hold files of another version.
+$(installed): $(environment)
+	rm -rf build/lib* build/bdist*
+	NORMCORE_BUILD_DIR=$(build) CMAKE_ARGS="-DNORMCORE_TESTS=ON -DNORMCORE_WERROR=$(WERROR)" \
+	  python -m pip install --verbose --no-build-isolation --no-deps --force-reinstall .
+	@rm -f $(stamps)/installed-* && touch $@
+
+.PHONY: install
+install: $(installed) ## the library, in the environment's Python
+
+.PHONY: demo
+demo: $(installed) ## train on real data in Python, evaluate the exported model in C++
+	@mkdir -p $(demo)
+	python examples/train_digits.py --output $(demo)
+	cmake -S examples/cpp_app -B $(demo)/cpp_app -DCMAKE_BUILD_TYPE=Release --log-level=WARNING \
+	  -DCMAKE_PREFIX_PATH="$$(python -m normcore --cmake-prefix)"
+	cmake --build $(demo)/cpp_app
+	$(demo)/cpp_app/evaluate_digits $(demo)
+
+.PHONY: test
+test: $(installed) ## C++ tests, then Python tests of the installed package from outside the source tree
+	cmake --build $(build)
+	ctest --test-dir $(build) --output-on-failure
+	cd build && python -m pytest --config-file=../pyproject.toml ../tests/python
+
+.PHONY: bench
+bench: $(installed) ## speed of the CPU kernels, as JSON in build/
+	cmake -S . -B $(build) -DNORMCORE_BENCHMARKS=ON --log-level=WARNING
+	cmake --build $(build) --target normcore_kernels_benchmark
+	$(build)/benchmarks/normcore_kernels_benchmark --benchmark_out=$(build)/kernels_benchmark.json
+
+.PHONY: lint
+lint: $(environment) ## formatting, style, types and layering
+	find kernels csrc python tests benchmarks examples -name '*.cpp' -o -name '*.h' | \
+	  xargs clang-format --dry-run --Werror
+	ruff check .
+	ruff format --check .
+	mypy
+	python .ci/check_layers.py
+
+.PHONY: format
+format: $(environment) ## what `make lint` would complain about, as far as tools can mend it
+	find kernels csrc python tests benchmarks examples -name '*.cpp' -o -name '*.h' | \
+	  xargs clang-format -i
+	ruff check --fix .
+	ruff format .
+
+.PHONY: wheel
+wheel: $(installed) ## the wheel for this Python and torch, in dist/
+	rm -rf build/lib* build/bdist*
+	NORMCORE_BUILD_DIR=$(build) python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+.PHONY: clean
+clean: ## remove builds (rm -r .venv* removes the environments too)
+	rm -rf build dist

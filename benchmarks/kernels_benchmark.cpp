@@ -1,0 +1,183 @@
+// Speed of the CPU kernels alone, on one thread, without torch: every op and layout on the shapes
+// of tests/shapes/shapes.txt that are worth measuring, as bytes per second of minimal traffic
+// (forward 2, backward 3 tensors).
+//   normcore_kernels_benchmark --benchmark_filter=group_norm
+#include <benchmark/benchmark.h>
+
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "normcore/kernels/batch_norm.h"
+#include "normcore/kernels/group_norm.h"
+
+namespace normcore::kernels {
+namespace {
+
+enum class Operation {
+  kBatchNormForward,
+  kBatchNormInference,
+  kBatchNormBackward,
+  kGroupNormForward,
+  kGroupNormBackward
+};
+
+const char* name_of(Operation operation) {
+  switch (operation) {
+    case Operation::kBatchNormForward:
+      return "batch_norm_forward";
+    case Operation::kBatchNormInference:
+      return "batch_norm_inference";
+    case Operation::kBatchNormBackward:
+      return "batch_norm_backward";
+    case Operation::kGroupNormForward:
+      return "group_norm_forward";
+    case Operation::kGroupNormBackward:
+      return "group_norm_backward";
+  }
+  return "";
+}
+
+struct Case {
+  std::string name;
+  Extent extent;
+  std::int64_t groups;
+};
+
+std::vector<Case> read_cases(const char* path) {
+  std::vector<Case> cases;
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    std::istringstream fields(line);
+    Case c;
+    if (line.empty() || line[0] == '#') continue;
+    fields >> c.name >> c.extent.n >> c.extent.c >> c.extent.s >> c.groups;
+    if (c.extent.numel() >= 1 << 12) cases.push_back(c);
+  }
+  return cases;
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<void, Free>;
+
+Memory allocate(std::size_t bytes) {
+  return Memory(std::aligned_alloc(64, (bytes + 127) / 64 * 64));
+}
+
+// A tensor of small values that are exact in every dtype.
+Memory make_tensor(std::int64_t size, DType dtype) {
+  Memory memory = allocate(static_cast<std::size_t>(size) * size_of(dtype));
+  for (std::int64_t i = 0; i < size; ++i) {
+    if (dtype == DType::kFloat32) {
+      static_cast<float*>(memory.get())[i] = static_cast<float>(i % 61) / 64.0f;
+    } else {  // bfloat16: 1 to 2 in steps of 1/128
+      static_cast<std::uint16_t*>(memory.get())[i] = static_cast<std::uint16_t>(0x3f80 + i % 61);
+    }
+  }
+  return memory;
+}
+
+void run_serially(void*, std::int64_t count, std::int64_t, CpuExecutor::Body body, void* context) {
+  body(context, 0, count);
+}
+
+void measure(benchmark::State& state, Operation operation, const Case& c, Layout layout,
+             DType dtype) {
+  const CpuExecutor executor{nullptr, run_serially, 1};
+  const std::int64_t size = c.extent.numel();
+  const Memory x = make_tensor(size, dtype), grad_y = make_tensor(size, dtype),
+               out = make_tensor(size, dtype);
+  const auto channels = static_cast<std::size_t>(c.extent.c);
+  const auto slices = static_cast<std::size_t>(c.extent.n) * channels;
+  const std::vector<float> scale(channels, 1.5f), bias(channels, 0.5f), zeros(channels, 0.0f);
+  std::vector<float> grad_scale(channels), grad_bias(channels), rstd(slices, 1.0f);
+  std::vector<double> mean(slices, 0.0);
+  NormInput input;
+  input.extent = c.extent;
+  input.layout = layout;
+  input.x = {x.get(), dtype};
+  input.scale = {scale.data()};
+  input.bias = {bias.data()};
+  const MutableTensor y{out.get(), dtype}, saved_rstd{rstd.data()};
+  const NormGradients grad{y, {grad_scale.data()}, {grad_bias.data()}, {}};
+  const bool is_group_norm =
+      operation == Operation::kGroupNormForward || operation == Operation::kGroupNormBackward;
+  const bool is_backward =
+      operation == Operation::kBatchNormBackward || operation == Operation::kGroupNormBackward;
+  const Pass pass = is_backward                                   ? Pass::kBackward
+                    : operation == Operation::kBatchNormInference ? Pass::kInference
+                                                                  : Pass::kForward;
+  const CpuPlan plan = plan_cpu({input, is_group_norm ? c.groups : 0, pass}, 1);
+  const Memory workspace = allocate(plan.workspace_bytes);
+  const auto run = [&]() -> Status {
+    switch (operation) {
+      case Operation::kBatchNormForward:
+        return batch_norm_forward({input, {}, y, mean.data(), saved_rstd}, plan, workspace.get(),
+                                  executor);
+      case Operation::kBatchNormInference:
+        return batch_norm_inference({input, {zeros.data()}, {scale.data()}, y, saved_rstd}, plan,
+                                    workspace.get(), executor);
+      case Operation::kBatchNormBackward:
+        return batch_norm_backward({input,
+                                    {grad_y.get(), dtype},
+                                    {mean.data(), DType::kFloat64},
+                                    {rstd.data()},
+                                    true,
+                                    grad},
+                                   plan, workspace.get(), executor);
+      case Operation::kGroupNormForward:
+        return group_norm_forward({input, c.groups, y, mean.data(), saved_rstd}, plan,
+                                  workspace.get(), executor);
+      case Operation::kGroupNormBackward:
+        return group_norm_backward(
+            {input, c.groups, {grad_y.get(), dtype}, mean.data(), {rstd.data()}, grad}, plan,
+            workspace.get(), executor);
+    }
+    return Status::invalid("unknown operation");
+  };
+  for (auto _ : state) {
+    if (const Status status = run(); !status.ok()) {
+      state.SkipWithError(status.message);
+      break;
+    }
+    benchmark::ClobberMemory();
+  }
+  state.SetBytesProcessed(state.iterations() * size * static_cast<std::int64_t>(size_of(dtype)) *
+                          (is_backward ? 3 : 2));
+  state.SetLabel(describe(plan));
+}
+
+void register_all(const char* shapes) {
+  for (const Case& c : read_cases(shapes)) {
+    for (const auto operation : {Operation::kBatchNormForward, Operation::kBatchNormInference,
+                                 Operation::kBatchNormBackward, Operation::kGroupNormForward,
+                                 Operation::kGroupNormBackward}) {
+      for (const auto layout : {Layout::kNCS, Layout::kNSC}) {
+        for (const auto dtype : {DType::kFloat32, DType::kBFloat16}) {
+          const std::string name = std::string(name_of(operation)) + "/" + c.name + "/" +
+                                   (layout == Layout::kNCS ? "ncs" : "nsc") + "/" +
+                                   (dtype == DType::kFloat32 ? "float32" : "bfloat16");
+          benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& state) {
+            measure(state, operation, c, layout, dtype);
+          })->MinTime(0.05);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace normcore::kernels
+
+int main(int argc, char** argv) {
+  normcore::kernels::register_all(NORMCORE_SHAPES);
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+}

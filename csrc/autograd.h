@@ -1,0 +1,169 @@
+// First derivatives of the norms: one graph node for all of them. It keeps what the backward
+// operator needs and calls it through the dispatcher, which chooses the fused kernel or, where a
+// graph of the backward is wanted, the differentiable formula. `Norm` holds the other arguments of
+// that operator:
+//   static constexpr const char* kNodeName
+//   kernels::Activation activation
+//   Gradients backward(grad_output, operands, mean, rstd, output_mask) const
+//   void collect(CompiledNodeArgs&) const      all of its members: compiled autograd tells nodes
+//   apart by them
+// Derivatives flow to input, weight, bias and residual; masks and statistics have none.
+#pragma once
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "checks.h"
+
+namespace normcore::autograd {
+
+namespace ta = torch::autograd;
+
+inline OptionalTensor to_optional(const Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
+}
+
+template <class Norm>
+class NormNode final : public ta::Node {
+ public:
+  void save_operands(const Operands& operands, Norm norm) {
+    norm_ = std::move(norm);
+    input_ = ta::SavedVariable(operands.input, /*is_output=*/false);
+    weight_ = ta::SavedVariable(operands.weight, /*is_output=*/false);
+    mask_ = ta::SavedVariable(operands.mask, /*is_output=*/false);
+    if (has_activation()) {
+      bias_ = ta::SavedVariable(operands.bias, /*is_output=*/false);
+      residual_ = ta::SavedVariable(operands.residual, /*is_output=*/false);
+    } else if (has(operands.bias)) {
+      // Only its shape and dtype matter: without the version counter, it may change before the
+      // backward pass.
+      bias_ = ta::SavedVariable(operands.bias->variable_data(), /*is_output=*/false);
+    }
+  }
+
+  void save_statistics(const Tensor& mean, const Tensor& rstd) {
+    mean_ = ta::SavedVariable(mean, /*is_output=*/false);
+    rstd_ = ta::SavedVariable(rstd, /*is_output=*/false);
+  }
+
+  std::string name() const override { return Norm::kNodeName; }
+
+  ta::variable_list apply(ta::variable_list&& gradients) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto& grad_output = gradients[0];
+    ta::variable_list result(4);
+    if (!grad_output.defined()) return result;
+    OutputMask wanted;
+    for (std::size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(i);
+    if (wanted[3] && !has_activation()) {
+      result[3] = grad_output;
+      wanted[3] = false;
+    }
+    if (wanted == OutputMask{}) return result;
+
+    const auto input = input_.unpack();
+    const auto weight = to_optional(weight_.unpack());
+    const auto bias = to_optional(bias_.unpack());
+    const auto residual = to_optional(residual_.unpack());
+    const auto mask = to_optional(mask_.unpack());
+    auto [grad_input, grad_weight, grad_bias, grad_residual] = norm_.backward(
+        grad_output, {input, weight, bias, residual, mask}, mean_.unpack(), rstd_.unpack(), wanted);
+    result[0] = std::move(grad_input);
+    result[1] = std::move(grad_weight);
+    result[2] = std::move(grad_bias);
+    if (wanted[3]) result[3] = std::move(grad_residual);
+    return result;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* variable : saved()) variable->reset_data();
+  }
+
+  void compiled_args(ta::CompiledNodeArgs& args) const override {
+    for (const auto* variable : const_cast<NormNode*>(this)->saved()) {
+      args.collect(*variable, /*is_output=*/false);
+    }
+    norm_.collect(args);
+  }
+
+  ta::variable_list apply_with_saved(const ta::variable_list& gradients,
+                                     ta::SwapSavedVariables& swap) override {
+    for (auto* variable : saved()) swap.before(*variable);
+    auto result = apply(ta::variable_list(gradients));
+    for (auto* variable : saved()) swap.after(*variable);
+    return result;
+  }
+
+ private:
+  bool has_activation() const { return norm_.activation != kernels::Activation::kNone; }
+
+  std::array<ta::SavedVariable*, 7> saved() {
+    return {&input_, &weight_, &bias_, &residual_, &mask_, &mean_, &rstd_};
+  }
+
+  Norm norm_;
+  ta::SavedVariable input_, weight_, bias_, residual_, mask_, mean_, rstd_;
+};
+
+// Nodes are owned by std::shared_ptr in older releases of torch and by c10::intrusive_ptr in newer
+// ones.
+using NodePtr = decltype(ta::Edge::function);
+
+template <class Node>
+auto make_node() {
+  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<ta::Node>>) {
+    return std::shared_ptr<Node>(new Node(), [](auto* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<Node>();
+  }
+}
+
+template <class Ptr>
+void announce(const Ptr& node) {
+  if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
+}
+
+// Records one call: constructed before the operator runs, attached to its output after. Does
+// nothing where no operand requires grad.
+template <class Norm>
+class Recorder {
+ public:
+  Recorder(const Operands& operands, Norm norm) {
+    const auto& [input, weight, bias, residual, mask] = operands;
+    if (!ta::compute_requires_grad(input, weight, bias, residual)) return;
+    node_ = make_node<NormNode<Norm>>();
+    node_->set_next_edges(ta::collect_next_edges(input, weight, bias, residual));
+    node_->save_operands(operands, std::move(norm));
+  }
+
+  void attach(const Tensor& y, const Tensor& mean, const Tensor& rstd) {
+    if (!node_) return;
+    node_->save_statistics(mean, rstd);
+    const NodePtr node(node_);
+    ta::set_history(y, node);
+    announce(node);
+  }
+
+ private:
+  decltype(make_node<NormNode<Norm>>()) node_{};
+};
+
+// Forward mode is not implemented; without this check tangents would be dropped.
+template <class... Tensors>
+void check_no_tangents(const char* op, const Tensors&... tensors) {
+  const bool any = (ta::isFwGradDefined(OptionalTensor(tensors)) || ...);
+  TORCH_CHECK_NOT_IMPLEMENTED(!any, op,
+                              ": forward-mode automatic differentiation is not implemented; use "
+                              "reverse mode");
+}
+
+}  // namespace normcore::autograd

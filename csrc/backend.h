@@ -1,0 +1,23 @@
+// From tensors to kernel entries and back to errors: the only file that knows on which device a
+// norm runs. Pointers are those of the tensors; nothing is copied. A call plans, takes its
+// workspace from torch's allocator, runs with torch's threads and turns a failed Status into an
+// error. Tensors on a device without kernels: NotImplementedError.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <normcore/kernels/batch_norm.h>
+#include <normcore/kernels/group_norm.h>
+
+namespace normcore::backend {
+
+// An undefined tensor is an absent one.
+kernels::ConstTensor const_view(const at::Tensor& t);
+kernels::MutableTensor mutable_view(const at::Tensor& t);
+
+void run(const kernels::BatchNormForwardArgs& args, c10::Device device);
+void run(const kernels::BatchNormInferenceArgs& args, c10::Device device);
+void run(const kernels::BatchNormBackwardArgs& args, c10::Device device);
+void run(const kernels::GroupNormForwardArgs& args, c10::Device device);
+void run(const kernels::GroupNormBackwardArgs& args, c10::Device device);
+
+}  // namespace normcore::backend

@@ -1,0 +1,158 @@
+// Batch norm: the public operator and the low-level ones below autograd. A kernel template with Int
+// = std::int64_t computes; with c10::SymInt it only makes the outputs (Meta).
+#include <torch/library.h>
+
+#include "backend.h"
+#include "checks.h"
+#include "outputs.h"
+#include "staging.h"
+
+namespace normcore {
+namespace {
+
+template <class Int>
+std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    at::IntArrayRef axis, std::optional<double> momentum, double eps, bool unbiased,
+    OptionalString activation, OptionalDType dtype) {
+  const Operands operands{input, weight, bias, residual, mask};
+  const auto norm =
+      Check<Int>::batch_norm_train(operands, running_mean, running_var, num_batches_tracked, axis,
+                                   momentum, eps, activation, dtype);
+  const auto y = empty_output(input, norm.dtype);
+  const auto mean = empty_statistic(input, {norm.channels}, at::kDouble);
+  const auto rstd = empty_statistic(input, {norm.channels}, compute_dtype(input.scalar_type()));
+  if constexpr (is_concrete<Int>) {
+    if (input.numel() == 0) return {y, mean.zero_(), rstd.zero_()};
+    Staging staging(operands, norm, Samples::kReduced);
+    kernels::BatchNormForwardArgs args;
+    args.input = staging.input();
+    args.running.mean = staging.update_vector(value_or_undefined(running_mean));
+    args.running.var = staging.update_vector(value_or_undefined(running_var));
+    if (has(num_batches_tracked)) {
+      args.running.num_batches_tracked = num_batches_tracked->mutable_data_ptr<std::int64_t>();
+    }
+    args.running.momentum = momentum.value_or(0.0);
+    args.running.cumulative = has(running_mean) && !momentum.has_value();
+    args.running.unbiased = unbiased;
+    args.y = staging.write(y);
+    args.mean = mean.template mutable_data_ptr<double>();
+    args.rstd = backend::mutable_view(rstd);
+    backend::run(args, input.device());
+    staging.finish();
+  }
+  return {y, mean, rstd};
+}
+
+template <class Int>
+std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const OptionalTensor& weight,
+                                           const OptionalTensor& bias,
+                                           const OptionalTensor& residual,
+                                           const Tensor& running_mean, const Tensor& running_var,
+                                           at::IntArrayRef axis, double eps,
+                                           OptionalString activation, OptionalDType dtype) {
+  const OptionalTensor no_mask;
+  const Operands operands{input, weight, bias, residual, no_mask};
+  const auto norm = Check<Int>::batch_norm_eval(operands, running_mean, running_var, axis, eps,
+                                                activation, dtype);
+  const auto y = empty_output(input, norm.dtype);
+  const auto rstd = empty_statistic(input, {norm.channels}, compute_dtype(input.scalar_type()));
+  if constexpr (is_concrete<Int>) {
+    if (input.numel() == 0) return {y, rstd.zero_()};
+    Staging staging(operands, norm, Samples::kReduced);
+    kernels::BatchNormInferenceArgs args;
+    args.input = staging.input();
+    args.running_mean = staging.read_vector(running_mean);
+    args.running_var = staging.read_vector(running_var);
+    args.y = staging.write(y);
+    args.rstd = backend::mutable_view(rstd);
+    backend::run(args, input.device());
+    staging.finish();
+  }
+  return {y, rstd};
+}
+
+template <class Int>
+Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input,
+                              const OptionalTensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& residual, const OptionalTensor& mask,
+                              const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis,
+                              bool batch_statistics, double eps, OptionalString activation,
+                              OutputMask output_mask) {
+  const OptionalTensor no_mask;
+  const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
+  const auto norm = Check<Int>::batch_norm_backward(grad_output, operands, mean, rstd, axis,
+                                                    batch_statistics, eps, activation);
+  const auto gradients = empty_gradients(operands, output_mask);
+  if constexpr (is_concrete<Int>) {
+    const auto remaining = fill_without_kernel(gradients, grad_output, norm.activation);
+    if (!any_defined(remaining)) return gradients;
+    Staging staging(operands, norm, Samples::kReduced);
+    kernels::BatchNormBackwardArgs args;
+    args.input = staging.input();
+    args.grad_y = staging.read(grad_output);
+    args.mean = staging.read_vector(mean);
+    args.rstd = staging.read_vector(rstd);
+    args.batch_statistics = batch_statistics;
+    args.grad = staging.write(remaining);
+    backend::run(args, input.device());
+    staging.finish();
+  }
+  return gradients;
+}
+
+Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
+                  const OptionalTensor& running_var, const OptionalTensor& weight,
+                  const OptionalTensor& bias, bool training, std::optional<double> momentum,
+                  double eps, at::IntArrayRef axis, const OptionalTensor& mask,
+                  OptionalString activation, const OptionalTensor& residual, bool unbiased,
+                  const OptionalTensor& num_batches_tracked, OptionalDType dtype) {
+  const auto x = promote_input(input, weight, bias, residual, dtype);
+  const auto y_dtype = dtype.value_or(input.scalar_type());
+  if (training) {
+    return std::get<0>(op::batch_norm_train().call(x, weight, bias, residual, mask, running_mean,
+                                                   running_var, num_batches_tracked, axis, momentum,
+                                                   eps, unbiased, activation, y_dtype));
+  }
+  TORCH_CHECK_VALUE(has(running_mean) && has(running_var),
+                    "batch_norm: expected running_mean and running_var with training False, got ",
+                    has(running_mean)  ? "only running_mean"
+                    : has(running_var) ? "only running_var"
+                                       : "None");
+  return std::get<0>(op::batch_norm_eval().call(x, weight, bias, residual, *running_mean,
+                                                *running_var, axis, eps, activation, y_dtype));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
+  m.impl("batch_norm", TORCH_FN(batch_norm));
+}
+
+// Under vmap a composite operator has to be registered as a decomposition as well.
+TORCH_LIBRARY_IMPL(normcore, FuncTorchBatchedDecomposition, m) {
+  m.impl("batch_norm", TORCH_FN(batch_norm));
+}
+
+TORCH_LIBRARY_IMPL(normcore, CPU, m) {
+  m.impl("_batch_norm_train", TORCH_FN(batch_norm_train<std::int64_t>));
+  m.impl("_batch_norm_eval", TORCH_FN(batch_norm_eval<std::int64_t>));
+  m.impl("_batch_norm_backward", TORCH_FN(batch_norm_backward<std::int64_t>));
+}
+
+// The same functions: the backend decides what runs on a device.
+TORCH_LIBRARY_IMPL(normcore, CUDA, m) {
+  m.impl("_batch_norm_train", TORCH_FN(batch_norm_train<std::int64_t>));
+  m.impl("_batch_norm_eval", TORCH_FN(batch_norm_eval<std::int64_t>));
+  m.impl("_batch_norm_backward", TORCH_FN(batch_norm_backward<std::int64_t>));
+}
+
+TORCH_LIBRARY_IMPL(normcore, Meta, m) {
+  m.impl("_batch_norm_train", TORCH_FN(batch_norm_train<c10::SymInt>));
+  m.impl("_batch_norm_eval", TORCH_FN(batch_norm_eval<c10::SymInt>));
+  m.impl("_batch_norm_backward", TORCH_FN(batch_norm_backward<c10::SymInt>));
+}
+
+}  // namespace normcore

@@ -1,0 +1,138 @@
+// Autograd and version counters of batch norm.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "autograd.h"
+#include "checks.h"
+#include "formulas.h"
+
+namespace normcore::autograd {
+namespace {
+
+struct BatchNormBackward {
+  static constexpr const char* kNodeName = "NormcoreBatchNormBackward";
+
+  std::vector<std::int64_t> axis;
+  bool batch_statistics = true;
+  double eps = 0.0;
+  kernels::Activation activation = kernels::Activation::kNone;
+
+  Gradients backward(const Tensor& grad_output, const Operands& operands, const Tensor& mean,
+                     const Tensor& rstd, const OutputMask& output_mask) const {
+    return op::batch_norm_backward().call(grad_output, operands.input, operands.weight,
+                                          operands.bias, operands.residual, operands.mask, mean,
+                                          rstd, axis, batch_statistics, eps,
+                                          activation_name(activation), output_mask);
+  }
+
+  void collect(ta::CompiledNodeArgs& args) const {
+    args.collect(axis);
+    args.collect(batch_statistics);
+    args.collect(eps);
+    args.collect(static_cast<std::int64_t>(activation));
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
+    c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
+    double eps, bool unbiased, OptionalString activation, OptionalDType dtype) {
+  check_no_tangents("batch_norm", input, weight, bias, residual, mask, running_mean, running_var);
+  check_no_grad("batch_norm", running_mean, running_var);
+  Recorder recorder({input, weight, bias, residual, mask},
+                    BatchNormBackward{axis.vec(), /*batch_statistics=*/true, eps,
+                                      parse_activation("batch_norm", activation)});
+  const auto result = [&] {
+    const at::AutoDispatchBelowAutograd guard;
+    return op::batch_norm_train().redispatch(
+        keys & c10::after_autograd_keyset, input, weight, bias, residual, mask, running_mean,
+        running_var, num_batches_tracked, axis, momentum, eps, unbiased, activation, dtype);
+  }();
+  const auto& [y, mean, rstd] = result;
+  recorder.attach(y, mean, rstd);
+  return result;
+}
+
+std::tuple<Tensor, Tensor> batch_norm_eval(c10::DispatchKeySet keys, const Tensor& input,
+                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                           const OptionalTensor& residual,
+                                           const Tensor& running_mean, const Tensor& running_var,
+                                           at::IntArrayRef axis, double eps,
+                                           OptionalString activation, OptionalDType dtype) {
+  check_no_tangents("batch_norm", input, weight, bias, residual, running_mean, running_var);
+  check_no_grad("batch_norm", running_mean, running_var);
+  const OptionalTensor no_mask;
+  Recorder recorder({input, weight, bias, residual, no_mask},
+                    BatchNormBackward{axis.vec(), /*batch_statistics=*/false, eps,
+                                      parse_activation("batch_norm", activation)});
+  const auto result = [&] {
+    const at::AutoDispatchBelowAutograd guard;
+    return op::batch_norm_eval().redispatch(keys & c10::after_autograd_keyset, input, weight, bias,
+                                            residual, running_mean, running_var, axis, eps,
+                                            activation, dtype);
+  }();
+  const auto& [y, rstd] = result;
+  // The running mean itself: if it changes before the backward pass, that raises.
+  recorder.attach(y, running_mean, rstd);
+  return result;
+}
+
+Gradients batch_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_output,
+                              const Tensor& input, const OptionalTensor& weight,
+                              const OptionalTensor& bias, const OptionalTensor& residual,
+                              const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd,
+                              at::IntArrayRef axis, bool batch_statistics, double eps,
+                              OptionalString activation, OutputMask output_mask) {
+  check_no_tangents("batch_norm", grad_output, input, weight, bias, residual, mask, mean, rstd);
+  if (ta::compute_requires_grad(grad_output, input, weight, bias, residual)) {
+    const OptionalTensor no_mask;
+    const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
+    const auto norm = Check<c10::SymInt>::batch_norm_backward(
+        grad_output, operands, mean, rstd, axis, batch_statistics, eps, activation);
+    const auto constants = batch_statistics ? ConstantStatistics{} : ConstantStatistics{mean, rstd};
+    return norm_backward_formula(grad_output, operands, norm, constants, output_mask);
+  }
+  const at::AutoDispatchBelowAutograd guard;
+  return op::batch_norm_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, input,
+                                              weight, bias, residual, mask, mean, rstd, axis,
+                                              batch_statistics, eps, activation, output_mask);
+}
+
+// Version counters of what training has changed. Inference tensors have none. A size that is not
+// known yet counts as not empty.
+std::tuple<Tensor, Tensor, Tensor> batch_norm_train_bump_versions(
+    c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
+    double eps, bool unbiased, OptionalString activation, OptionalDType dtype) {
+  auto result = [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return op::batch_norm_train().redispatch(
+        keys & c10::after_ADInplaceOrView_keyset, input, weight, bias, residual, mask, running_mean,
+        running_var, num_batches_tracked, axis, momentum, eps, unbiased, activation, dtype);
+  }();
+  if (input.sym_numel().maybe_as_int() == 0) return result;
+  for (const auto* t : {&running_mean, &running_var, &num_batches_tracked}) {
+    if (has(*t) && !(*t)->is_inference()) ta::impl::bump_version(**t);
+  }
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(normcore, Autograd, m) {
+  m.impl("_batch_norm_train", TORCH_FN(batch_norm_train));
+  m.impl("_batch_norm_eval", TORCH_FN(batch_norm_eval));
+  m.impl("_batch_norm_backward", TORCH_FN(batch_norm_backward));
+}
+
+TORCH_LIBRARY_IMPL(normcore, ADInplaceOrView, m) {
+  m.impl("_batch_norm_train", TORCH_FN(batch_norm_train_bump_versions));
+}
+
+}  // namespace normcore::autograd

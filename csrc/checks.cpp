@@ -1,0 +1,381 @@
+#include "checks.h"
+
+#include <c10/core/GradMode.h>
+#include <c10/core/SymBool.h>
+#include <c10/core/SymInt.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <numeric>
+#include <string>
+#include <utility>
+
+namespace normcore {
+namespace {
+
+constexpr const char* kBatchNorm = "batch_norm";
+constexpr const char* kGroupNorm = "group_norm";
+
+constexpr std::pair<std::string_view, kernels::Activation> kActivations[] = {
+    {"relu", kernels::Activation::kReLU},
+    {"silu", kernels::Activation::kSiLU},
+    {"gelu", kernels::Activation::kGelu},
+    {"gelu_tanh", kernels::Activation::kGeluTanh},
+};
+
+template <class Int>
+c10::ArrayRef<Int> sizes_of(const Tensor& t) {
+  if constexpr (std::is_same_v<Int, c10::SymInt>) {
+    return t.sym_sizes();
+  } else {
+    return t.sizes();
+  }
+}
+
+// Whether a rule holds. On symbolic sizes it becomes a guard, or a run-time assertion where the
+// size is not known.
+bool holds(const c10::SymBool& rule) { return rule.expect_true(__FILE__, __LINE__); }
+
+bool equal(std::int64_t a, std::int64_t b) { return a == b; }
+bool equal(const c10::SymInt& a, const c10::SymInt& b) { return holds(a.sym_eq(b)); }
+
+bool broadcasts(std::int64_t from, std::int64_t to) { return from == 1 || from == to; }
+bool broadcasts(const c10::SymInt& from, const c10::SymInt& to) {
+  return holds(from.sym_eq(1).sym_or(from.sym_eq(to)));
+}
+
+template <class Int>
+bool equal(c10::ArrayRef<Int> a, c10::ArrayRef<Int> b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(),
+                                            [](const Int& x, const Int& y) { return equal(x, y); });
+}
+
+template <class Int>
+using Sizes = c10::SmallVector<Int, 5>;
+
+template <class Int>
+Sizes<Int> select(c10::ArrayRef<Int> sizes, const at::DimVector& axes) {
+  Sizes<Int> result;
+  for (const auto axis : axes) result.push_back(sizes[axis]);
+  return result;
+}
+
+template <class Int>
+Int product(c10::ArrayRef<Int> sizes) {
+  return std::accumulate(sizes.begin(), sizes.end(), Int(1), std::multiplies<Int>());
+}
+
+bool contains(const at::DimVector& axes, std::int64_t axis) {
+  return std::find(axes.begin(), axes.end(), axis) != axes.end();
+}
+
+std::string dtype_name(at::ScalarType dtype) {
+  return std::string(c10::getDtypeNames(dtype).first);
+}
+
+bool is_supported(at::ScalarType dtype) {
+  return dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 ||
+         dtype == at::kHalf;
+}
+
+void check_dtype(const char* op, const char* name, at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(is_supported(dtype), op, ": expected ", name,
+                   " to have dtype float64, float32, bfloat16 or float16, got ", dtype_name(dtype));
+}
+
+// float64 beside a narrower input would have to be computed in float64: the public operators
+// convert the input.
+void check_not_wider(const char* op, const char* name, at::ScalarType dtype, const Tensor& input) {
+  check_dtype(op, name, dtype);
+  TORCH_CHECK_TYPE(dtype != at::kDouble || input.scalar_type() == at::kDouble, op,
+                   ": expected a float64 input with ", name, " of dtype float64, got ",
+                   dtype_name(input.scalar_type()));
+}
+
+void check_device(const char* op, const char* name, const Tensor& t, const Tensor& input) {
+  TORCH_CHECK_VALUE(t.device() == input.device(), op, ": expected ", name, " on device ",
+                    input.device(), ", got ", t.device());
+}
+
+template <class Int>
+void check_shape(const char* op, const char* name, const Tensor& t, c10::ArrayRef<Int> shape) {
+  TORCH_CHECK_VALUE(equal(sizes_of<Int>(t), shape), op, ": expected ", name, " to have shape ",
+                    shape, ", got ", sizes_of<Int>(t));
+}
+
+template <class Int>
+void check_vector(const char* op, const char* name, const Tensor& t, const Tensor& input,
+                  c10::ArrayRef<Int> shape) {
+  check_device(op, name, t, input);
+  check_dtype(op, name, t.scalar_type());
+  check_shape(op, name, t, shape);
+}
+
+// A saved statistic: its dtype follows from the operator.
+template <class Int>
+void check_saved(const char* op, const char* name, const Tensor& t, const Tensor& input,
+                 c10::ArrayRef<Int> shape, at::ScalarType dtype) {
+  check_device(op, name, t, input);
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, op, ": expected ", name, " to have dtype ",
+                   dtype_name(dtype), ", got ", dtype_name(t.scalar_type()));
+  check_shape(op, name, t, shape);
+}
+
+at::DimVector normalize_axes(const char* op, const char* name, at::IntArrayRef axes,
+                             std::int64_t rank) {
+  at::DimVector result;
+  for (const auto axis : axes) {
+    TORCH_CHECK_INDEX(-rank <= axis && axis < rank, op, ": expected ", name, " in [", -rank, ", ",
+                      rank - 1, "] for an input of rank ", rank, ", got ", axis);
+    const auto positive = axis < 0 ? axis + rank : axis;
+    TORCH_CHECK_VALUE(!contains(result, positive), op, ": expected ", name,
+                      " without duplicates, got ", axes);
+    result.push_back(positive);
+  }
+  std::sort(result.begin(), result.end());
+  return result;
+}
+
+Axes batch_norm_axes(const Tensor& input, at::IntArrayRef axis) {
+  Axes axes;
+  axes.feature = normalize_axes(kBatchNorm, "axis", axis, input.dim());
+  for (std::int64_t d = 0; d < input.dim(); ++d) {
+    if (!contains(axes.feature, d)) axes.reduced.push_back(d);
+  }
+  return axes;
+}
+
+Axes group_norm_axes(const Tensor& input, at::IntArrayRef axis,
+                     at::OptionalIntArrayRef reduction_axes) {
+  Axes axes;
+  axes.feature = normalize_axes(kGroupNorm, "axis", axis, input.dim());
+  at::DimVector reduction;
+  if (reduction_axes.has_value()) {
+    reduction = normalize_axes(kGroupNorm, "reduction_axes", *reduction_axes, input.dim());
+    TORCH_CHECK_VALUE(
+        std::includes(reduction.begin(), reduction.end(), axes.feature.begin(), axes.feature.end()),
+        kGroupNorm, ": expected reduction_axes to contain the feature axes ",
+        at::IntArrayRef(axes.feature), ", got ", *reduction_axes);
+  }
+  for (std::int64_t d = 0; d < input.dim(); ++d) {
+    if (contains(axes.feature, d)) continue;
+    const bool reduced = reduction_axes.has_value() ? contains(reduction, d) : d != 0;
+    (reduced ? axes.reduced : axes.kept).push_back(d);
+  }
+  return axes;
+}
+
+// The rules that all norms share; `axes` says which norm it is.
+template <class Int>
+CheckedNorm<Int> check_norm(const char* op, const Operands& operands, Axes axes, double eps,
+                            OptionalString activation, OptionalDType dtype) {
+  const auto& input = operands.input;
+  check_dtype(op, "input", input.scalar_type());
+  const auto sizes = sizes_of<Int>(input);
+
+  CheckedNorm<Int> norm;
+  norm.samples = product<Int>(select(sizes, axes.kept));
+  norm.channels = product<Int>(select(sizes, axes.feature));
+  norm.num_groups = norm.channels;
+  norm.eps = eps;
+  norm.activation = parse_activation(op, activation);
+  norm.dtype = dtype.value_or(input.scalar_type());
+  norm.axes = std::move(axes);
+
+  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0.0, op,
+                    ": expected eps to be finite and not negative, got ", eps);
+  check_not_wider(op, "dtype", norm.dtype, input);
+
+  // One entry per channel, or per sample and channel where each sample has statistics of its own.
+  const auto feature_shape = select(sizes, norm.axes.feature);
+  const bool may_be_per_sample =
+      norm.axes.feature.size() == 1 && norm.axes.kept.size() == 1 && norm.axes.kept.front() == 0;
+  const auto check_affine = [&](const char* name, const OptionalTensor& t) {
+    if (!has(t)) return;
+    check_device(op, name, *t, input);
+    check_not_wider(op, name, t->scalar_type(), input);
+    if (may_be_per_sample && t->dim() == 2) {
+      check_shape<Int>(op, name, *t, Sizes<Int>{norm.samples, norm.channels});
+    } else {
+      check_shape<Int>(op, name, *t, feature_shape);
+    }
+  };
+  check_affine("weight", operands.weight);
+  check_affine("bias", operands.bias);
+  const bool both = has(operands.weight) && has(operands.bias);
+  TORCH_CHECK_VALUE(!both || operands.weight->dim() == operands.bias->dim(), op,
+                    ": expected weight and bias to have the same shape, got ",
+                    sizes_of<Int>(*operands.weight), " and ", sizes_of<Int>(*operands.bias));
+  const auto& affine = has(operands.weight) ? operands.weight : operands.bias;
+  norm.affine_per_sample = may_be_per_sample && has(affine) && affine->dim() == 2;
+
+  if (has(operands.residual)) {
+    check_device(op, "residual", *operands.residual, input);
+    check_not_wider(op, "residual", operands.residual->scalar_type(), input);
+    check_shape(op, "residual", *operands.residual, sizes);
+  }
+  if (has(operands.mask)) {
+    check_device(op, "mask", *operands.mask, input);
+    const auto mask_sizes = sizes_of<Int>(*operands.mask);
+    const bool ok = mask_sizes.size() <= sizes.size() &&
+                    std::equal(mask_sizes.rbegin(), mask_sizes.rend(), sizes.rbegin(),
+                               [](const Int& m, const Int& x) { return broadcasts(m, x); });
+    TORCH_CHECK_VALUE(ok, op, ": expected mask to broadcast to the input's shape ", sizes, ", got ",
+                      mask_sizes);
+  }
+  return norm;
+}
+
+template <class Int>
+CheckedNorm<Int> check_batch_norm(const Operands& operands, at::IntArrayRef axis, double eps,
+                                  OptionalString activation, OptionalDType dtype) {
+  return check_norm<Int>(kBatchNorm, operands, batch_norm_axes(operands.input, axis), eps,
+                         activation, dtype);
+}
+
+template <class Int>
+void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& input) {
+  check_vector(op, "grad_output", grad_output, input, sizes_of<Int>(input));
+}
+
+template <class Int>
+void check_running(const Tensor& running_mean, const Tensor& running_var, const Tensor& input,
+                   const Axes& axes) {
+  const auto shape = select(sizes_of<Int>(input), axes.feature);
+  check_vector<Int>(kBatchNorm, "running_mean", running_mean, input, shape);
+  check_vector<Int>(kBatchNorm, "running_var", running_var, input, shape);
+}
+
+}  // namespace
+
+template <class Int>
+CheckedNorm<Int> Check<Int>::batch_norm_train(
+    const Operands& operands, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
+    double eps, OptionalString activation, OptionalDType dtype) {
+  auto norm = check_batch_norm<Int>(operands, axis, eps, activation, dtype);
+  TORCH_CHECK_VALUE(has(running_mean) == has(running_var), kBatchNorm,
+                    ": expected both or none of running_mean and running_var, got only ",
+                    has(running_mean) ? "running_mean" : "running_var");
+  if (has(running_mean)) {
+    check_running<Int>(*running_mean, *running_var, operands.input, norm.axes);
+    TORCH_CHECK_VALUE(momentum.has_value() || has(num_batches_tracked), kBatchNorm,
+                      ": expected num_batches_tracked with momentum None (cumulative average), "
+                      "got None");
+  }
+  if (has(num_batches_tracked)) {
+    const auto& counter = *num_batches_tracked;
+    check_device(kBatchNorm, "num_batches_tracked", counter, operands.input);
+    TORCH_CHECK_TYPE(counter.scalar_type() == at::kLong, kBatchNorm,
+                     ": expected num_batches_tracked to have dtype int64, got ",
+                     dtype_name(counter.scalar_type()));
+    TORCH_CHECK_VALUE(equal(product(sizes_of<Int>(counter)), Int(1)), kBatchNorm,
+                      ": expected num_batches_tracked to have one element, got shape ",
+                      sizes_of<Int>(counter));
+  }
+  return norm;
+}
+
+template <class Int>
+CheckedNorm<Int> Check<Int>::batch_norm_eval(const Operands& operands, const Tensor& running_mean,
+                                             const Tensor& running_var, at::IntArrayRef axis,
+                                             double eps, OptionalString activation,
+                                             OptionalDType dtype) {
+  auto norm = check_batch_norm<Int>(operands, axis, eps, activation, dtype);
+  check_running<Int>(running_mean, running_var, operands.input, norm.axes);
+  return norm;
+}
+
+template <class Int>
+CheckedNorm<Int> Check<Int>::batch_norm_backward(const Tensor& grad_output,
+                                                 const Operands& operands, const Tensor& mean,
+                                                 const Tensor& rstd, at::IntArrayRef axis,
+                                                 bool batch_statistics, double eps,
+                                                 OptionalString activation) {
+  const auto& input = operands.input;
+  auto norm = check_batch_norm<Int>(operands, axis, eps, activation, std::nullopt);
+  check_grad_output<Int>(kBatchNorm, grad_output, input);
+  const Sizes<Int> flat{norm.channels};
+  if (batch_statistics) {
+    check_saved<Int>(kBatchNorm, "mean", mean, input, flat, at::kDouble);
+  } else {
+    check_vector<Int>(kBatchNorm, "mean", mean, input,
+                      select(sizes_of<Int>(input), norm.axes.feature));
+  }
+  check_saved<Int>(kBatchNorm, "rstd", rstd, input, flat, compute_dtype(input.scalar_type()));
+  return norm;
+}
+
+template <class Int>
+CheckedNorm<Int> Check<Int>::group_norm(const Operands& operands, std::int64_t num_groups,
+                                        at::IntArrayRef axis,
+                                        at::OptionalIntArrayRef reduction_axes, double eps,
+                                        OptionalString activation, OptionalDType dtype) {
+  auto norm =
+      check_norm<Int>(kGroupNorm, operands, group_norm_axes(operands.input, axis, reduction_axes),
+                      eps, activation, dtype);
+  TORCH_CHECK_VALUE(num_groups > 0, kGroupNorm, ": expected num_groups to be positive, got ",
+                    num_groups);
+  TORCH_CHECK_VALUE(equal(Int(norm.channels % Int(num_groups)), Int(0)), kGroupNorm,
+                    ": number of groups (", num_groups,
+                    ") does not divide the number of channels (", norm.channels, ")");
+  norm.num_groups = num_groups;
+  return norm;
+}
+
+template <class Int>
+CheckedNorm<Int> Check<Int>::group_norm_backward(const Tensor& grad_output,
+                                                 const Operands& operands, const Tensor& mean,
+                                                 const Tensor& rstd, std::int64_t num_groups,
+                                                 at::IntArrayRef axis,
+                                                 at::OptionalIntArrayRef reduction_axes, double eps,
+                                                 OptionalString activation) {
+  const auto& input = operands.input;
+  auto norm = group_norm(operands, num_groups, axis, reduction_axes, eps, activation, std::nullopt);
+  check_grad_output<Int>(kGroupNorm, grad_output, input);
+  const Sizes<Int> per_group{norm.samples, norm.num_groups};
+  check_saved<Int>(kGroupNorm, "mean", mean, input, per_group, at::kDouble);
+  check_saved<Int>(kGroupNorm, "rstd", rstd, input, per_group, compute_dtype(input.scalar_type()));
+  return norm;
+}
+
+void check_no_grad(const char* op, const OptionalTensor& running_mean,
+                   const OptionalTensor& running_var) {
+  const auto wants_grad = [](const OptionalTensor& t) { return has(t) && t->requires_grad(); };
+  TORCH_CHECK_VALUE(
+      !c10::GradMode::is_enabled() || (!wants_grad(running_mean) && !wants_grad(running_var)), op,
+      ": expected running statistics that do not require grad");
+}
+
+Tensor promote_input(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& residual, OptionalDType dtype) {
+  const auto is_double = [](const OptionalTensor& t) {
+    return has(t) && t->scalar_type() == at::kDouble;
+  };
+  const bool wanted =
+      dtype == at::kDouble || is_double(weight) || is_double(bias) || is_double(residual);
+  return wanted && is_supported(input.scalar_type()) ? input.to(at::kDouble) : input;
+}
+
+kernels::Activation parse_activation(const char* op, OptionalString name) {
+  if (!name.has_value()) return kernels::Activation::kNone;
+  for (const auto& [known, activation] : kActivations) {
+    if (*name == known) return activation;
+  }
+  TORCH_CHECK_VALUE(false, op,
+                    ": expected activation to be None, relu, silu, gelu or gelu_tanh, got ", *name);
+}
+
+OptionalString activation_name(kernels::Activation activation) {
+  for (const auto& [name, known] : kActivations) {
+    if (activation == known) return name;
+  }
+  return std::nullopt;
+}
+
+template struct Check<std::int64_t>;
+template struct Check<c10::SymInt>;
+
+}  // namespace normcore

@@ -1,0 +1,101 @@
+// User arguments of the operators, checked and resolved. Every rule about shapes, dtypes, devices
+// and names lives here, and is checked before anything is computed or changed. `Int` is
+// std::int64_t for tensors with data and c10::SymInt for shape inference (Meta) and for the
+// differentiable formulas: all of them go through the same rules. Errors: ValueError (value or
+// shape), TypeError (dtype), IndexError (axis).
+#pragma once
+
+#include <ATen/core/DimVector.h>
+#include <normcore/kernels/activation.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "dispatch.h"
+
+namespace normcore {
+
+// Axes of the input, non-negative and ascending; together they are all of them.
+struct Axes {
+  at::DimVector feature;  // scale and bias have one entry per index of these
+  at::DimVector
+      kept;  // group norm: statistics are separate for every index of these; batch norm: none
+  at::DimVector reduced;
+};
+
+// The tensors that every norm takes, as the user gave them.
+struct Operands {
+  const Tensor& input;
+  const OptionalTensor& weight;
+  const OptionalTensor& bias;
+  const OptionalTensor& residual;
+  const OptionalTensor& mask;
+};
+
+template <class Int>
+inline constexpr bool is_concrete = std::is_same_v<Int, std::int64_t>;
+
+// A norm whose arguments obey the rules. Batch norm is the norm without kept axes that has one
+// group per channel.
+template <class Int>
+struct CheckedNorm {
+  Axes axes;
+  Int samples;                     // product of the kept axes
+  Int channels;                    // product of the feature axes
+  Int num_groups;                  // divides channels
+  bool affine_per_sample = false;  // weight and bias are [samples, channels]
+  double eps = 0.0;
+  kernels::Activation activation = kernels::Activation::kNone;
+  at::ScalarType dtype = at::kFloat;  // of the output
+};
+
+// The rules of each low-level operator.
+template <class Int>
+struct Check {
+  static CheckedNorm<Int> batch_norm_train(const Operands& operands,
+                                           const OptionalTensor& running_mean,
+                                           const OptionalTensor& running_var,
+                                           const OptionalTensor& num_batches_tracked,
+                                           at::IntArrayRef axis, std::optional<double> momentum,
+                                           double eps, OptionalString activation,
+                                           OptionalDType dtype);
+
+  static CheckedNorm<Int> batch_norm_eval(const Operands& operands, const Tensor& running_mean,
+                                          const Tensor& running_var, at::IntArrayRef axis,
+                                          double eps, OptionalString activation,
+                                          OptionalDType dtype);
+
+  static CheckedNorm<Int> batch_norm_backward(const Tensor& grad_output, const Operands& operands,
+                                              const Tensor& mean, const Tensor& rstd,
+                                              at::IntArrayRef axis, bool batch_statistics,
+                                              double eps, OptionalString activation);
+
+  static CheckedNorm<Int> group_norm(const Operands& operands, std::int64_t num_groups,
+                                     at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
+                                     double eps, OptionalString activation, OptionalDType dtype);
+
+  static CheckedNorm<Int> group_norm_backward(const Tensor& grad_output, const Operands& operands,
+                                              const Tensor& mean, const Tensor& rstd,
+                                              std::int64_t num_groups, at::IntArrayRef axis,
+                                              at::OptionalIntArrayRef reduction_axes, double eps,
+                                              OptionalString activation);
+};
+
+// Running statistics are updated in place and have no derivative.
+void check_no_grad(const char* op, const OptionalTensor& running_mean,
+                   const OptionalTensor& running_var);
+
+// The input of a public operator: in float64 if any of the others is, so that nothing is computed
+// in less than it has.
+Tensor promote_input(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& residual, OptionalDType dtype);
+
+kernels::Activation parse_activation(const char* op, OptionalString name);
+OptionalString activation_name(kernels::Activation activation);
+
+// The dtype in which a norm of `dtype` values is computed, and of its rstd.
+inline at::ScalarType compute_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace normcore

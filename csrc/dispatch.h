@@ -1,0 +1,113 @@
+// One typed handle per operator: calls go through the dispatcher (autograd, autocast, transforms)
+// without a lookup by name on the call path. Signatures follow schema.cpp argument by argument.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/OptionalArrayRef.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace normcore {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using OptionalString = std::optional<std::string_view>;
+using OptionalDType = std::optional<at::ScalarType>;
+using OutputMask = std::array<bool, 4>;  // gradients of input, weight, bias, residual
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+using BatchNormFn = Tensor(const Tensor& input, const OptionalTensor& running_mean,
+                           const OptionalTensor& running_var, const OptionalTensor& weight,
+                           const OptionalTensor& bias, bool training,
+                           std::optional<double> momentum, double eps, at::IntArrayRef axis,
+                           const OptionalTensor& mask, OptionalString activation,
+                           const OptionalTensor& residual, bool unbiased,
+                           const OptionalTensor& num_batches_tracked, OptionalDType dtype);
+
+using GroupNormFn = Tensor(const Tensor& input, std::int64_t num_groups,
+                           const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                           at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
+                           const OptionalTensor& mask, OptionalString activation,
+                           const OptionalTensor& residual, OptionalDType dtype);
+
+using BatchNormTrainFn = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    at::IntArrayRef axis, std::optional<double> momentum, double eps, bool unbiased,
+    OptionalString activation, OptionalDType dtype);
+
+using BatchNormEvalFn = std::tuple<Tensor, Tensor>(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const Tensor& running_mean, const Tensor& running_var,
+    at::IntArrayRef axis, double eps, OptionalString activation, OptionalDType dtype);
+
+using BatchNormBackwardFn = Gradients(const Tensor& grad_output, const Tensor& input,
+                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& residual, const OptionalTensor& mask,
+                                      const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis,
+                                      bool batch_statistics, double eps, OptionalString activation,
+                                      OutputMask output_mask);
+
+using GroupNormForwardFn = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, std::int64_t num_groups,
+    at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes, double eps,
+    OptionalString activation, OptionalDType dtype);
+
+using GroupNormBackwardFn = Gradients(const Tensor& grad_output, const Tensor& input,
+                                      const OptionalTensor& weight, const OptionalTensor& bias,
+                                      const OptionalTensor& residual, const OptionalTensor& mask,
+                                      const Tensor& mean, const Tensor& rstd,
+                                      std::int64_t num_groups, at::IntArrayRef axis,
+                                      at::OptionalIntArrayRef reduction_axes, double eps,
+                                      OptionalString activation, OutputMask output_mask);
+
+template <class Fn>
+c10::TypedOperatorHandle<Fn> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Fn>();
+}
+
+namespace op {
+
+inline const auto& batch_norm() {
+  static const auto handle = find_op<BatchNormFn>("normcore::batch_norm");
+  return handle;
+}
+inline const auto& group_norm() {
+  static const auto handle = find_op<GroupNormFn>("normcore::group_norm");
+  return handle;
+}
+inline const auto& batch_norm_train() {
+  static const auto handle = find_op<BatchNormTrainFn>("normcore::_batch_norm_train");
+  return handle;
+}
+inline const auto& batch_norm_eval() {
+  static const auto handle = find_op<BatchNormEvalFn>("normcore::_batch_norm_eval");
+  return handle;
+}
+inline const auto& batch_norm_backward() {
+  static const auto handle = find_op<BatchNormBackwardFn>("normcore::_batch_norm_backward");
+  return handle;
+}
+inline const auto& group_norm_forward() {
+  static const auto handle = find_op<GroupNormForwardFn>("normcore::_group_norm");
+  return handle;
+}
+inline const auto& group_norm_backward() {
+  static const auto handle = find_op<GroupNormBackwardFn>("normcore::_group_norm_backward");
+  return handle;
+}
+
+}  // namespace op
+
+inline bool has(const OptionalTensor& t) { return t.has_value() && t->defined(); }
+inline Tensor value_or_undefined(const OptionalTensor& t) { return t.value_or(Tensor()); }
+
+}  // namespace normcore

@@ -1,0 +1,105 @@
+// Group norm: the public operator and the low-level ones below autograd. A kernel template with Int
+// = std::int64_t computes; with c10::SymInt it only makes the outputs (Meta).
+#include <torch/library.h>
+
+#include "backend.h"
+#include "checks.h"
+#include "outputs.h"
+#include "staging.h"
+
+namespace normcore {
+namespace {
+
+template <class Int>
+std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
+    const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& residual, const OptionalTensor& mask, std::int64_t num_groups,
+    at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes, double eps,
+    OptionalString activation, OptionalDType dtype) {
+  const Operands operands{input, weight, bias, residual, mask};
+  const auto norm =
+      Check<Int>::group_norm(operands, num_groups, axis, reduction_axes, eps, activation, dtype);
+  const auto y = empty_output(input, norm.dtype);
+  const auto mean = empty_statistic(input, {norm.samples, num_groups}, at::kDouble);
+  const auto rstd =
+      empty_statistic(input, {norm.samples, num_groups}, compute_dtype(input.scalar_type()));
+  if constexpr (is_concrete<Int>) {
+    if (input.numel() == 0) return {y, mean.zero_(), rstd.zero_()};
+    Staging staging(operands, norm, Samples::kKept);
+    kernels::GroupNormForwardArgs args;
+    args.input = staging.input();
+    args.num_groups = num_groups;
+    args.y = staging.write(y);
+    args.mean = mean.template mutable_data_ptr<double>();
+    args.rstd = backend::mutable_view(rstd);
+    backend::run(args, input.device());
+    staging.finish();
+  }
+  return {y, mean, rstd};
+}
+
+template <class Int>
+Gradients group_norm_backward(const Tensor& grad_output, const Tensor& input,
+                              const OptionalTensor& weight, const OptionalTensor& bias,
+                              const OptionalTensor& residual, const OptionalTensor& mask,
+                              const Tensor& mean, const Tensor& rstd, std::int64_t num_groups,
+                              at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
+                              double eps, OptionalString activation, OutputMask output_mask) {
+  const Operands operands{input, weight, bias, residual, mask};
+  const auto norm = Check<Int>::group_norm_backward(grad_output, operands, mean, rstd, num_groups,
+                                                    axis, reduction_axes, eps, activation);
+  const auto gradients = empty_gradients(operands, output_mask);
+  if constexpr (is_concrete<Int>) {
+    const auto remaining = fill_without_kernel(gradients, grad_output, norm.activation);
+    if (!any_defined(remaining)) return gradients;
+    Staging staging(operands, norm, Samples::kKept);
+    kernels::GroupNormBackwardArgs args;
+    args.input = staging.input();
+    args.num_groups = num_groups;
+    args.grad_y = staging.read(grad_output);
+    args.mean = static_cast<const double*>(staging.read_vector(mean).data);
+    args.rstd = staging.read_vector(rstd);
+    args.grad = staging.write(remaining);
+    backend::run(args, input.device());
+    staging.finish();
+  }
+  return gradients;
+}
+
+Tensor group_norm(const Tensor& input, std::int64_t num_groups, const OptionalTensor& weight,
+                  const OptionalTensor& bias, double eps, at::IntArrayRef axis,
+                  at::OptionalIntArrayRef reduction_axes, const OptionalTensor& mask,
+                  OptionalString activation, const OptionalTensor& residual, OptionalDType dtype) {
+  return std::get<0>(op::group_norm_forward().call(
+      promote_input(input, weight, bias, residual, dtype), weight, bias, residual, mask, num_groups,
+      axis, reduction_axes, eps, activation, dtype.value_or(input.scalar_type())));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
+  m.impl("group_norm", TORCH_FN(group_norm));
+}
+
+// Under vmap a composite operator has to be registered as a decomposition as well.
+TORCH_LIBRARY_IMPL(normcore, FuncTorchBatchedDecomposition, m) {
+  m.impl("group_norm", TORCH_FN(group_norm));
+}
+
+TORCH_LIBRARY_IMPL(normcore, CPU, m) {
+  m.impl("_group_norm", TORCH_FN(group_norm_forward<std::int64_t>));
+  m.impl("_group_norm_backward", TORCH_FN(group_norm_backward<std::int64_t>));
+}
+
+// The same functions: the backend decides what runs on a device.
+TORCH_LIBRARY_IMPL(normcore, CUDA, m) {
+  m.impl("_group_norm", TORCH_FN(group_norm_forward<std::int64_t>));
+  m.impl("_group_norm_backward", TORCH_FN(group_norm_backward<std::int64_t>));
+}
+
+TORCH_LIBRARY_IMPL(normcore, Meta, m) {
+  m.impl("_group_norm", TORCH_FN(group_norm_forward<c10::SymInt>));
+  m.impl("_group_norm_backward", TORCH_FN(group_norm_backward<c10::SymInt>));
+}
+
+}  // namespace normcore

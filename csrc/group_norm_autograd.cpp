@@ -1,0 +1,92 @@
+// Autograd of group norm.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "autograd.h"
+#include "checks.h"
+#include "formulas.h"
+
+namespace normcore::autograd {
+namespace {
+
+struct GroupNormBackward {
+  static constexpr const char* kNodeName = "NormcoreGroupNormBackward";
+
+  std::int64_t num_groups = 1;
+  std::vector<std::int64_t> axis;
+  std::optional<std::vector<std::int64_t>> reduction_axes;
+  double eps = 0.0;
+  kernels::Activation activation = kernels::Activation::kNone;
+
+  Gradients backward(const Tensor& grad_output, const Operands& operands, const Tensor& mean,
+                     const Tensor& rstd, const OutputMask& output_mask) const {
+    at::OptionalIntArrayRef reduction;
+    if (reduction_axes.has_value()) reduction = at::IntArrayRef(*reduction_axes);
+    return op::group_norm_backward().call(grad_output, operands.input, operands.weight,
+                                          operands.bias, operands.residual, operands.mask, mean,
+                                          rstd, num_groups, axis, reduction, eps,
+                                          activation_name(activation), output_mask);
+  }
+
+  void collect(ta::CompiledNodeArgs& args) const {
+    args.collect(num_groups);
+    args.collect(axis);
+    args.collect(reduction_axes);
+    args.collect(eps);
+    args.collect(static_cast<std::int64_t>(activation));
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
+    c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    std::int64_t num_groups, at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
+    double eps, OptionalString activation, OptionalDType dtype) {
+  check_no_tangents("group_norm", input, weight, bias, residual, mask);
+  GroupNormBackward backward{num_groups, axis.vec(), std::nullopt, eps,
+                             parse_activation("group_norm", activation)};
+  if (reduction_axes.has_value()) backward.reduction_axes = reduction_axes->vec();
+  Recorder recorder({input, weight, bias, residual, mask}, std::move(backward));
+  const auto result = [&] {
+    const at::AutoDispatchBelowAutograd guard;
+    return op::group_norm_forward().redispatch(keys & c10::after_autograd_keyset, input, weight,
+                                               bias, residual, mask, num_groups, axis,
+                                               reduction_axes, eps, activation, dtype);
+  }();
+  const auto& [y, mean, rstd] = result;
+  recorder.attach(y, mean, rstd);
+  return result;
+}
+
+Gradients group_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_output,
+                              const Tensor& input, const OptionalTensor& weight,
+                              const OptionalTensor& bias, const OptionalTensor& residual,
+                              const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd,
+                              std::int64_t num_groups, at::IntArrayRef axis,
+                              at::OptionalIntArrayRef reduction_axes, double eps,
+                              OptionalString activation, OutputMask output_mask) {
+  check_no_tangents("group_norm", grad_output, input, weight, bias, residual, mask, mean, rstd);
+  if (ta::compute_requires_grad(grad_output, input, weight, bias, residual)) {
+    const Operands operands{input, weight, bias, residual, mask};
+    const auto norm = Check<c10::SymInt>::group_norm_backward(
+        grad_output, operands, mean, rstd, num_groups, axis, reduction_axes, eps, activation);
+    return norm_backward_formula(grad_output, operands, norm, ConstantStatistics{}, output_mask);
+  }
+  const at::AutoDispatchBelowAutograd guard;
+  return op::group_norm_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, input,
+                                              weight, bias, residual, mask, mean, rstd, num_groups,
+                                              axis, reduction_axes, eps, activation, output_mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(normcore, Autograd, m) {
+  m.impl("_group_norm", TORCH_FN(group_norm_forward));
+  m.impl("_group_norm_backward", TORCH_FN(group_norm_backward));
+}
+
+}  // namespace normcore::autograd

@@ -1,0 +1,373 @@
+#include "normcore/modules.h"
+
+#include <ATen/Functions.h>
+#include <c10/core/GradMode.h>
+
+#include <algorithm>
+#include <functional>
+#include <numeric>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+
+#include "normcore/ops.h"
+
+namespace normcore {
+namespace {
+
+constexpr std::int64_t kDefaultNumGroups = 32;
+
+// The name under which torch.distributed registers the default process group.
+constexpr const char* kDefaultGroup = "0";
+
+std::int64_t num_ranks(const std::string& group) {
+  try {
+    return c10d::resolve_process_group(group)->getSize();
+  } catch (const c10::Error&) {  // no such group; torch has no query for that before 2.15
+    return 1;
+  }
+}
+
+void require_single_rank(const char* module, const std::optional<std::string>& axis_name) {
+  if (!axis_name) return;
+  const auto size = std::max(num_ranks(*axis_name), num_ranks(kDefaultGroup));
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      size == 1, module, ": expected axis_name to span one rank, got ", size,
+      ": statistics are not combined between ranks; without it, each rank takes its own");
+}
+
+std::int64_t product(at::IntArrayRef sizes) {
+  return std::accumulate(sizes.begin(), sizes.end(), std::int64_t{1}, std::multiplies<>());
+}
+
+// The sizes of x along `axis`, in ascending order of the axes.
+std::vector<std::int64_t> feature_sizes(const char* module, const at::Tensor& x,
+                                        at::IntArrayRef axis) {
+  const auto rank = x.dim();
+  std::vector<std::int64_t> axes;
+  for (const auto a : axis) {
+    TORCH_CHECK_INDEX(-rank <= a && a < rank, module, ": expected axis to be in [", -rank, ", ",
+                      rank - 1, "] for an input of ", rank, " dimensions, got ", a);
+    axes.push_back(a < 0 ? a + rank : a);
+  }
+  std::sort(axes.begin(), axes.end());
+  TORCH_CHECK_VALUE(std::adjacent_find(axes.begin(), axes.end()) == axes.end(), module,
+                    ": expected distinct axes, got ", axis);
+  std::vector<std::int64_t> sizes;
+  for (const auto a : axes) sizes.push_back(x.size(a));
+  return sizes;
+}
+
+bool is_half(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
+
+void set_requires_grad(const at::Tensor& parameter, bool requires_grad) {
+  if (parameter.defined()) parameter.set_requires_grad(requires_grad);
+}
+
+Initializer constant(double value) {
+  return [value](at::Tensor tensor) { tensor.fill_(value); };
+}
+
+std::ostream& operator<<(std::ostream& stream, const IntList& list) {
+  const at::IntArrayRef values = list;
+  return values.size() == 1 ? stream << values.front() : stream << values;
+}
+
+template <class T>
+void print_optional(std::ostream& stream, const char* name, const std::optional<T>& value) {
+  if (value) stream << ", " << name << '=' << *value;
+}
+
+}  // namespace
+
+namespace detail {
+
+template <class Derived, class Options>
+NormImpl<Derived, Options>::NormImpl(Options options) : options(std::move(options)) {
+  const auto& o = this->options;
+  TORCH_CHECK_VALUE(o.sync_weighting() == "count" || o.sync_weighting() == "rank", Derived::kName,
+                    ": expected sync_weighting to be 'count' or 'rank', got '", o.sync_weighting(),
+                    "'");
+  TORCH_CHECK_VALUE(o.axis_name() || !o.axis_index_groups(), Derived::kName,
+                    ": expected axis_name to be given with axis_index_groups");
+  TORCH_CHECK_VALUE(!o.axis().vec().empty(), Derived::kName, ": expected at least one axis");
+}
+
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::create() {
+  if (options.num_features()) {
+    create(options.num_features()->vec(), options.device().value_or(at::kCPU));
+  }
+}
+
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::create(std::vector<std::int64_t> features, c10::Device device) {
+  check_features(features);
+  options.num_features(std::move(features));
+  options.device(device);
+  initialized_ = true;
+  reset();
+}
+
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::init(const at::Tensor& x) {
+  if (initialized_) return;
+  create(feature_sizes(Derived::kName, x, options.axis()), options.device().value_or(x.device()));
+}
+
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::check_features(at::IntArrayRef features) const {
+  const bool valid = features.size() == options.axis().vec().size() &&
+                     std::all_of(features.begin(), features.end(), [](auto n) { return n >= 0; });
+  TORCH_CHECK_VALUE(valid, Derived::kName,
+                    ": expected num_features to hold one size for each axis of ",
+                    at::IntArrayRef(options.axis()), ", got ", features);
+}
+
+template <class Derived, class Options>
+auto NormImpl<Derived, Options>::state() -> std::vector<State> {
+  const auto or_constant = [](const Initializer& given, double value) {
+    return given ? given : constant(value);
+  };
+  std::vector<State> state;
+  if (options.use_scale()) {
+    state.push_back({"scale", scale, true, or_constant(options.scale_init(), 1.0)});
+  }
+  if (options.use_bias()) {
+    state.push_back({"bias", bias, true, or_constant(options.bias_init(), 0.0)});
+  }
+  return state;
+}
+
+// Also called on a copy that clone() is making: its members still are those of the original, but
+// nothing is registered. Then the new tensors take their dtype, device and requires_grad.
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::reset() {
+  if (!initialized_) return;
+  at::NoGradGuard no_grad;
+  for (auto& [name, tensor, is_parameter, initialize] : state()) {
+    const auto registered = is_parameter ? this->named_parameters(/*recurse=*/false)
+                                         : this->named_buffers(/*recurse=*/false);
+    if (!registered.contains(name)) {
+      const auto dtype = is_parameter ? options.param_dtype() : statistics_dtype_;
+      const auto value = tensor.defined() ? at::empty_like(tensor)
+                                          : at::empty(*options.num_features(),
+                                                      at::device(*options.device()).dtype(dtype));
+      const bool requires_grad = tensor.defined() ? tensor.requires_grad() : !required_grad_;
+      tensor = is_parameter ? this->register_parameter(name, value, requires_grad)
+                            : this->register_buffer(name, value);
+    }
+    initialize(tensor);
+  }
+}
+
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::freeze(bool mode, bool affine) {
+  if (required_grad_) {
+    set_requires_grad(scale, required_grad_->first);
+    set_requires_grad(bias, required_grad_->second);
+    required_grad_.reset();
+  }
+  frozen_ = mode;
+  if (mode && affine) {
+    const auto requires_grad = [](const at::Tensor& t) {
+      return !t.defined() || t.requires_grad();
+    };
+    required_grad_.emplace(requires_grad(scale), requires_grad(bias));
+    set_requires_grad(scale, false);
+    set_requires_grad(bias, false);
+  }
+}
+
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::load(torch::serialize::InputArchive& archive) {
+  const auto state = this->state();
+  std::vector<at::Tensor> values(state.size());
+  bool any = false;
+  for (std::size_t i = 0; i < state.size(); ++i) {
+    any |= archive.try_read(state[i].name, values[i], /*is_buffer=*/!state[i].is_parameter);
+  }
+  if (!initialized_ && !any) return;  // saved by a module that was lazy, too
+
+  at::IntArrayRef shape;
+  for (std::size_t i = 0; i < state.size(); ++i) {
+    TORCH_CHECK(values[i].defined(), Derived::kName, ": expected ", state[i].name,
+                " in the archive, found none");
+    if (i == 0) shape = initialized_ ? at::IntArrayRef(*options.num_features()) : values[0].sizes();
+    TORCH_CHECK_VALUE(values[i].sizes() == shape, Derived::kName, ": expected ", state[i].name,
+                      " to have shape ", shape, ", got ", values[i].sizes());
+  }
+  if (!initialized_) create(shape.vec(), options.device().value_or(values.front().device()));
+  at::NoGradGuard no_grad;
+  for (std::size_t i = 0; i < state.size(); ++i) state[i].tensor.copy_(values[i]);
+}
+
+template <class Derived, class Options>
+template <class Convert>
+void NormImpl<Derived, Options>::convert(at::ScalarType dtype, const Convert& convert_all) {
+  std::vector<std::pair<at::Tensor, at::Tensor>> kept;
+  for (const auto& [name, tensor, is_parameter, initialize] : state()) {
+    if (is_half(dtype) && !is_parameter && tensor.defined()) {
+      kept.emplace_back(tensor, tensor.detach());
+    }
+  }
+  convert_all();
+  for (const auto& [tensor, value] : kept) tensor.set_data(value.to(tensor.device()));
+  options.param_dtype(dtype);
+  if (!is_half(dtype)) statistics_dtype_ = dtype;
+}
+
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::to(torch::Device device, torch::Dtype dtype, bool non_blocking) {
+  convert(dtype, [&] { torch::nn::Module::to(device, dtype, non_blocking); });
+  options.device(device);
+}
+
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::to(torch::Dtype dtype, bool non_blocking) {
+  convert(dtype, [&] { torch::nn::Module::to(dtype, non_blocking); });
+}
+
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::to(torch::Device device, bool non_blocking) {
+  torch::nn::Module::to(device, non_blocking);
+  options.device(device);
+}
+
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::pretty_print(std::ostream& stream) const {
+  const auto dtype_name = [](at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; };
+  stream << "normcore::" << Derived::kName << "(num_features=";
+  if (options.num_features()) {
+    stream << *options.num_features();
+  } else {
+    stream << "None";
+  }
+  stream << ", axis=" << options.axis();
+  print_options(stream);
+  stream << ", epsilon=" << options.epsilon();
+  if (!options.dtype()) {
+    stream << ", dtype=None";
+  } else if (*options.dtype() != at::kFloat) {
+    stream << ", dtype=" << dtype_name(*options.dtype());
+  }
+  if (options.param_dtype() != at::kFloat) {
+    stream << ", param_dtype=" << dtype_name(options.param_dtype());
+  }
+  if (!options.use_bias()) stream << ", use_bias=false";
+  if (!options.use_scale()) stream << ", use_scale=false";
+  print_optional(stream, "axis_name", options.axis_name());
+  if (options.sync_weighting() != "count") {
+    stream << ", sync_weighting=" << options.sync_weighting();
+  }
+  print_optional(stream, "activation", options.activation());
+  if (frozen_) stream << ", frozen=true";
+  stream << ')';
+}
+
+template <class Derived, class Options>
+at::ScalarType NormImpl<Derived, Options>::result_dtype(const at::Tensor& x) const {
+  if (options.dtype()) return *options.dtype();
+  auto dtype = x.scalar_type();
+  for (const auto& parameter : {scale, bias}) {
+    if (parameter.defined()) dtype = c10::promoteTypes(dtype, parameter.scalar_type());
+  }
+  return c10::isIntegralType(dtype, /*includeBool=*/true) ? at::kFloat : dtype;
+}
+
+template <class Derived, class Options>
+at::Tensor NormImpl<Derived, Options>::floating_point(const at::Tensor& x) const {
+  if (x.is_floating_point() || x.is_complex()) return x;
+  return x.to(c10::promoteTypes(result_dtype(x), at::kFloat));
+}
+
+template class NormImpl<BatchNormImpl, BatchNormOptions>;
+template class NormImpl<GroupNormImpl, GroupNormOptions>;
+
+}  // namespace detail
+
+BatchNormImpl::BatchNormImpl(BatchNormOptions options) : NormImpl(std::move(options)) { create(); }
+
+auto BatchNormImpl::state() -> std::vector<State> {
+  auto state = NormImpl::state();
+  state.push_back({"mean", mean, false, constant(0.0)});
+  state.push_back({"var", var, false, constant(1.0)});
+  return state;
+}
+
+void BatchNormImpl::print_options(std::ostream& stream) const {
+  stream << ", momentum=" << options.momentum();
+}
+
+at::Tensor BatchNormImpl::forward(const at::Tensor& x, std::optional<bool> use_running_average,
+                                  const at::Tensor& mask, const at::Tensor& residual) {
+  init(x);
+  const bool batch = use_running_average ? !*use_running_average : is_training() && !is_frozen();
+  if (batch) require_single_rank(kName, options.axis_name());
+  return normcore::batch_norm(floating_point(x), mean, var, scale, bias,
+                              BatchNormFuncOptions()
+                                  .training(batch)
+                                  .momentum(1.0 - options.momentum())
+                                  .eps(options.epsilon())
+                                  .axis(options.axis())
+                                  .mask(mask)
+                                  .activation(options.activation())
+                                  .residual(residual)
+                                  .unbiased(false)
+                                  .dtype(result_dtype(x)));
+}
+
+GroupNormImpl::GroupNormImpl(GroupNormOptions options) : NormImpl(std::move(options)) {
+  const auto& o = this->options;
+  TORCH_CHECK_VALUE(!o.num_groups() || !o.group_size(), kName,
+                    ": expected either num_groups or group_size to be given, got num_groups=",
+                    *o.num_groups(), " and group_size=", *o.group_size());
+  TORCH_CHECK_VALUE(o.num_groups().value_or(1) > 0, kName,
+                    ": expected num_groups to be positive, got ", *o.num_groups());
+  TORCH_CHECK_VALUE(o.group_size().value_or(1) > 0, kName,
+                    ": expected group_size to be positive, got ", *o.group_size());
+  create();
+}
+
+void GroupNormImpl::check_features(at::IntArrayRef features) const {
+  const auto channels = product(features);
+  const auto group_size = options.group_size();
+  const auto divisor = group_size ? *group_size : options.num_groups().value_or(kDefaultNumGroups);
+  TORCH_CHECK_VALUE(channels % divisor == 0, kName, ": expected ",
+                    group_size ? "group_size" : "num_groups", " to divide the number of channels (",
+                    channels, "), got ", divisor);
+  NormImpl::check_features(features);
+}
+
+void GroupNormImpl::print_options(std::ostream& stream) const {
+  if (options.group_size()) {
+    stream << ", group_size=" << *options.group_size();
+  } else {
+    stream << ", num_groups=" << options.num_groups().value_or(kDefaultNumGroups);
+  }
+  print_optional(stream, "reduction_axes", options.reduction_axes());
+}
+
+at::Tensor GroupNormImpl::forward(const at::Tensor& x, const at::Tensor& mask,
+                                  const at::Tensor& residual) {
+  init(x);
+  require_single_rank(kName, options.axis_name());
+  const auto channels = product(*options.num_features());
+  if (!scale.defined() &&
+      !bias.defined()) {  // no other argument of the operator tells their number
+    const auto given = product(feature_sizes(kName, x, options.axis()));
+    TORCH_CHECK_VALUE(given == channels, kName, ": expected ", channels, " features on axis ",
+                      at::IntArrayRef(options.axis()), ", got ", given);
+  }
+  const auto num_groups = options.group_size() ? channels / *options.group_size()
+                                               : options.num_groups().value_or(kDefaultNumGroups);
+  return normcore::group_norm(floating_point(x), num_groups, scale, bias,
+                              GroupNormFuncOptions()
+                                  .eps(options.epsilon())
+                                  .axis(options.axis())
+                                  .reduction_axes(options.reduction_axes())
+                                  .mask(mask)
+                                  .activation(options.activation())
+                                  .residual(residual)
+                                  .dtype(result_dtype(x)));
+}
+
+}  // namespace normcore

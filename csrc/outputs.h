@@ -1,0 +1,23 @@
+// The tensors that the operators return. They are made the same way with and without data, so that
+// shapes, strides and dtypes inferred on Meta are those of the real results: whatever has the
+// input's shape keeps its layout.
+#pragma once
+
+#include "checks.h"
+
+namespace normcore {
+
+Tensor empty_output(const Tensor& input, at::ScalarType dtype);
+Tensor empty_statistic(const Tensor& input, c10::SymIntArrayRef shape, at::ScalarType dtype);
+
+// The gradients that `wanted` asks for; undefined for the others, and for operands that are absent.
+Gradients empty_gradients(const Operands& operands, const OutputMask& wanted);
+
+// Fills the gradients that need no kernel: parameters of an empty input (zero), and the residual
+// without an activation (grad_output itself). Returns those that are left.
+Gradients fill_without_kernel(const Gradients& gradients, const Tensor& grad_output,
+                              kernels::Activation activation);
+
+bool any_defined(const Gradients& gradients);
+
+}  // namespace normcore

@@ -1,0 +1,57 @@
+// Every operator of the library in one place. Names with a leading underscore are the low-level
+// operators: they carry kernels, autograd and shapes; the public ones only choose among them
+// (batch_norm.cpp, group_norm.cpp).
+#include <torch/library.h>
+
+#include <vector>
+
+TORCH_LIBRARY(normcore, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+
+  m.def(
+      "batch_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor? weight=None, Tensor? bias=None, bool training=False, float? momentum=0.1, "
+      "float eps=1e-05, *, int[1] axis=1, Tensor? mask=None, str? activation=None, "
+      "Tensor? residual=None, bool unbiased=True, Tensor(c!)? num_batches_tracked=None, "
+      "ScalarType? dtype=None) -> Tensor",
+      tags);
+  m.def(
+      "group_norm(Tensor input, int num_groups, Tensor? weight=None, Tensor? bias=None, "
+      "float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? mask=None, "
+      "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
+      tags);
+
+  // (y, mean [C] float64, rstd [C])
+  m.def(
+      "_batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, int[] axis, float? momentum, float eps, bool unbiased, "
+      "str? activation, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
+      tags);
+  // (y, rstd [C])
+  m.def(
+      "_batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "Tensor running_mean, Tensor running_var, int[] axis, float eps, str? activation, "
+      "ScalarType? dtype) -> (Tensor, Tensor)",
+      tags);
+  // gradients of (input, weight, bias, residual); undefined where output_mask is false
+  m.def(
+      "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int[] axis, "
+      "bool batch_statistics, float eps, str? activation, bool[4] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor)",
+      tags);
+
+  // (y, mean [N, G] float64, rstd [N, G]), N the product of the kept axes
+  m.def(
+      "_group_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
+      "int num_groups, int[] axis, int[]? reduction_axes, float eps, str? activation, "
+      "ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
+      "_group_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int num_groups, int[] axis, "
+      "int[]? reduction_axes, float eps, str? activation, bool[4] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor)",
+      tags);
+}

@@ -1,0 +1,68 @@
+#include "staging.h"
+
+#include <ATen/MemoryOverlap.h>
+
+#include "backend.h"
+
+namespace normcore {
+
+Staging::Staging(const Operands& operands, const CheckedNorm<std::int64_t>& norm, Samples samples)
+    : mapping_(operands.input, norm.axes, samples) {
+  input_.extent = mapping_.extent();
+  input_.layout = mapping_.layout();
+  input_.x = read(operands.input);
+  input_.scale = read_vector(value_or_undefined(operands.weight));
+  input_.bias = read_vector(value_or_undefined(operands.bias));
+  input_.affine_per_sample = norm.affine_per_sample;
+  input_.residual = read(value_or_undefined(operands.residual));
+  input_.activation = norm.activation;
+  input_.eps = norm.eps;
+  if (has(operands.mask)) {
+    const bool rows = mapping_.is_row_mask(*operands.mask);
+    owned_.push_back(rows ? mapping_.arrange_row_mask(*operands.mask)
+                          : mapping_.arrange_mask(*operands.mask));
+    input_.mask = {static_cast<const std::uint8_t*>(owned_.back().const_data_ptr()),
+                   rows ? kernels::MaskKind::kRow : kernels::MaskKind::kElement};
+  }
+}
+
+kernels::ConstTensor Staging::read(const Tensor& t) {
+  if (!t.defined()) return {};
+  owned_.push_back(mapping_.arrange(t));
+  return backend::const_view(owned_.back());
+}
+
+kernels::MutableTensor Staging::write(const Tensor& result) {
+  if (!result.defined()) return {};
+  auto buffer = mapping_.buffer_for(result);
+  const auto view = backend::mutable_view(buffer);
+  if (!buffer.is_same(result)) pending_.emplace_back(result, std::move(buffer));
+  return view;
+}
+
+kernels::ConstTensor Staging::read_vector(const Tensor& t) {
+  if (!t.defined()) return {};
+  owned_.push_back(t.contiguous());
+  return backend::const_view(owned_.back());
+}
+
+kernels::MutableTensor Staging::update_vector(const Tensor& t) {
+  if (!t.defined()) return {};
+  at::assert_no_internal_overlap(t);
+  auto buffer = t.contiguous();
+  const auto view = backend::mutable_view(buffer);
+  if (!buffer.is_same(t)) pending_.emplace_back(t, std::move(buffer));
+  return view;
+}
+
+kernels::NormGradients Staging::write(const Gradients& gradients) {
+  const auto& [input, weight, bias, residual] = gradients;
+  return {write(input), backend::mutable_view(weight), backend::mutable_view(bias),
+          write(residual)};
+}
+
+void Staging::finish() {
+  for (const auto& [result, buffer] : pending_) result.copy_(buffer);
+}
+
+}  // namespace normcore

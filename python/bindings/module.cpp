@@ -1,0 +1,23 @@
+// Python extension normcore._C. Importing it loads libnormcore, which registers the operators (torch.ops.normcore);
+// calls go through those, so this module only tells how the library was built.
+#include <normcore/build_info.h>
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Loads the native library of normcore.";
+  m.def(
+      "build_info",
+      [] {
+        const normcore::BuildInfo info = normcore::build_info();
+        py::dict result;
+        result["version"] = info.version;
+        result["torch_version"] = info.torch_version;
+        result["cxx_compiler"] = info.cxx_compiler;
+        result["simd_target"] = info.simd_target;
+        result["cuda"] = info.cuda;
+        return result;
+      },
+      "Versions, compiler and instruction set of the native library.");
+}

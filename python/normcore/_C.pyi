@@ -1,0 +1,3 @@
+"""The native extension (python/bindings/module.cpp)."""
+
+def build_info() -> dict[str, str | bool]: ...

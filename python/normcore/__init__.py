@@ -1,0 +1,47 @@
+"""Batch and group normalization for PyTorch: C++ operators with the semantics of treex and Flax.
+
+``normcore.BatchNorm`` and ``normcore.GroupNorm`` are the modules, ``normcore.functional`` holds the
+functions and ``torch.ops.normcore`` the operators below them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ._version import __version__
+from ._version import torch_version as _built_for
+
+
+def _require_torch_version(built_for: str, found: str) -> None:
+    """Raises ImportError unless torch has the minor version that the native library needs."""
+    if found.split(".")[:2] != built_for.split("."):
+        raise ImportError(
+            f"normcore {__version__} was built for torch {built_for}, but torch {found} is "
+            f'installed. Either install that torch (pip install "torch=={built_for}.*") or build '
+            "normcore against this one (pip install --no-build-isolation --no-binary normcore "
+            "--force-reinstall --no-deps normcore)."
+        )
+
+
+_require_torch_version(_built_for, torch.__version__)
+
+from . import _C, functional  # noqa: E402  (the native library needs the right torch)
+from .modules import BatchNorm, GroupNorm, freeze, unfreeze  # noqa: E402
+
+#: Folder for CMAKE_PREFIX_PATH of C++ projects that use this installation.
+cmake_prefix_path = str(Path(__file__).parent)
+
+__all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "__version__",
+    "build_info",
+    "cmake_prefix_path",
+    "freeze",
+    "functional",
+    "unfreeze",
+]
+
+build_info = _C.build_info

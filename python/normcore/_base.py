@@ -1,0 +1,241 @@
+"""What the modules for batch and group norm share: affine parameters, lazy features, freezing."""
+
+# TorchScript reads the annotations of attributes, so they must not be strings here.
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+
+Initializer = Callable[[Tensor], Any]
+NormT = TypeVar("NormT", bound="NormBase")
+
+
+def result_type(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> torch.dtype:
+    """Flax's result type: the promotion of what takes part, float32 for integers alone."""
+    if scale is None and bias is None and not x.is_floating_point() and not x.is_complex():
+        return torch.float32
+    dtype = x.dtype
+    if scale is not None:
+        dtype = torch.promote_types(dtype, scale.dtype)
+    if bias is not None:
+        dtype = torch.promote_types(dtype, bias.dtype)
+    return dtype
+
+
+def _new(
+    uninitialized: Any,
+    shape: tuple[int, ...] | None,
+    device: torch.device | str | int | None,
+    dtype: torch.dtype,
+) -> Any:
+    """An empty tensor, or an instance of the class `uninitialized` if its shape is not known."""
+    if shape is None:
+        return uninitialized(device=device, dtype=dtype)
+    return torch.empty(shape, device=device, dtype=dtype)
+
+
+class NormBase(nn.Module):
+    """What batch and group norm share: the affine parameters, lazy features and freezing."""
+
+    scale: Tensor | None
+    bias: Tensor | None
+    __jit_ignored_attributes__: ClassVar = ["scale_init", "bias_init", "_former_requires_grad"]
+
+    def __init__(
+        self,
+        *,
+        num_features: int | Sequence[int] | None,
+        axis: int | Sequence[int],
+        epsilon: float,
+        dtype: torch.dtype | None,
+        param_dtype: torch.dtype,
+        use_bias: bool,
+        use_scale: bool,
+        bias_init: Initializer | None,
+        scale_init: Initializer | None,
+        axis_name: str | None,
+        axis_index_groups: Sequence[Sequence[int]] | None,
+        sync_weighting: str,
+        activation: str | None,
+        device: torch.device | str | int | None,
+    ) -> None:
+        super().__init__()
+        if sync_weighting not in ("count", "rank"):
+            raise ValueError(
+                f"{self._get_name()}: expected sync_weighting to be 'count' or 'rank', "
+                f"got {sync_weighting!r}"
+            )
+        if axis_index_groups is not None and axis_name is None:
+            raise ValueError(
+                f"{self._get_name()}: expected axis_name to be given with axis_index_groups, "
+                "got None"
+            )
+        self.axis = [axis] if isinstance(axis, int) else list(axis)
+        if not self.axis:
+            raise ValueError(f"{self._get_name()}: expected at least one axis, got {axis}")
+        self.num_features = num_features
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.bias_init = bias_init
+        self.scale_init = scale_init
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.sync_weighting = sync_weighting
+        self.activation = activation
+        self.device = device
+        self.frozen = False
+        self.initialized = num_features is not None
+        self._former_requires_grad: dict[str, bool] = {}
+
+    def _create_state(self, buffers: Sequence[str]) -> None:
+        """Registers parameters and float32 buffers; their shape stays open if the features are."""
+        features = self.num_features
+        shape = None if features is None else self._accept_features(features)
+        for name, used in (("scale", self.use_scale), ("bias", self.use_bias)):
+            parameter = _new(UninitializedParameter, shape, self.device, self.param_dtype)
+            if shape is not None:
+                parameter = nn.Parameter(parameter)
+            self.register_parameter(name, parameter if used else None)
+        for name in buffers:
+            self.register_buffer(name, _new(UninitializedBuffer, shape, self.device, torch.float32))
+        if self.initialized:
+            self.reset_parameters()
+
+    def _accept_features(self, sizes: int | Sequence[int]) -> tuple[int, ...]:
+        """Checks the sizes of the feature axes and stores them; returns the shape of the state."""
+        shape = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+        if len(shape) != len(self.axis) or any(size < 0 for size in shape):
+            raise ValueError(
+                f"{self._get_name()}: expected num_features to hold one size for each axis of "
+                f"{self.axis}, got {sizes}"
+            )
+        self.num_features = shape[0] if len(shape) == 1 else shape
+        return shape
+
+    def _state(self) -> dict[str, Any]:
+        """Parameters and statistics by name, without the absent ones."""
+        state = {**self._parameters, **self._buffers}
+        return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+    @torch.jit.unused
+    def _materialize_from(self, x: Tensor) -> None:
+        rank = x.dim()
+        for axis in self.axis:
+            if not -rank <= axis < rank:
+                raise IndexError(
+                    f"{self._get_name()}: expected axis in [{-rank}, {rank - 1}] for an input of "
+                    f"rank {rank}, got {axis}"
+                )
+        axes = sorted(axis % rank for axis in self.axis)
+        if len(set(axes)) != len(axes):
+            raise ValueError(
+                f"{self._get_name()}: expected axis without duplicates, got {self.axis}"
+            )
+        self._materialize(
+            [x.shape[axis] for axis in axes], x.device if self.device is None else None
+        )
+
+    def _materialize(self, sizes: Sequence[int], device: torch.device | None) -> None:
+        """Gives the state its shape and initial values; `device` None keeps the one it has."""
+        shape = self._accept_features(sizes)
+        for name, tensor in self._state().items():
+            dtype = self.param_dtype if name in self._parameters else None
+            tensor.materialize(shape, device=device, dtype=dtype)
+        self.initialized = True
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets scale and bias to their initial values."""
+        with torch.no_grad():
+            if self.scale is not None:
+                (self.scale_init or nn.init.ones_)(self.scale)
+            if self.bias is not None:
+                (self.bias_init or nn.init.zeros_)(self.bias)
+
+    def init(self: NormT, x: Tensor) -> NormT:
+        """Takes the number of features from `x`, if it is open yet. Updates no statistics."""
+        if not self.initialized:
+            self._materialize_from(x)
+        return self
+
+    def freeze(self: NormT, mode: bool = True, *, affine: bool = True) -> NormT:
+        """Freezes the statistics and, with `affine`, sets ``requires_grad=False`` on scale and
+        bias. It survives :meth:`train`; :meth:`unfreeze` restores the former ``requires_grad``.
+        """
+        for name, requires_grad in self._former_requires_grad.items():
+            self._state()[name].requires_grad = requires_grad
+        self._former_requires_grad = {}
+        self.frozen = mode
+        if mode and affine:
+            for name, parameter in self.named_parameters(recurse=False):
+                self._former_requires_grad[name] = parameter.requires_grad
+                parameter.requires_grad = False
+        return self
+
+    def unfreeze(self: NormT) -> NormT:
+        """Undoes :meth:`freeze`."""
+        return self.freeze(False)
+
+    def _apply(self: NormT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NormT:
+        super()._apply(fn, recurse)
+        for parameter in self.parameters(recurse=False):
+            self.param_dtype = parameter.dtype
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self.initialized:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        else:  # uninitialized tensors cannot be detached; torch's lazy modules save them as well
+            for name, tensor in self._state().items():
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if not self.initialized:
+            saved = [state_dict.get(prefix + name) for name in self._state()]
+            known = [tensor for tensor in saved if isinstance(tensor, Tensor)]
+            if known and not is_lazy(known[0]):
+                try:
+                    self._materialize(known[0].shape, None)
+                except ValueError as error:
+                    error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+                    return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _repr_of(self, **options: tuple[Any, Any]) -> str:
+        """``name=value`` of the given options and the common ones that differ from the default."""
+        shown: dict[str, tuple[Any, Any]] = {
+            "num_features": (self.num_features, ...),
+            "axis": (self.axis[0] if len(self.axis) == 1 else tuple(self.axis), ...),
+            **options,
+            "epsilon": (self.epsilon, ...),
+            "dtype": (self.dtype, torch.float32),
+            "param_dtype": (self.param_dtype, torch.float32),
+            "use_bias": (self.bias is not None, True),
+            "use_scale": (self.scale is not None, True),
+            "axis_name": (self.axis_name, None),
+            "axis_index_groups": (self.axis_index_groups, None),
+            "sync_weighting": (self.sync_weighting, "count"),
+            "activation": (self.activation, None),
+            "frozen": (self.frozen, False),
+        }
+        return ", ".join(
+            f"{name}={value!r}" for name, (value, default) in shown.items() if value != default
+        )

@@ -1,0 +1,211 @@
+"""Batch and group normalization as functions, with the positional arguments of
+:mod:`torch.nn.functional`.
+
+Both compute ``y = activation((x - mean) * (rstd * weight) + bias + residual)`` with ``rstd = 1 /
+sqrt(var + eps)`` and the biased variance. Statistics and arithmetic are at least float32 and there
+is one rounding, when ``y`` is stored. This module is the only place of the package that names
+``torch.ops.normcore``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["batch_norm", "group_norm"]
+
+# The operators themselves, for code that TorchScript compiles: it has no keyword-only defaults.
+batch_norm_op = torch.ops.normcore.batch_norm
+group_norm_op = torch.ops.normcore.group_norm
+
+
+def require_single_rank(op: str, argument: str, group: str | ProcessGroup | None = None) -> None:
+    """Raises NotImplementedError if statistics would have to be combined over several ranks."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if group is None or isinstance(group, str):
+        size = torch.distributed.get_world_size()
+    else:
+        size = group.size()
+    if size > 1:
+        raise NotImplementedError(
+            f"{op}: expected {argument} to span one rank, got {size}: statistics are not combined "
+            "between ranks; None takes those of each rank"
+        )
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int | Sequence[int] = 1,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    unbiased: bool = True,
+    num_batches_tracked: Tensor | None = None,
+    group: str | ProcessGroup | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Batch normalization over every axis but ``axis``.
+
+    .. math::
+        y = \operatorname{act}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} w + b + r\right)
+
+    With ``training=True`` :math:`\mu` and :math:`\sigma^2` are the mean and the biased variance of
+    the batch, and the running statistics, when given, become ``(1 - momentum) * running + momentum
+    * batch`` in place. Otherwise they are ``running_mean`` and ``running_var``. One value per
+    channel is legal: its variance is 0. An empty input gives an empty output and changes nothing.
+
+    Args:
+        input: tensor of any rank >= 1 in float64, float32, bfloat16 or float16, of any strides. The
+            output and the gradient keep its memory format.
+        running_mean, running_var: both or neither, of shape ``[input.shape[a] for a in
+            sorted(axis)]``. Required unless ``training``.
+        weight, bias: affine parameters of the shape of the running statistics; absent: 1 and 0.
+        training: normalize with the statistics of the batch, and update the running ones.
+        momentum: weight of the **new** value in the running statistics, as in :mod:`torch.nn`. None
+            takes the cumulative average, which needs ``num_batches_tracked``.
+        eps: added to the variance.
+        axis: the feature axis, or several. All others are reduced, the batch axis too.
+        mask: tensor of any dtype that broadcasts to ``input``; nonzero elements count for the
+            statistics of the batch. The output is computed everywhere. A channel with no valid
+            element gives NaN and keeps its running statistics. Ignored unless ``training``.
+        activation: None, ``"relu"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
+        residual: tensor of the shape of ``input``, added before the activation.
+        unbiased: the running variance takes ``var * n / (n - 1)``, as in :mod:`torch.nn`; False
+            takes the biased variance, as in Flax. Normalization always uses the biased one.
+        num_batches_tracked: int64 scalar, incremented by a training call that sees data.
+        group: process group (or its name) over which statistics are combined; one rank only.
+        dtype: dtype of the output, by default that of ``input``.
+
+    ``weight``, ``bias`` and the statistics may be of any of the four dtypes in any mix. If
+    ``dtype``, ``weight``, ``bias`` or ``residual`` is float64, everything is computed in float64.
+
+    Returns:
+        A tensor of the shape and memory format of ``input``.
+
+    Raises:
+        ValueError: a shape or a value does not fit; the message names the argument, the rule and
+            the actual value.
+        TypeError: unsupported dtype.
+        IndexError: ``axis`` is out of range.
+        NotImplementedError: ``group`` has more than one rank.
+
+        A call that raises leaves the running statistics unchanged.
+
+    Source: Ioffe and Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015.
+
+    In TorchScript, call ``torch.ops.normcore.batch_norm``, which has the same arguments without
+    ``group``.
+    """
+    if group is not None:
+        require_single_rank("batch_norm", "group", group)
+    return batch_norm_op(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        axis=axis,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        unbiased=unbiased,
+        num_batches_tracked=num_batches_tracked,
+        dtype=dtype,
+    )
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int | Sequence[int] = 1,
+    reduction_axes: Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    group: str | ProcessGroup | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Group normalization over blocks of ``C / num_groups`` neighbouring channels of each sample.
+
+    .. math::
+        y = \operatorname{act}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} w + b + r\right)
+
+    :math:`\mu` and :math:`\sigma^2` are the mean and the biased variance of the group, over its
+    channels and the other reduced axes. ``num_groups=1`` is layer normalization over everything but
+    the samples, ``num_groups=C`` is instance normalization. One value per group is legal: its
+    variance is 0. An empty input gives an empty output.
+
+    Args:
+        input: tensor of any rank >= 1 in float64, float32, bfloat16 or float16, of any strides. The
+            output and the gradient keep its memory format.
+        num_groups: number of groups; divides the number of channels C.
+        weight, bias: affine parameters per channel, of shape ``[C]``, or ``[N, C]`` for an affine
+            map of its own for every sample (adaptive normalization). With several feature axes
+            their shape is ``[input.shape[a] for a in sorted(axis)]``. Absent, they are 1 and 0.
+        eps: added to the variance.
+        axis: the feature axis, or several: they are flattened in ascending order, then grouped.
+        reduction_axes: the axes that a statistic is taken over, the feature axes among them; every
+            other axis keeps statistics of its own. By default all axes but axis 0.
+        mask: tensor of any dtype that broadcasts to ``input``; nonzero elements count for the
+            statistics. The output is computed everywhere. A group with no valid element gives NaN.
+        activation: None, ``"relu"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
+        residual: tensor of the shape of ``input``, added before the activation.
+        group: process group (or its name) over which statistics are combined; one rank only.
+        dtype: dtype of the output, by default that of ``input``.
+
+    ``weight`` and ``bias`` may be of any of the four dtypes in any mix. If ``dtype``, ``weight``,
+    ``bias`` or ``residual`` is float64, everything is computed in float64.
+
+    Returns:
+        A tensor of the shape and memory format of ``input``.
+
+    Raises:
+        ValueError: a shape or a value does not fit; the message names the argument, the rule and
+            the actual value.
+        TypeError: unsupported dtype.
+        IndexError: ``axis`` or ``reduction_axes`` is out of range.
+        NotImplementedError: ``group`` has more than one rank.
+
+    Source: Wu and He, `Group Normalization <https://arxiv.org/abs/1803.08494>`_, 2018.
+
+    In TorchScript, call ``torch.ops.normcore.group_norm``, which has the same arguments without
+    ``group``.
+    """
+    if group is not None:
+        require_single_rank("group_norm", "group", group)
+    return group_norm_op(
+        input,
+        num_groups,
+        weight,
+        bias,
+        eps,
+        axis=axis,
+        reduction_axes=reduction_axes,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        dtype=dtype,
+    )

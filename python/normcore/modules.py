@@ -1,0 +1,404 @@
+"""Batch and group normalization as modules with the semantics of treex and Flax linen.
+
+A module holds parameters and statistics, chooses the arguments and calls one operator. Unlike in
+:mod:`torch.nn`, the feature axis may be any axis (by default the last), the number of features may
+be left to the first input, ``momentum`` is the decay of the *old* running statistics, and the
+running variance takes the biased variance of the batch.
+"""
+
+# TorchScript reads the annotations of attributes and methods, so they must not be strings here.
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ._base import Initializer, NormBase, result_type
+from .functional import batch_norm_op, group_norm_op, require_single_rank
+
+__all__ = ["BatchNorm", "GroupNorm", "freeze", "unfreeze"]
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+
+
+class _DefaultInt(int):
+    """A default value that can be told from the same number passed by the caller."""
+
+
+_DEFAULT_NUM_GROUPS = _DefaultInt(32)
+
+
+class BatchNorm(NormBase):
+    r"""Batch normalization of any feature axis, with the semantics of treex and Flax linen.
+
+    .. math::
+        y = \operatorname{act}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \cdot scale + bias
+        + residual\right)
+
+    With the statistics of the batch, :math:`\mu` and the biased :math:`\sigma^2` are taken over
+    every axis but ``axis``, and the running ones become ``momentum * running + (1 - momentum) *
+    batch``. Which statistics a call uses:
+
+    ======================== ============ ========== ============== =======
+    ``use_running_average``  ``training`` ``frozen`` statistics     updated
+    ======================== ============ ========== ============== =======
+    None                     True         False      of the batch   yes
+    None                     True         True       running        no
+    None                     False        either     running        no
+    True                     either       either     running        no
+    False                    either       either     of the batch   yes
+    ======================== ============ ========== ============== =======
+
+    One value per channel is legal (the output is ``bias``), a channel without a valid element gives
+    NaN and keeps its running statistics, and an empty input changes nothing.
+
+    Args:
+        num_features: size of the feature axis, or the sizes of several in ascending order of the
+            axes. None takes it from :meth:`init`, a loaded state_dict or the first call.
+        axis: the feature axis, or several. All others are reduced, the batch axis too.
+        momentum: decay of the old running statistics, a float or a 0-dim tensor; may be changed
+            at any time. ``1 - momentum`` is what :mod:`torch.nn` calls momentum.
+        epsilon: added to the variance.
+        dtype: dtype of the output. None takes the promotion of the dtypes of input, scale and
+            bias. Whatever it is, the arithmetic is at least float32 with one rounding at the end.
+        param_dtype: dtype of scale and bias.
+        use_bias, use_scale: whether there is such a parameter, independently of each other.
+        bias_init, scale_init: functions that fill a tensor in place, such as those of
+            :mod:`torch.nn.init`; by default zeros and ones.
+        axis_name: name of the dimension of devices over which statistics are combined.
+        axis_index_groups: partition of that dimension into independent groups.
+        sync_weighting: "count" weighs devices by their number of elements, "rank" equally.
+        activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the output.
+        device: device of parameters and statistics; by default that of the first input of a lazy
+            module, else torch's default device.
+
+    State: parameters ``scale`` and ``bias`` (None when unused), buffers ``mean`` (0 at first) and
+    ``var`` (1). The statistics are float32: half-precision conversions of the module leave them
+    alone, ``.double()`` widens them, and a call never changes their dtype.
+
+    Raises:
+        ValueError: a shape or a value does not fit; TypeError: a dtype is unsupported; IndexError:
+            ``axis`` is out of range; NotImplementedError: statistics of several ranks would have
+            to be combined. A call that raises leaves the running statistics unchanged.
+
+    Example::
+
+        norm = normcore.BatchNorm(axis=1, momentum=0.9)
+        y = norm(torch.randn(8, 64, 32, 32))
+
+    Source: Ioffe and Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015;
+    `flax.linen.BatchNorm <https://flax.readthedocs.io>`_.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_features: int | Sequence[int] | None = None,
+        axis: int | Sequence[int] = -1,
+        momentum: float | Tensor = 0.99,
+        epsilon: float = 1e-5,
+        dtype: torch.dtype | None = torch.float32,
+        param_dtype: torch.dtype = torch.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer | None = None,
+        scale_init: Initializer | None = None,
+        axis_name: str | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        sync_weighting: str = "count",
+        activation: str | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(
+            num_features=num_features,
+            axis=axis,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            sync_weighting=sync_weighting,
+            activation=activation,
+            device=device,
+        )
+        if isinstance(momentum, Tensor) and momentum.dim() != 0:
+            raise ValueError(
+                "BatchNorm: expected momentum to be a float or a 0-dim tensor, got a tensor of "
+                f"shape {list(momentum.shape)}"
+            )
+        self.momentum = momentum
+        self._create_state(buffers=("mean", "var"))
+
+    def reset_parameters(self) -> None:
+        """Sets scale and bias to their initial values, and the statistics to (0, 1)."""
+        super().reset_parameters()
+        with torch.no_grad():
+            self.mean.zero_()
+            self.var.fill_(1.0)
+
+    def forward(
+        self,
+        x: Tensor,
+        use_running_average: bool | None = None,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Normalizes `x`; the result has its shape and memory format.
+
+        Args:
+            x: tensor of any rank >= 1, floating point or integer.
+            use_running_average: overrides the mode; see the table of the class.
+            mask: broadcasts to `x`; nonzero elements count for the statistics of the batch. The
+                output is computed everywhere. Pass it by keyword.
+            residual: tensor of the shape of `x`, added before the activation. Pass it by keyword.
+        """
+        if not self.initialized:
+            self._materialize_from(x)
+        if use_running_average is None:
+            batch = self.training and not self.frozen
+        else:
+            batch = not use_running_average
+        if batch and self.axis_name is not None:
+            if torch.jit.is_scripting():
+                raise NotImplementedError("BatchNorm: axis_name needs Python, not TorchScript")
+            else:
+                require_single_rank("BatchNorm", "axis_name")
+        scale, bias = self.scale, self.bias
+        dtype = self.dtype
+        if dtype is None:
+            dtype = result_type(x, scale, bias)
+        if not x.is_floating_point() and not x.is_complex():
+            x = x.to(torch.promote_types(dtype, torch.float32))
+        return batch_norm_op(
+            x,
+            self.mean,
+            self.var,
+            scale,
+            bias,
+            batch,
+            1.0 - float(self.momentum),
+            self.epsilon,
+            axis=self.axis,
+            mask=mask,
+            activation=self.activation,
+            residual=residual,
+            unbiased=False,
+            dtype=dtype,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
+        mean, var = self.mean, self.var
+        super()._apply(fn, recurse)
+        if self.mean.dtype in (torch.float16, torch.bfloat16):
+            self.mean, self.var = mean.to(self.mean.device), var.to(self.var.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return self._repr_of(momentum=(self.momentum, ...))
+
+
+class GroupNorm(NormBase):
+    r"""Group normalization of any feature axis, with the semantics of treex and Flax linen.
+
+    .. math::
+        y = \operatorname{act}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \cdot scale + bias
+        + residual\right)
+
+    The channels are divided into blocks of neighbours; :math:`\mu` and the biased :math:`\sigma^2`
+    are taken for each sample and block. Training, evaluation and :meth:`freeze` make no difference
+    to the result. One value per group is legal (the output is ``bias``), and a group without a
+    valid element gives NaN.
+
+    Args:
+        num_features: number of channels, or the sizes of several feature axes in ascending order of
+            the axes. None takes it from :meth:`init`, a loaded state_dict or the first call.
+        num_groups: number of groups; divides the number of channels.
+        group_size: number of channels per group, instead of `num_groups`.
+        axis: the feature axis, or several: they are flattened in ascending order, then grouped.
+        epsilon: added to the variance.
+        dtype: dtype of the output. None takes the promotion of the dtypes of input, scale and
+            bias. Whatever it is, the arithmetic is at least float32 with one rounding at the end.
+        param_dtype: dtype of scale and bias.
+        use_bias, use_scale: whether there is such a parameter, independently of each other.
+        bias_init, scale_init: functions that fill a tensor in place, such as those of
+            :mod:`torch.nn.init`; by default zeros and ones.
+        reduction_axes: the axes that a statistic is taken over, the feature axes among them; every
+            other axis keeps statistics of its own. By default all axes but axis 0.
+        axis_name: name of the dimension of devices over which statistics are combined.
+        axis_index_groups: partition of that dimension into independent groups.
+        sync_weighting: "count" weighs devices by their number of elements, "rank" equally.
+        activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the output.
+        device: device of the parameters; by default that of the first input of a lazy module, else
+            torch's default device.
+
+    State: parameters ``scale`` and ``bias`` (None when unused).
+
+    Raises:
+        ValueError: a shape or a value does not fit, both or neither of `num_groups` and
+            `group_size` are given; TypeError: a dtype is unsupported; IndexError: an axis is out
+            of range; NotImplementedError: statistics of several ranks would have to be combined.
+
+    Example::
+
+        norm = normcore.GroupNorm(num_groups=8, axis=1, activation="silu")
+        y = norm(torch.randn(8, 64, 32, 32))
+
+    Source: Wu and He, `Group Normalization <https://arxiv.org/abs/1803.08494>`_, 2018;
+    `flax.linen.GroupNorm <https://flax.readthedocs.io>`_.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_features: int | Sequence[int] | None = None,
+        num_groups: int | None = _DEFAULT_NUM_GROUPS,
+        group_size: int | None = None,
+        axis: int | Sequence[int] = -1,
+        epsilon: float = 1e-5,
+        dtype: torch.dtype | None = torch.float32,
+        param_dtype: torch.dtype = torch.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer | None = None,
+        scale_init: Initializer | None = None,
+        reduction_axes: Sequence[int] | None = None,
+        axis_name: str | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        sync_weighting: str = "count",
+        activation: str | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        if num_groups is _DEFAULT_NUM_GROUPS:
+            num_groups = None if group_size is not None else int(num_groups)
+        if (num_groups is None) == (group_size is None):
+            raise ValueError(
+                "GroupNorm: expected either num_groups or group_size to be given, "
+                f"got num_groups={num_groups} and group_size={group_size}"
+            )
+        for name, value in (("num_groups", num_groups), ("group_size", group_size)):
+            if value is not None and value <= 0:
+                raise ValueError(f"GroupNorm: expected {name} to be positive, got {value}")
+        super().__init__(
+            num_features=num_features,
+            axis=axis,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            sync_weighting=sync_weighting,
+            activation=activation,
+            device=device,
+        )
+        self.num_groups = num_groups
+        self.group_size = group_size
+        self.reduction_axes = None if reduction_axes is None else list(reduction_axes)
+        self._channels = 0
+        self._create_state(buffers=())
+
+    def _accept_features(self, sizes: int | Sequence[int]) -> tuple[int, ...]:
+        channels = sizes if isinstance(sizes, int) else math.prod(sizes)
+        for name, divisor in (("num_groups", self.num_groups), ("group_size", self.group_size)):
+            if divisor is not None and channels % divisor != 0:
+                raise ValueError(
+                    f"GroupNorm: expected {name} to divide the number of channels ({channels}), "
+                    f"got {divisor}"
+                )
+        shape = super()._accept_features(sizes)
+        self._channels = channels
+        return shape
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Normalizes `x`; the result has its shape and memory format.
+
+        Args:
+            x: tensor of any rank >= 1, floating point or integer.
+            mask: broadcasts to `x`; nonzero elements count for the statistics. The output is
+                computed everywhere. Pass it by keyword.
+            residual: tensor of the shape of `x`, added before the activation. Pass it by keyword.
+        """
+        if not self.initialized:
+            self._materialize_from(x)
+        if self.axis_name is not None:
+            if torch.jit.is_scripting():
+                raise NotImplementedError("GroupNorm: axis_name needs Python, not TorchScript")
+            else:
+                require_single_rank("GroupNorm", "axis_name")
+        scale, bias = self.scale, self.bias
+        if scale is None and bias is None:
+            self._check_channels(x)  # no other argument of the operator tells it their number
+        dtype = self.dtype
+        if dtype is None:
+            dtype = result_type(x, scale, bias)
+        if not x.is_floating_point() and not x.is_complex():
+            x = x.to(torch.promote_types(dtype, torch.float32))
+        return group_norm_op(
+            x,
+            self._num_groups(),
+            scale,
+            bias,
+            self.epsilon,
+            axis=self.axis,
+            reduction_axes=self.reduction_axes,
+            mask=mask,
+            activation=self.activation,
+            residual=residual,
+            dtype=dtype,
+        )
+
+    def _num_groups(self) -> int:
+        num_groups, group_size = self.num_groups, self.group_size
+        if num_groups is not None:
+            return num_groups
+        assert group_size is not None
+        return self._channels // group_size
+
+    def _check_channels(self, x: Tensor) -> None:
+        channels = 1
+        for axis in self.axis:
+            channels *= x.size(axis)
+        if channels != self._channels:
+            raise ValueError(
+                f"GroupNorm: expected {self._channels} features on axis {self.axis}, got {channels}"
+            )
+
+    def extra_repr(self) -> str:
+        return self._repr_of(
+            num_groups=(self.num_groups, None),
+            group_size=(self.group_size, None),
+            reduction_axes=(self.reduction_axes, None),
+        )
+
+
+def freeze(model: _ModuleT, mode: bool = True, *, affine: bool = True) -> _ModuleT:
+    """Calls ``freeze(mode, affine=affine)`` on every norm of `model` and returns `model`.
+
+    Frozen norms use their running statistics and never update them, also after ``model.train()``;
+    with `affine` their scale and bias get ``requires_grad=False``.
+    """
+    for module in model.modules():
+        if isinstance(module, NormBase):
+            module.freeze(mode, affine=affine)
+    return model
+
+
+def unfreeze(model: _ModuleT) -> _ModuleT:
+    """Undoes :func:`freeze`: restores the former ``requires_grad`` of every norm of `model`."""
+    return freeze(model, False)

@@ -1,0 +1,141 @@
+// The vector activations against the float64 definitions of activation.h. Batch norm with mean 0, variance 1 and
+// eps = 0 hands x itself to the activation.
+//
+// Bound: an error of a few u in the result and of a few u in the argument, |dy| <= 8 u |y| + 4 u |z act'(z)|, then the
+// rounding of the store. In the far tails exp() leaves the range of the arithmetic: below 1e-36 (float64: 1e-300)
+// results may be flushed to 0.
+#include "normcore/kernels/activation.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <vector>
+
+#include "executors.h"
+#include "norm_checks.h"
+
+namespace normcore::kernels::testing {
+namespace {
+
+constexpr double kUlps = 8.0, kArgumentUlps = 4.0;
+
+double unit_roundoff(DType x) { return x == DType::kFloat64 ? 0x1p-52 : 0x1p-24; }
+
+double underflow(DType x) { return x == DType::kFloat64 ? 1e-300 : 1e-36; }
+
+// Dense where the activations bend, then ever larger magnitudes, and the ends of the range of exp().
+std::vector<double> arguments() {
+  std::vector<double> values;
+  for (int i = -40000; i <= 40000; ++i) values.push_back(i * 0x1p-11);
+  for (double v = 1e-30; v < 1e9; v *= 1.07) values.insert(values.end(), {v, -v});
+  for (double v = 80.0; v < 110.0; v += 0.0625) values.insert(values.end(), {v, -v});
+  for (double v = 690.0; v < 760.0; v += 0.5) values.insert(values.end(), {v, -v});
+  return values;
+}
+
+Inputs identity_norm(const std::vector<double>& values, Activation activation, Layout layout,
+                     DType x, DType y) {
+  NormCase c;
+  c.extent = {1, 1, static_cast<std::int64_t>(values.size())};
+  c.layout = layout;
+  c.x = x;
+  c.y = y;
+  c.scale = c.bias = std::nullopt;
+  c.activation = activation;
+  c.eps = 0.0;
+  Inputs inputs(c);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    inputs.x.set(static_cast<std::int64_t>(i), values[i]);
+  }
+  inputs.grad_y.fill(1.0);
+  inputs.running_mean.fill(0.0);
+  inputs.running_var.fill(1.0);
+  return inputs;
+}
+
+double second_derivative(Activation activation, double z) {
+  const double h = 1e-5 * std::max(1.0, std::abs(z));
+  return (activate_derivative(activation, z + h) - activate_derivative(activation, z - h)) /
+         (2.0 * h);
+}
+
+TEST(Activation, OfEveryArgument) {
+  for (const Activation activation : kAllActivations) {
+    for (const Layout layout : kBothLayouts) {
+      for (const DType x : {DType::kFloat64, DType::kFloat32}) {
+        for (const DType y : {x, DType::kFloat32, DType::kBFloat16}) {
+          SCOPED_TRACE(std::string(name_of(activation)) + " " + name_of(x) + " to " + name_of(y));
+          const double u = unit_roundoff(x);
+          const Inputs inputs = identity_norm(arguments(), activation, layout, x, y);
+          const Outputs out = run_inference(inputs, serial_executor());
+          std::vector<double> expected, bound;
+          for (const double z : inputs.x.values()) {
+            expected.push_back(activate(activation, z));
+            const double value = expected.back();
+            double slope = activate_derivative(activation, z);
+            if (std::isnan(slope)) slope = 0.0;  // 0 * infinity far out, where the derivative is 0 or 1
+            const double error = kUlps * u * std::abs(value) +
+                                 kArgumentUlps * u * std::abs(z * slope) + underflow(x);
+            bound.push_back(error + half_ulp(y, std::abs(value) + error));
+          }
+          expect_near("y", find(out, "y").values(), expected, bound);
+        }
+      }
+    }
+  }
+}
+
+TEST(Activation, DerivativeOfEveryArgument) {
+  std::vector<double> values;
+  for (const double value : arguments()) {
+    if (std::abs(value) < 1e5) values.push_back(value);
+  }
+  for (const Activation activation : {Activation::kReLU, Activation::kSiLU, Activation::kGelu,
+                                      Activation::kGeluTanh}) {
+    for (const Layout layout : kBothLayouts) {
+      for (const DType x : {DType::kFloat64, DType::kFloat32}) {
+        SCOPED_TRACE(std::string(name_of(activation)) + " " + name_of(x));
+        const double u = unit_roundoff(x);
+        const Inputs inputs = identity_norm(values, activation, layout, x, x);
+        const Statistics statistics{0, {0.0}, {1.0}, false};
+        const Outputs out =
+            run_backward(inputs, statistics, {false, false, false, true}, serial_executor());
+        std::vector<double> expected, bound;
+        for (const double z : inputs.x.values()) {
+          const double value = activate_derivative(activation, z);
+          double curvature = activation == Activation::kReLU ? 0.0 : second_derivative(activation, z);
+          if (std::isnan(curvature)) curvature = 0.0;
+          expected.push_back(std::isnan(value) ? (z > 0.0 ? 1.0 : 0.0) : value);
+          bound.push_back(kUlps * u * std::abs(value) +
+                          kArgumentUlps * u * std::abs(z * curvature) + underflow(x) +
+                          half_ulp(x, expected.back()));
+        }
+        expect_near("derivative", find(out, "grad_residual").values(), expected, bound);
+      }
+    }
+  }
+}
+
+TEST(Activation, OfNaNAndInfinity) {
+  for (const Activation activation : kAllActivations) {
+    for (const Layout layout : kBothLayouts) {
+      for (const DType x : kAllDTypes) {
+        std::vector<double> values(67, 0.5);
+        values[0] = values[66] = std::nan("");
+        values[1] = values[40] = HUGE_VAL;
+        values[2] = values[65] = -HUGE_VAL;
+        const Inputs inputs = identity_norm(values, activation, layout, x, x);
+        const Outputs out = run_inference(inputs, serial_executor());
+        const Tensor& y = find(out, "y");
+        for (const int i : {0, 66}) EXPECT_TRUE(std::isnan(y.get(i))) << name_of(activation);
+        for (const int i : {1, 40}) EXPECT_EQ(y.get(i), HUGE_VAL) << name_of(activation);
+        if (activation == Activation::kReLU) {
+          for (const int i : {2, 65}) EXPECT_EQ(y.get(i), 0.0);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace normcore::kernels::testing

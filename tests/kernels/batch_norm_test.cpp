@@ -1,0 +1,316 @@
+#include "normcore/kernels/batch_norm.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <tuple>
+
+#include "executors.h"
+#include "norm_checks.h"
+#include "positions.h"
+
+namespace normcore::kernels::testing {
+namespace {
+
+class BatchNormShapes : public ::testing::TestWithParam<std::tuple<Shape, Layout>> {
+ protected:
+  template <class Check>
+  void for_each_variant(Check check) {
+    const auto& [shape, layout] = GetParam();
+    for (const DType x : kAllDTypes) {
+      for (const NormCase& c : variants(shape, layout, x, false)) {
+        Inputs inputs(c);
+        check(inputs);
+      }
+    }
+  }
+};
+
+std::string name_of_parameter(
+    const ::testing::TestParamInfo<std::tuple<Shape, Layout>>& parameter) {
+  return std::get<0>(parameter.param).name + "_" + name_of(std::get<1>(parameter.param));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, BatchNormShapes,
+                         ::testing::Combine(::testing::ValuesIn(shapes()),
+                                            ::testing::ValuesIn(kBothLayouts)),
+                         name_of_parameter);
+
+TEST_P(BatchNormShapes, Forward) {
+  for_each_variant([](Inputs& inputs) { check_forward(inputs); });
+}
+
+TEST_P(BatchNormShapes, Inference) {
+  for_each_variant([](Inputs& inputs) { check_inference(inputs); });
+}
+
+TEST_P(BatchNormShapes, Backward) {
+  for_each_variant([](Inputs& inputs) { check_backward(inputs); });
+}
+
+TEST_P(BatchNormShapes, BackwardOfRunningStatistics) {
+  for_each_variant([](Inputs& inputs) { check_backward(inputs, false); });
+}
+
+NormCase small_case(Layout layout, DType x = DType::kFloat32) {
+  NormCase c;
+  c.extent = {4, 5, 37};
+  c.layout = layout;
+  c.x = c.y = x;
+  return c;
+}
+
+TEST(BatchNorm, RunningStatisticsOfEveryKind) {
+  for (const Layout layout : kBothLayouts) {
+    for (const DType running : kAllDTypes) {
+      for (const bool cumulative : {false, true}) {
+        for (const bool unbiased : {false, true}) {
+          NormCase c = small_case(layout);
+          c.running = running;
+          c.cumulative = cumulative;
+          c.unbiased = unbiased;
+          check_forward(Inputs(c));
+          c.extent = {1, 5, 1};  // one value: its variance 0 is not corrected by 1 / 0
+          check_forward(Inputs(c));
+        }
+      }
+    }
+  }
+}
+
+TEST(BatchNorm, CumulativeAverageOfTheFirstBatchIsTheBatch) {
+  NormCase c = small_case(Layout::kNCS);
+  c.running = DType::kFloat64;
+  const Inputs inputs(c);
+  const Statistics statistics = batch_statistics(inputs, false);
+  Tensor y(c.y, c.extent.numel(), Placement::kEnd), rstd(c.x, c.extent.c, Placement::kEnd);
+  std::vector<double> mean(statistics.mean.size());
+  std::int64_t counter = 0;
+  BatchNormForwardArgs args;
+  args.input = inputs.norm_input();
+  args.running = {inputs.running_mean.view(), inputs.running_var.view(), &counter, 0.1, true,
+                  false};
+  args.y = y.view();
+  args.mean = mean.data();
+  args.rstd = rstd.view();
+  const CpuPlan plan = plan_cpu(Problem(args.input, 0, Pass::kForward), 1);
+  const GuardedBuffer workspace(plan.workspace_bytes, 64, Placement::kBegin);
+  ASSERT_TRUE(batch_norm_forward(args, plan, workspace.data(), serial_executor()).ok());
+  EXPECT_EQ(counter, 1);
+  EXPECT_EQ(inputs.running_mean.values(), mean);
+}
+
+TEST(BatchNorm, ConstantInputGivesExactlyBias) {
+  for (const Layout layout : kBothLayouts) {
+    for (const DType dtype : kAllDTypes) {
+      for (const Extent extent : {Extent{3, 5, 37}, Extent{2, 3, 9001}, Extent{700, 20, 1}}) {
+        for (const double value : {0.1, 1.0, -1234.5, 3e4}) {
+          NormCase c = small_case(layout, dtype);
+          c.extent = extent;
+          c.scale = c.bias = dtype;
+          Inputs inputs(c);
+          inputs.x.fill(value);
+          const Outputs out = run_forward(inputs, serial_executor());
+          const Tensor& y = find(out, "y");
+          std::int64_t failures = 0;
+          for_each_position(extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
+            const std::int64_t i = index_of(extent, layout, n, channel, s);
+            if (y.get(i) != inputs.bias.get(channel)) ++failures;
+          });
+          EXPECT_EQ(failures, 0) << value << " in " << to_string(c);
+          EXPECT_EQ(find(out, "mean").get(0), inputs.x.get(0));
+        }
+      }
+    }
+  }
+}
+
+TEST(BatchNorm, OneValuePerChannelGivesActivationOfBias) {
+  for (const Layout layout : kBothLayouts) {
+    for (const DType dtype : kAllDTypes) {
+      NormCase c = small_case(layout, dtype);
+      c.extent = {1, 37, 1};
+      c.activation = Activation::kReLU;
+      c.scale = c.bias = dtype;
+      const Inputs inputs(c);
+      const Outputs out = run_forward(inputs, serial_executor());
+      for (std::int64_t i = 0; i < 37; ++i) {
+        EXPECT_EQ(find(out, "y").get(i), std::max(0.0, inputs.bias.get(i))) << to_string(c);
+      }
+    }
+  }
+}
+
+TEST(BatchNorm, ChannelWithoutValidValueIsNaNAndKeepsItsRunningStatistics) {
+  for (const Layout layout : kBothLayouts) {
+    for (const Activation activation : {Activation::kNone, Activation::kReLU}) {
+      NormCase c = small_case(layout);
+      c.mask = MaskKind::kElement;
+      c.garbage_under_mask = false;
+      c.activation = activation;
+      Inputs inputs(c);
+      for_each_position(c.extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
+        if (channel == 3) inputs.mask.data()[index_of(c.extent, layout, n, channel, s)] = 0;
+      });
+      check_forward(inputs);
+      check_backward(inputs);
+      const Outputs out = run_forward(inputs, serial_executor());
+      const Tensor& y = find(out, "y");
+      for_each_position(c.extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
+        const double value = y.get(index_of(c.extent, layout, n, channel, s));
+        EXPECT_EQ(std::isnan(value), channel == 3);
+      });
+    }
+  }
+}
+
+TEST(BatchNorm, WholeBatchMaskedOut) {
+  for (const Layout layout : kBothLayouts) {
+    for (const MaskKind mask : {MaskKind::kRow, MaskKind::kElement}) {
+      NormCase c = small_case(layout);
+      c.mask = mask;
+      Inputs inputs(c);
+      std::memset(inputs.mask.data(), 0, inputs.mask.bytes());
+      check_forward(inputs);
+      check_backward(inputs);
+    }
+  }
+}
+
+// float32 against float64 for data whose mean is up to a million standard deviations away from 0.
+TEST(BatchNorm, LargeMeans) {
+  for (const Layout layout : kBothLayouts) {
+    for (const double mean : {0.0, 1e2, 1e4, 1e6}) {
+      for (const Extent extent : {Extent{4, 3, 2500}, Extent{64, 12, 49}}) {
+        NormCase c = small_case(layout);
+        c.extent = extent;
+        c.mean = mean;
+        Inputs inputs(c);
+        check_forward(inputs);
+        check_backward(inputs);
+        const Outputs expected = reference_forward(inputs);
+        const Outputs actual = run_forward(inputs, serial_executor());
+        EXPECT_LE(relative_norm_error(find(actual, "y").values(), find(expected, "y").values()),
+                  1e-6)
+            << to_string(c);
+        const Statistics statistics = batch_statistics(inputs, true);
+        const Outputs gradients = run_backward(inputs, statistics, {}, serial_executor());
+        for (const Output& output : reference_backward(inputs, statistics, {})) {
+          EXPECT_LE(relative_norm_error(find(gradients, output.name).values(),
+                                        output.tensor.values()),
+                    1e-6)
+              << output.name << " of " << to_string(c);
+        }
+      }
+    }
+  }
+}
+
+TEST(BatchNorm, GradientsNobodyAskedForChangeNothing) {
+  for (const Layout layout : kBothLayouts) {
+    for (const bool from_batch : {true, false}) {
+      NormCase c = small_case(layout);
+      c.activation = Activation::kSiLU;
+      c.residual = DType::kFloat32;
+      const Inputs inputs(c);
+      const Statistics statistics =
+          from_batch ? batch_statistics(inputs, true) : running_statistics(inputs, true);
+      const Outputs all = run_backward(inputs, statistics, {}, serial_executor());
+      for (int bits = 0; bits < 16; ++bits) {
+        const Wanted wanted{(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
+        for (const Output& output : run_backward(inputs, statistics, wanted, serial_executor())) {
+          EXPECT_TRUE(output.tensor.buffer().same_bytes(find(all, output.name).buffer()))
+              << output.name << " with gradients " << bits;
+        }
+      }
+    }
+  }
+}
+
+TEST(BatchNorm, NonFiniteValuesStayInTheirChannel) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (const Layout layout : kBothLayouts) {
+    for (const DType dtype : kAllDTypes) {
+      for (const double value : {std::nan(""), kInfinity, -kInfinity}) {
+        for (const std::int64_t position : {0, 18, 36}) {
+          const NormCase c = small_case(layout, dtype);
+          Inputs inputs(c);
+          const Outputs clean = run_forward(inputs, serial_executor());
+          inputs.x.set(index_of(c.extent, layout, 2, 1, position), value);
+          const Outputs dirty = run_forward(inputs, serial_executor());
+          for_each_position(c.extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
+            const std::int64_t i = index_of(c.extent, layout, n, channel, s);
+            const double y = find(dirty, "y").get(i);
+            if (channel == 1) {
+              EXPECT_TRUE(std::isnan(y)) << value << " at " << position << " " << to_string(c);
+            } else {
+              EXPECT_EQ(y, find(clean, "y").get(i));
+            }
+          });
+        }
+      }
+    }
+  }
+}
+
+TEST(BatchNorm, EmptyInputChangesNothing) {
+  for (const Layout layout : kBothLayouts) {
+    for (const Extent extent : {Extent{0, 4, 5}, Extent{3, 0, 5}, Extent{3, 4, 0}}) {
+      NormCase c = small_case(layout);
+      c.extent = extent;
+      const Inputs inputs(c);
+      const Outputs out = run_forward(inputs, serial_executor());
+      EXPECT_EQ(find(out, "running_mean").values(), inputs.running_mean.values());
+      EXPECT_EQ(find(out, "running_var").values(), inputs.running_var.values());
+      run_inference(inputs, serial_executor());
+
+      // The tensors of an empty input may well have no memory at all.
+      BatchNormForwardArgs args;
+      args.input.extent = extent;
+      args.input.layout = layout;
+      const CpuPlan plan = plan_cpu(Problem(args.input, 0, Pass::kForward), 2);
+      EXPECT_TRUE(batch_norm_forward(args, plan, nullptr, thread_executor()).ok());
+    }
+  }
+}
+
+// Every sample alone gives the bits that it has in a batch.
+TEST(BatchNorm, InferenceDoesNotDependOnTheBatchSize) {
+  for (const Layout layout : kBothLayouts) {
+    for (const DType dtype : kAllDTypes) {
+      for (const Extent extent : {Extent{5, 7, 33}, Extent{3, 65, 1}, Extent{2, 3, 9000}}) {
+        NormCase c = small_case(layout, dtype);
+        c.extent = extent;
+        c.activation = Activation::kGelu;
+        const Inputs batch(c);
+        const Outputs together = run_inference(batch, thread_executor());
+        NormCase one = c;
+        one.extent.n = 1;
+        Inputs sample(one);
+        for (std::int64_t i = 0; i < extent.c; ++i) {
+          sample.scale.set(i, batch.scale.get(i));
+          sample.bias.set(i, batch.bias.get(i));
+          sample.running_mean.set(i, batch.running_mean.get(i));
+          sample.running_var.set(i, batch.running_var.get(i));
+        }
+        for (std::int64_t n = 0; n < extent.n; ++n) {
+          const std::int64_t size = one.extent.numel();
+          for (std::int64_t i = 0; i < size; ++i) sample.x.set(i, batch.x.get(n * size + i));
+          const Outputs alone = run_inference(sample, serial_executor());
+          const auto bytes = static_cast<std::size_t>(size) * size_of(dtype);
+          EXPECT_EQ(std::memcmp(find(alone, "y").buffer().data(),
+                                find(together, "y").buffer().data() +
+                                    static_cast<std::size_t>(n) * bytes,
+                                bytes),
+                    0)
+              << "sample " << n << " of " << to_string(c);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace normcore::kernels::testing

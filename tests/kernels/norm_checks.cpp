@@ -1,0 +1,437 @@
+#include "norm_checks.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+
+#include "cpu/reference.h"
+#include "executors.h"
+#include "positions.h"
+
+namespace normcore::kernels::testing {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+Tensor clone(const Tensor& tensor, Placement placement) {
+  Tensor copy(tensor.dtype(), tensor.count(), placement);
+  for (std::int64_t i = 0; i < tensor.count(); ++i) copy.set(i, tensor.get(i));
+  return copy;
+}
+
+// A workspace of exactly the planned size.
+class Workspace {
+ public:
+  explicit Workspace(const CpuPlan& plan)
+      : buffer_(plan.workspace_bytes, 64, Placement::kEnd), plan_(plan) {}
+
+  void* data() const { return plan_.workspace_bytes == 0 ? nullptr : buffer_.data(); }
+  void check() const { EXPECT_TRUE(buffer_.intact()) << "workspace overrun: " << describe(plan_); }
+
+ private:
+  GuardedBuffer buffer_;
+  const CpuPlan& plan_;
+};
+
+void expect_ok(const Status& status) { EXPECT_TRUE(status.ok()) << status.message; }
+
+void expect_intact(const Outputs& outputs) {
+  for (const Output& output : outputs) {
+    EXPECT_TRUE(output.tensor.buffer().intact()) << "written outside of " << output.name;
+  }
+}
+
+// A copy of the bytes of the inputs, to be compared after the calls.
+class Snapshot {
+ public:
+  explicit Snapshot(const Inputs& inputs) : inputs_(inputs) {
+    for (const auto& [name, buffer] : inputs.buffers()) {
+      bytes_.emplace_back(buffer->data(), buffer->data() + buffer->bytes());
+    }
+  }
+  void check() const {
+    std::size_t i = 0;
+    for (const auto& [name, buffer] : inputs_.buffers()) {
+      EXPECT_TRUE(buffer->intact()) << "written outside of " << name;
+      EXPECT_TRUE(std::equal(bytes_[i].begin(), bytes_[i].end(), buffer->data()))
+          << name << " was changed";
+      ++i;
+    }
+  }
+
+ private:
+  const Inputs& inputs_;
+  std::vector<std::vector<unsigned char>> bytes_;
+};
+
+// The same call with every executor.
+template <class Run>
+Outputs run_everywhere(const Inputs& inputs, Run run) {
+  const Snapshot snapshot(inputs);
+  Outputs outputs = run(serial_executor());
+  expect_intact(outputs);
+  if (inputs.norm_case.many_executors) {
+    for (const NamedExecutor& other : other_executors()) {
+      const Outputs others = run(other.executor);
+      expect_intact(others);
+      expect_same_bits(other.name, others, outputs);
+    }
+  }
+  snapshot.check();
+  return outputs;
+}
+
+// Which elements belong to a slice without any valid value.
+std::vector<bool> in_empty_slice(const NormInput& input, std::int64_t num_groups) {
+  const Extent& e = input.extent;
+  std::vector<bool> has_valid(static_cast<std::size_t>(num_groups == 0 ? e.c : e.n * num_groups));
+  const auto slice = [&](std::int64_t n, std::int64_t c) {
+    return static_cast<std::size_t>(slice_of(e, num_groups, n, c));
+  };
+  for_each_position(e, [&](std::int64_t n, std::int64_t c, std::int64_t s) {
+    if (counts(input, n, c, s)) has_valid[slice(n, c)] = true;
+  });
+  std::vector<bool> result(static_cast<std::size_t>(e.numel()));
+  for_each_position(e, [&](std::int64_t n, std::int64_t c, std::int64_t s) {
+    result[static_cast<std::size_t>(index_of(e, input.layout, n, c, s))] = !has_valid[slice(n, c)];
+  });
+  return result;
+}
+
+// Running statistics after one call: a convex combination of the old value and the batch's, rounded once.
+void check_running(const Inputs& inputs, const Outputs& actual, const Statistics& statistics,
+                   const ForwardBounds& bounds) {
+  const NormCase& c = inputs.norm_case;
+  const NormInput input = inputs.norm_input();
+  const double weight = c.cumulative ? 0.25 : 0.3;
+  const auto compare = [&](const char* name, const Tensor& before, std::size_t i, double batch,
+                           double batch_error) {
+    const double old = before.get(static_cast<std::int64_t>(i));
+    const double expected = (1.0 - weight) * old + weight * batch;
+    const double error = weight * batch_error + 0x1p-50 * (std::abs(old) + std::abs(batch));
+    expect_near(name, {find(actual, name).get(static_cast<std::int64_t>(i))}, {expected},
+                {error + half_ulp(c.running, std::abs(expected) + error)});
+  };
+  std::vector<double> valid(statistics.mean.size());
+  for_each_position(c.extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
+    if (counts(input, n, channel, s)) valid[static_cast<std::size_t>(channel)] += 1.0;
+  });
+  for (std::size_t i = 0; i < valid.size(); ++i) {
+    const double count = valid[i];
+    if (count == 0.0) {
+      EXPECT_EQ(find(actual, "running_mean").get(static_cast<std::int64_t>(i)),
+                inputs.running_mean.get(static_cast<std::int64_t>(i)));
+      EXPECT_EQ(find(actual, "running_var").get(static_cast<std::int64_t>(i)),
+                inputs.running_var.get(static_cast<std::int64_t>(i)));
+      continue;
+    }
+    const double rstd = statistics.rstd[i];
+    const double correction = c.unbiased && count > 1.0 ? count / (count - 1.0) : 1.0;
+    const double var = 1.0 / (rstd * rstd) - c.eps;
+    // var is recovered from rstd: in float64 that costs a few roundings of var + eps.
+    const double var_error = bounds.var[i] + 0x1p-49 * (var + c.eps);
+    compare("running_mean", inputs.running_mean, i, statistics.mean[i], bounds.mean[i]);
+    compare("running_var", inputs.running_var, i, var * correction, var_error * correction);
+  }
+}
+
+}  // namespace
+
+const Tensor& find(const Outputs& outputs, const std::string& name) {
+  for (const Output& output : outputs) {
+    if (output.name == name) return output.tensor;
+  }
+  throw std::runtime_error("no output " + name);
+}
+
+Outputs run_forward(const Inputs& inputs, const CpuExecutor& executor) {
+  const NormCase& c = inputs.norm_case;
+  const CpuPlan plan =
+      plan_cpu(Problem(inputs.norm_input(), c.num_groups, Pass::kForward), executor.num_threads);
+  const Workspace workspace(plan);
+  Outputs out;
+  out.push_back({"y", Tensor(c.y, c.extent.numel(), c.placement)});
+  out.push_back({"mean", Tensor(DType::kFloat64, c.slice_count(), c.placement)});
+  out.push_back({"rstd", Tensor(compute_type(c.x), c.slice_count(), c.placement)});
+  auto* mean = static_cast<double*>(out[1].tensor.data());
+  if (c.num_groups != 0) {
+    const GroupNormForwardArgs args{inputs.norm_input(), c.num_groups, out[0].tensor.view(), mean,
+                                    out[2].tensor.view()};
+    expect_ok(group_norm_forward(args, plan, workspace.data(), executor));
+  } else {
+    std::int64_t counter = 3;
+    BatchNormForwardArgs args;
+    args.input = inputs.norm_input();
+    args.y = out[0].tensor.view();
+    args.mean = mean;
+    args.rstd = out[2].tensor.view();
+    if (c.running_statistics) {
+      out.push_back({"running_mean", clone(inputs.running_mean, c.placement)});
+      out.push_back({"running_var", clone(inputs.running_var, c.placement)});
+      args.running = {out[3].tensor.view(), out[4].tensor.view(), &counter, 0.3,
+                      c.cumulative,         c.unbiased};
+    }
+    expect_ok(batch_norm_forward(args, plan, workspace.data(), executor));
+    const bool counted = c.running_statistics && c.extent.numel() > 0;
+    EXPECT_EQ(counter, counted ? 4 : 3);
+  }
+  workspace.check();
+  return out;
+}
+
+Outputs run_inference(const Inputs& inputs, const CpuExecutor& executor) {
+  const NormCase& c = inputs.norm_case;
+  const CpuPlan plan =
+      plan_cpu(Problem(inputs.norm_input(), 0, Pass::kInference), executor.num_threads);
+  const Workspace workspace(plan);
+  Outputs out;
+  out.push_back({"y", Tensor(c.y, c.extent.numel(), c.placement)});
+  out.push_back({"rstd", Tensor(compute_type(c.x), c.extent.c, c.placement)});
+  const BatchNormInferenceArgs args{inputs.norm_input(), inputs.running_mean.view(),
+                                    inputs.running_var.view(), out[0].tensor.view(),
+                                    out[1].tensor.view()};
+  expect_ok(batch_norm_inference(args, plan, workspace.data(), executor));
+  workspace.check();
+  return out;
+}
+
+namespace {
+
+// Buffers of the gradients that are wanted, with the given dtypes.
+NormGradients make_gradients(const NormCase& c, const Wanted& wanted, DType x, DType others,
+                             Outputs& out) {
+  NormGradients grad;
+  const auto make = [&](bool want, const char* name, DType dtype, std::int64_t count) {
+    if (!want) return MutableTensor{nullptr, dtype};
+    out.push_back({name, Tensor(dtype, count, c.placement)});
+    return out.back().tensor.view();
+  };
+  grad.x = make(wanted.x, "grad_x", x, c.extent.numel());
+  grad.scale = make(wanted.scale, "grad_scale", others, c.affine_count());
+  grad.bias = make(wanted.bias, "grad_bias", others, c.affine_count());
+  const bool residual = wanted.residual && c.activation != Activation::kNone;
+  grad.residual = make(residual, "grad_residual", others, c.extent.numel());
+  return grad;
+}
+
+// The statistics as the tensors that a backward call takes.
+struct SavedStatistics {
+  SavedStatistics(const Inputs& inputs, const Statistics& statistics)
+      : mean(DType::kFloat64, inputs.norm_case.slice_count(), Placement::kEnd),
+        rstd(compute_type(inputs.norm_case.x), inputs.norm_case.slice_count(), Placement::kEnd) {
+    for (std::int64_t i = 0; i < mean.count(); ++i) {
+      mean.set(i, statistics.mean[static_cast<std::size_t>(i)]);
+      rstd.set(i, statistics.rstd[static_cast<std::size_t>(i)]);
+    }
+  }
+  Tensor mean, rstd;
+};
+
+}  // namespace
+
+Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const Wanted& wanted,
+                     const CpuExecutor& executor) {
+  const NormCase& c = inputs.norm_case;
+  const CpuPlan plan =
+      plan_cpu(Problem(inputs.norm_input(), c.num_groups, Pass::kBackward), executor.num_threads);
+  const Workspace workspace(plan);
+  const SavedStatistics saved(inputs, statistics);
+  Outputs out;
+  const NormGradients grad = make_gradients(c, wanted, c.x, c.y, out);
+  if (c.num_groups == 0) {
+    // Running statistics come in the dtype of their buffer, saved ones as float64.
+    const ConstTensor mean =
+        statistics.from_batch ? saved.mean.view() : inputs.running_mean.view();
+    const BatchNormBackwardArgs args{inputs.norm_input(), inputs.grad_y.view(),
+                                     mean,                saved.rstd.view(),
+                                     statistics.from_batch, grad};
+    expect_ok(batch_norm_backward(args, plan, workspace.data(), executor));
+  } else {
+    const GroupNormBackwardArgs args{inputs.norm_input(),   c.num_groups,
+                                     inputs.grad_y.view(),  static_cast<double*>(saved.mean.data()),
+                                     saved.rstd.view(),     grad};
+    expect_ok(group_norm_backward(args, plan, workspace.data(), executor));
+  }
+  workspace.check();
+  return out;
+}
+
+Outputs reference_forward(const Inputs& inputs) {
+  const NormCase& c = inputs.norm_case;
+  const auto f64 = DType::kFloat64;
+  Outputs out;
+  out.push_back({"y", Tensor(f64, c.extent.numel(), Placement::kEnd)});
+  out.push_back({"mean", Tensor(f64, c.slice_count(), Placement::kEnd)});
+  out.push_back({"rstd", Tensor(f64, c.slice_count(), Placement::kEnd)});
+  auto* mean = static_cast<double*>(out[1].tensor.data());
+  if (c.num_groups == 0) {
+    BatchNormForwardArgs args;
+    args.input = inputs.norm_input();
+    args.y = out[0].tensor.view();
+    args.mean = mean;
+    args.rstd = out[2].tensor.view();
+    reference::batch_norm_forward(args);
+  } else {
+    reference::group_norm_forward({inputs.norm_input(), c.num_groups, out[0].tensor.view(), mean,
+                                   out[2].tensor.view()});
+  }
+  return out;
+}
+
+Outputs reference_backward(const Inputs& inputs, const Statistics& statistics,
+                           const Wanted& wanted) {
+  const NormCase& c = inputs.norm_case;
+  const DType f64 = DType::kFloat64;
+  const SavedStatistics saved(inputs, statistics);
+  Outputs out;
+  const NormGradients grad = make_gradients(c, wanted, f64, f64, out);
+  if (c.num_groups == 0) {
+    reference::batch_norm_backward({inputs.norm_input(), inputs.grad_y.view(), saved.mean.view(),
+                                    saved.rstd.view(), statistics.from_batch, grad});
+  } else {
+    reference::group_norm_backward({inputs.norm_input(), c.num_groups, inputs.grad_y.view(),
+                                    static_cast<double*>(saved.mean.data()), saved.rstd.view(),
+                                    grad});
+  }
+  return out;
+}
+
+Statistics batch_statistics(const Inputs& inputs, bool rounded) {
+  const Outputs out = reference_forward(inputs);
+  Statistics statistics{inputs.norm_case.num_groups, find(out, "mean").values(),
+                        find(out, "rstd").values(), true};
+  if (rounded) {
+    statistics.rstd = SavedStatistics(inputs, statistics).rstd.values();
+  }
+  return statistics;
+}
+
+Statistics running_statistics(const Inputs& inputs, bool rounded) {
+  Statistics statistics{0, inputs.running_mean.values(), inputs.running_var.values(), false};
+  for (double& value : statistics.rstd) value = 1.0 / std::sqrt(value + inputs.norm_case.eps);
+  if (rounded) {
+    statistics.rstd = SavedStatistics(inputs, statistics).rstd.values();
+  }
+  return statistics;
+}
+
+void check_forward(const Inputs& inputs) {
+  const NormCase& c = inputs.norm_case;
+  SCOPED_TRACE("forward " + to_string(c));
+  const Outputs actual = run_everywhere(
+      inputs, [&](const CpuExecutor& executor) { return run_forward(inputs, executor); });
+  if (c.extent.numel() == 0) return;
+  const Outputs expected = reference_forward(inputs);
+  const Statistics statistics{c.num_groups, find(expected, "mean").values(),
+                              find(expected, "rstd").values(), true};
+  const ForwardBounds bounds = forward_bounds(inputs.norm_input(), statistics, c.y);
+  const auto compare = [&](const char* name, const std::vector<double>& bound) {
+    expect_near(name, find(actual, name).values(), find(expected, name).values(), bound);
+  };
+  compare("y", bounds.y);
+  compare("rstd", bounds.rstd);
+  // The mean of an empty slice is not defined; its rstd is NaN.
+  std::vector<double> mean = find(actual, "mean").values();
+  for (std::size_t i = 0; i < mean.size(); ++i) {
+    if (std::isnan(statistics.mean[i])) mean[i] = kNaN;
+  }
+  expect_near("mean", mean, statistics.mean, bounds.mean);
+  if (c.num_groups == 0 && c.running_statistics) {
+    check_running(inputs, actual, statistics, bounds);
+  }
+}
+
+void check_inference(const Inputs& inputs) {
+  const NormCase& c = inputs.norm_case;
+  SCOPED_TRACE("inference " + to_string(c));
+  const Outputs actual = run_everywhere(
+      inputs, [&](const CpuExecutor& executor) { return run_inference(inputs, executor); });
+  if (c.extent.numel() == 0) return;
+  const Statistics statistics = running_statistics(inputs, false);
+  const Tensor y(DType::kFloat64, c.extent.numel(), Placement::kEnd);
+  const Tensor rstd(DType::kFloat64, c.extent.c, Placement::kEnd);
+  reference::batch_norm_inference({inputs.norm_input(), inputs.running_mean.view(),
+                                   inputs.running_var.view(), y.view(), rstd.view()});
+  const ForwardBounds bounds = forward_bounds(inputs.norm_input(), statistics, c.y);
+  expect_near("y", find(actual, "y").values(), y.values(), bounds.y);
+  expect_near("rstd", find(actual, "rstd").values(), rstd.values(), bounds.rstd);
+}
+
+void check_backward(Inputs& inputs, bool from_batch, const Wanted& wanted) {
+  const NormCase& c = inputs.norm_case;
+  SCOPED_TRACE((from_batch ? "backward " : "backward, running statistics, ") + to_string(c));
+  const Statistics statistics =
+      from_batch ? batch_statistics(inputs, true) : running_statistics(inputs, true);
+  const NormInput input = inputs.norm_input();
+  if (c.activation == Activation::kReLU) {
+    for (const std::int64_t i : kink_positions(input, statistics)) inputs.grad_y.set(i, 0.0);
+  }
+  // Without a valid value the statistics are NaN; upstream gradients of 0 keep that out of scale and bias.
+  const std::vector<bool> is_empty = in_empty_slice(input, c.num_groups);
+  for (std::size_t i = 0; from_batch && i < is_empty.size(); ++i) {
+    if (is_empty[i]) inputs.grad_y.set(static_cast<std::int64_t>(i), 0.0);
+  }
+  const Outputs actual = run_everywhere(inputs, [&](const CpuExecutor& executor) {
+    return run_backward(inputs, statistics, wanted, executor);
+  });
+
+  const Outputs expected = reference_backward(inputs, statistics, wanted);
+  NormGradients stored;
+  stored.x.dtype = c.x;
+  stored.scale.dtype = stored.bias.dtype = stored.residual.dtype = c.y;
+  const BackwardBounds bounds = backward_bounds(input, statistics, inputs.grad_y.view(), stored);
+  for (const Output& output : expected) {
+    const std::vector<double>& bound = output.name == "grad_x"       ? bounds.x
+                                       : output.name == "grad_scale" ? bounds.scale
+                                       : output.name == "grad_bias"  ? bounds.bias
+                                                                     : bounds.residual;
+    std::vector<double> values = find(actual, output.name).values();
+    if (from_batch && output.name == "grad_x") {
+      for (std::size_t i = 0; i < values.size(); ++i) {
+        if (is_empty[i] && values[i] == 0.0) values[i] = kNaN;  // 0 * NaN, or 0
+      }
+    }
+    expect_near(output.name, values, output.tensor.values(), bound);
+  }
+}
+
+void expect_near(const std::string& name, const std::vector<double>& actual,
+                 const std::vector<double>& expected, const std::vector<double>& bound) {
+  ASSERT_EQ(actual.size(), expected.size()) << name;
+  ASSERT_EQ(bound.size(), expected.size()) << name;
+  std::size_t failures = 0;
+  std::ostringstream first;
+  first.precision(17);
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    const bool same = actual[i] == expected[i] || (std::isnan(actual[i]) && std::isnan(expected[i]));
+    if (same || std::abs(actual[i] - expected[i]) <= bound[i]) continue;
+    if (failures++ == 0) {
+      first << name << "[" << i << "] = " << actual[i] << ", expected " << expected[i]
+            << " within " << bound[i];
+    }
+  }
+  EXPECT_EQ(failures, 0u) << first.str() << " (of " << expected.size() << " values)";
+}
+
+void expect_same_bits(const std::string& what, const Outputs& actual, const Outputs& expected) {
+  ASSERT_EQ(actual.size(), expected.size());
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    EXPECT_TRUE(actual[i].tensor.buffer().same_bytes(expected[i].tensor.buffer()))
+        << expected[i].name << " has other bits with " << what;
+  }
+}
+
+double relative_norm_error(const std::vector<double>& actual, const std::vector<double>& expected) {
+  double error = 0.0, norm = 0.0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    error += (actual[i] - expected[i]) * (actual[i] - expected[i]);
+    norm += expected[i] * expected[i];
+  }
+  return std::sqrt(error / norm);
+}
+
+}  // namespace normcore::kernels::testing

@@ -1,0 +1,59 @@
+// The checks that every call of a norm must pass. check_*() runs the kernel and the reference on the same tensors and
+// expects that
+//   - every output lies within the bound of tolerance.h, NaN where the reference has NaN;
+//   - every executor and thread count gives the same bits;
+//   - nothing outside of an output, and no input, is written (guarded_buffer.h).
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "norm_case.h"
+#include "normcore/kernels/batch_norm.h"
+#include "normcore/kernels/group_norm.h"
+#include "tolerance.h"
+
+namespace normcore::kernels::testing {
+
+struct Output {
+  std::string name;
+  Tensor tensor;
+};
+using Outputs = std::vector<Output>;
+const Tensor& find(const Outputs& outputs, const std::string& name);
+
+// Which gradients are asked for.
+struct Wanted {
+  bool x = true, scale = true, bias = true, residual = true;
+};
+
+// The kernels: plan for the executor's thread count, guarded workspace of exactly the planned size, NaN-filled outputs.
+// Forward: y, mean, rstd and, for batch norm, running_mean, running_var. Inference: y, rstd.
+Outputs run_forward(const Inputs& inputs, const CpuExecutor& executor);
+Outputs run_inference(const Inputs& inputs, const CpuExecutor& executor);
+Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const Wanted& wanted,
+                     const CpuExecutor& executor);
+
+// The reference on the same tensors, with every output in float64.
+Outputs reference_forward(const Inputs& inputs);
+Outputs reference_backward(const Inputs& inputs, const Statistics& statistics,
+                           const Wanted& wanted);
+
+// Statistics that the reference finds; rstd rounded as the kernels save it when `rounded`.
+Statistics batch_statistics(const Inputs& inputs, bool rounded);
+Statistics running_statistics(const Inputs& inputs, bool rounded);
+
+void check_forward(const Inputs& inputs);
+void check_inference(const Inputs& inputs);
+// Not const: zeroes grad_y where the derivative of the activation is undetermined.
+void check_backward(Inputs& inputs, bool from_batch = true, const Wanted& wanted = {});
+
+// |actual - expected| <= bound for every element.
+void expect_near(const std::string& name, const std::vector<double>& actual,
+                 const std::vector<double>& expected, const std::vector<double>& bound);
+void expect_same_bits(const std::string& what, const Outputs& actual, const Outputs& expected);
+
+// sqrt(sum (actual - expected)^2 / sum expected^2)
+double relative_norm_error(const std::vector<double>& actual, const std::vector<double>& expected);
+
+}  // namespace normcore::kernels::testing

@@ -1,0 +1,155 @@
+#include "normcore/kernels/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <string>
+
+#include "norm_case.h"
+
+namespace normcore::kernels::testing {
+namespace {
+
+constexpr int kThreadCounts[] = {1, 2, 3, 8, 64, 256};
+
+std::string to_string(const Problem& p) {
+  return "{" + std::to_string(p.extent.n) + ", " + std::to_string(p.extent.c) + ", " +
+         std::to_string(p.extent.s) + "} " + name_of(p.layout) + " " + name_of(p.dtype) +
+         " groups=" + std::to_string(p.num_groups) +
+         " mask=" + std::to_string(static_cast<int>(p.mask)) +
+         " pass=" + std::to_string(static_cast<int>(p.pass));
+}
+
+// Calls body(problem) for some thousand problems, tiny to beyond 2^31 elements.
+template <class Body>
+void for_each_problem(Body body) {
+  constexpr std::int64_t kSizes[] = {1, 2, 7, 64, 65, 1000, 4096, 4097, 70000};
+  for (const std::int64_t n : kSizes) {
+    for (const std::int64_t c : {1, 3, 64, 65, 320, 2048, 5000}) {
+      for (const std::int64_t s : kSizes) {
+        for (const Layout layout : kBothLayouts) {
+          for (const std::int64_t num_groups : {std::int64_t{0}, std::int64_t{1}, c}) {
+            for (const Pass pass : {Pass::kForward, Pass::kInference, Pass::kBackward}) {
+              if (num_groups != 0 && pass == Pass::kInference) continue;
+              Problem problem;
+              problem.extent = {n, c, s};
+              problem.layout = layout;
+              problem.num_groups = num_groups;
+              problem.pass = pass;
+              problem.mask = static_cast<MaskKind>((n + s) % 3);
+              problem.dtype = kAllDTypes[(n + c) % 4];
+              problem.affine_per_sample = num_groups != 0 && s % 2 == 1;
+              body(problem);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Plan, IsLegalForEveryShape) {
+  for_each_problem([](const Problem& p) {
+    for (const int threads : kThreadCounts) {
+      const CpuPlan plan = plan_cpu(p, threads);
+      const std::string what = to_string(p) + ": " + describe(plan);
+      ASSERT_GT(plan.chunk, 0) << what;
+      ASSERT_GE(plan.fold, 1) << what;
+      ASSERT_GE(plan.tiles, 1) << what;
+      ASSERT_GE(plan.tasks, 1) << what;
+      ASSERT_LE(plan.tasks, threads) << what;
+      ASSERT_STRNE(plan.reason, "") << what;
+      if (p.pass != Pass::kInference) {
+        ASSERT_GE(plan.chunks, 1) << what;
+      }
+    }
+  });
+}
+
+// A leaf of the reduction tree keeps float32 chains short: at most 1024 additions per lane.
+TEST(Plan, ChunksAreShort) {
+  for_each_problem([](const Problem& p) {
+    const CpuPlan plan = plan_cpu(p, 1);
+    ASSERT_LE(plan.chunk, p.layout == Layout::kNCS ? 4096 : 1024) << to_string(p);
+  });
+}
+
+TEST(Plan, ReductionTreeDoesNotDependOnThreads) {
+  for_each_problem([](const Problem& p) {
+    const CpuPlan one = plan_cpu(p, 1);
+    for (const int threads : kThreadCounts) {
+      const CpuPlan plan = plan_cpu(p, threads);
+      ASSERT_EQ(plan.chunk, one.chunk) << to_string(p);
+      ASSERT_EQ(plan.fold, one.fold) << to_string(p);
+      ASSERT_EQ(plan.chunks, one.chunks) << to_string(p);
+    }
+  });
+}
+
+TEST(Plan, ReductionTreeOfGroupNormDoesNotDependOnTheBatch) {
+  for_each_problem([](const Problem& p) {
+    if (p.num_groups == 0) return;
+    Problem sample = p;
+    sample.extent.n = 1;
+    const CpuPlan alone = plan_cpu(sample, 1), batch = plan_cpu(p, 8);
+    ASSERT_EQ(alone.chunk, batch.chunk) << to_string(p);
+    ASSERT_EQ(alone.fold, batch.fold) << to_string(p);
+    ASSERT_EQ(alone.chunks, batch.chunks) << to_string(p);
+  });
+}
+
+// Scratch memory next to the tensor's own size in compute_type: records of chunks, coefficients of slices and, per
+// sample, of parameters; and for every thread what one slice needs.
+TEST(Plan, WorkspaceIsSmall) {
+  for_each_problem([](const Problem& p) {
+    for (const int threads : kThreadCounts) {
+      const CpuPlan plan = plan_cpu(p, threads);
+      const double parameters = static_cast<double>(
+          (p.affine_per_sample || p.num_groups != 0 ? p.extent.n : 1) * p.extent.c);
+      const double limit = 0.25 * 8.0 * static_cast<double>(p.extent.numel()) +
+                           200.0 * (parameters + threads * static_cast<double>(p.extent.c)) + 65536.0;
+      ASSERT_LE(static_cast<double>(plan.workspace_bytes), limit)
+          << to_string(p) << " with " << threads << " threads: " << describe(plan);
+    }
+  });
+}
+
+TEST(Plan, UsesThreadsForLargeInputsOnly) {
+  Problem small;
+  small.extent = {2, 8, 16};
+  EXPECT_EQ(plan_cpu(small, 8).path, CpuPath::kSlice);
+  EXPECT_EQ(plan_cpu(small, 8).tasks, 1);
+  Problem large;
+  large.extent = {32, 64, 3136};
+  EXPECT_EQ(plan_cpu(large, 8).tasks, 8) << "64 channels for 8 threads";
+  large.extent = {2, 2, 1 << 20};
+  EXPECT_EQ(plan_cpu(large, 8).path, CpuPath::kChunk) << "2 channels for 8 threads";
+}
+
+TEST(Plan, OfEmptyInput) {
+  for (const Extent extent : {Extent{0, 4, 5}, Extent{4, 0, 5}, Extent{4, 4, 0}}) {
+    for (const Layout layout : kBothLayouts) {
+      for (const std::int64_t num_groups : {0, 2}) {
+        Problem problem;
+        problem.extent = extent;
+        problem.layout = layout;
+        problem.num_groups = num_groups;
+        EXPECT_EQ(plan_cpu(problem, 4).workspace_bytes, 0u);
+      }
+    }
+  }
+}
+
+TEST(Plan, DescribesItself) {
+  Problem problem;
+  problem.extent = {2, 2, 1 << 20};
+  const CpuPlan plan = plan_cpu(problem, 8);
+  const std::string text = describe(plan);
+  EXPECT_EQ(text.find('\n'), std::string::npos);
+  EXPECT_NE(text.find("chunk path"), std::string::npos) << text;
+  EXPECT_NE(text.find(plan.reason), std::string::npos) << text;
+  EXPECT_NE(text.find(std::to_string(plan.workspace_bytes)), std::string::npos) << text;
+}
+
+}  // namespace
+}  // namespace normcore::kernels::testing
