@@ -44,13 +44,13 @@ std::vector<std::int64_t> feature_sizes(const char* module, const at::Tensor& x,
   const auto rank = x.dim();
   std::vector<std::int64_t> axes;
   for (const auto a : axis) {
-    TORCH_CHECK_INDEX(-rank <= a && a < rank, module, ": expected axis to be in [", -rank, ", ",
-                      rank - 1, "] for an input of ", rank, " dimensions, got ", a);
+    TORCH_CHECK_INDEX(-rank <= a && a < rank, module, ": expected axis in [", -rank, ", ", rank - 1,
+                      "] for an input of rank ", rank, ", got ", a);
     axes.push_back(a < 0 ? a + rank : a);
   }
   std::sort(axes.begin(), axes.end());
   TORCH_CHECK_VALUE(std::adjacent_find(axes.begin(), axes.end()) == axes.end(), module,
-                    ": expected distinct axes, got ", axis);
+                    ": expected axis without duplicates, got ", axis);
   std::vector<std::int64_t> sizes;
   for (const auto a : axes) sizes.push_back(x.size(a));
   return sizes;
@@ -87,8 +87,9 @@ NormImpl<Derived, Options>::NormImpl(Options options) : options(std::move(option
                     ": expected sync_weighting to be 'count' or 'rank', got '", o.sync_weighting(),
                     "'");
   TORCH_CHECK_VALUE(o.axis_name() || !o.axis_index_groups(), Derived::kName,
-                    ": expected axis_name to be given with axis_index_groups");
-  TORCH_CHECK_VALUE(!o.axis().vec().empty(), Derived::kName, ": expected at least one axis");
+                    ": expected axis_name to be given with axis_index_groups, got none");
+  TORCH_CHECK_VALUE(!o.axis().vec().empty(), Derived::kName,
+                    ": expected at least one axis, got []");
 }
 
 template <class Derived, class Options>
@@ -328,13 +329,13 @@ GroupNormImpl::GroupNormImpl(GroupNormOptions options) : NormImpl(std::move(opti
 }
 
 void GroupNormImpl::check_features(at::IntArrayRef features) const {
+  NormImpl::check_features(features);
   const auto channels = product(features);
   const auto group_size = options.group_size();
   const auto divisor = group_size ? *group_size : options.num_groups().value_or(kDefaultNumGroups);
   TORCH_CHECK_VALUE(channels % divisor == 0, kName, ": expected ",
                     group_size ? "group_size" : "num_groups", " to divide the number of channels (",
                     channels, "), got ", divisor);
-  NormImpl::check_features(features);
 }
 
 void GroupNormImpl::print_options(std::ostream& stream) const {

@@ -50,8 +50,11 @@ class Gradients {
                     std::int64_t sample, std::int64_t channel, std::int64_t channels, double count,
                     ChannelSums* sums) const {
     const SliceStatistics<A> stat = statistics(slice);
-    const double rstd = stat.rstd;
-    const double rounding = stat.mean - static_cast<double>(static_cast<A>(stat.mean));
+    // A slice without a valid value has NaN statistics: where no g comes in, none goes out.
+    const bool is_empty = call_.batch_statistics && count == 0.0;
+    const double rstd = is_empty ? 0.0 : stat.rstd;
+    const double rounding =
+        is_empty ? 0.0 : stat.mean - static_cast<double>(static_cast<A>(stat.mean));
     double h = 0.0, h_centered = 0.0;
     for (std::int64_t i = 0; i < channels; ++i) {
       sums[i].g_centered -= rounding * sums[i].g;

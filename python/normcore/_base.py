@@ -1,6 +1,7 @@
 """What the modules for batch and group norm share: affine parameters, lazy features, freezing."""
 
 # TorchScript reads the annotations of attributes, so they must not be strings here.
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -24,15 +25,34 @@ def result_type(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> torch.d
     return dtype
 
 
+class _LazyTensor:
+    """Lets copies and pickles of a tensor of unknown shape keep its device and dtype."""
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        kind, arguments = self.__reduce_ex__(4)
+        return memo.setdefault(id(self), kind(*arguments))
+
+    def __reduce_ex__(self: Any, proto: Any) -> tuple[Any, tuple[Any, ...]]:
+        return type(self), (self.requires_grad, self.data.device, self.data.dtype)
+
+
+class _LazyParameter(_LazyTensor, UninitializedParameter):
+    pass
+
+
+class _LazyBuffer(_LazyTensor, UninitializedBuffer):
+    pass
+
+
 def _new(
-    uninitialized: Any,
+    lazy: Any,
     shape: tuple[int, ...] | None,
     device: torch.device | str | int | None,
     dtype: torch.dtype,
 ) -> Any:
-    """An empty tensor, or an instance of the class `uninitialized` if its shape is not known."""
+    """An empty tensor, or an instance of the class `lazy` if its shape is not known yet."""
     if shape is None:
-        return uninitialized(device=device, dtype=dtype)
+        return lazy(device=device, dtype=dtype)
     return torch.empty(shape, device=device, dtype=dtype)
 
 
@@ -64,17 +84,17 @@ class NormBase(nn.Module):
         super().__init__()
         if sync_weighting not in ("count", "rank"):
             raise ValueError(
-                f"{self._get_name()}: expected sync_weighting to be 'count' or 'rank', "
+                f"{type(self).__name__}: expected sync_weighting to be 'count' or 'rank', "
                 f"got {sync_weighting!r}"
             )
         if axis_index_groups is not None and axis_name is None:
             raise ValueError(
-                f"{self._get_name()}: expected axis_name to be given with axis_index_groups, "
+                f"{type(self).__name__}: expected axis_name to be given with axis_index_groups, "
                 "got None"
             )
         self.axis = [axis] if isinstance(axis, int) else list(axis)
         if not self.axis:
-            raise ValueError(f"{self._get_name()}: expected at least one axis, got {axis}")
+            raise ValueError(f"{type(self).__name__}: expected at least one axis, got {axis}")
         self.num_features = num_features
         self.epsilon = epsilon
         self.dtype = dtype
@@ -97,12 +117,12 @@ class NormBase(nn.Module):
         features = self.num_features
         shape = None if features is None else self._accept_features(features)
         for name, used in (("scale", self.use_scale), ("bias", self.use_bias)):
-            parameter = _new(UninitializedParameter, shape, self.device, self.param_dtype)
+            parameter = _new(_LazyParameter, shape, self.device, self.param_dtype)
             if shape is not None:
                 parameter = nn.Parameter(parameter)
             self.register_parameter(name, parameter if used else None)
         for name in buffers:
-            self.register_buffer(name, _new(UninitializedBuffer, shape, self.device, torch.float32))
+            self.register_buffer(name, _new(_LazyBuffer, shape, self.device, torch.float32))
         if self.initialized:
             self.reset_parameters()
 
@@ -111,11 +131,15 @@ class NormBase(nn.Module):
         shape = (sizes,) if isinstance(sizes, int) else tuple(sizes)
         if len(shape) != len(self.axis) or any(size < 0 for size in shape):
             raise ValueError(
-                f"{self._get_name()}: expected num_features to hold one size for each axis of "
+                f"{type(self).__name__}: expected num_features to hold one size for each axis of "
                 f"{self.axis}, got {sizes}"
             )
+        self._accept_channels(math.prod(shape))
         self.num_features = shape[0] if len(shape) == 1 else shape
         return shape
+
+    def _accept_channels(self, channels: int) -> None:
+        """Raises ValueError if the module cannot have so many channels."""
 
     def _state(self) -> dict[str, Any]:
         """Parameters and statistics by name, without the absent ones."""
@@ -128,13 +152,13 @@ class NormBase(nn.Module):
         for axis in self.axis:
             if not -rank <= axis < rank:
                 raise IndexError(
-                    f"{self._get_name()}: expected axis in [{-rank}, {rank - 1}] for an input of "
-                    f"rank {rank}, got {axis}"
+                    f"{type(self).__name__}: expected axis in [{-rank}, {rank - 1}] for an input "
+                    f"of rank {rank}, got {axis}"
                 )
         axes = sorted(axis % rank for axis in self.axis)
         if len(set(axes)) != len(axes):
             raise ValueError(
-                f"{self._get_name()}: expected axis without duplicates, got {self.axis}"
+                f"{type(self).__name__}: expected axis without duplicates, got {self.axis}"
             )
         self._materialize(
             [x.shape[axis] for axis in axes], x.device if self.device is None else None
@@ -143,9 +167,8 @@ class NormBase(nn.Module):
     def _materialize(self, sizes: Sequence[int], device: torch.device | None) -> None:
         """Gives the state its shape and initial values; `device` None keeps the one it has."""
         shape = self._accept_features(sizes)
-        for name, tensor in self._state().items():
-            dtype = self.param_dtype if name in self._parameters else None
-            tensor.materialize(shape, device=device, dtype=dtype)
+        for tensor in self._state().values():
+            tensor.materialize(shape, device=device)
         self.initialized = True
         self.reset_parameters()
 
@@ -164,8 +187,9 @@ class NormBase(nn.Module):
         return self
 
     def freeze(self: NormT, mode: bool = True, *, affine: bool = True) -> NormT:
-        """Freezes the statistics and, with `affine`, sets ``requires_grad=False`` on scale and
-        bias. It survives :meth:`train`; :meth:`unfreeze` restores the former ``requires_grad``.
+        """Freezes the statistics and, with `affine`, stops the gradients of scale and bias.
+
+        It survives :meth:`train`; :meth:`unfreeze` restores the former ``requires_grad``.
         """
         for name, requires_grad in self._former_requires_grad.items():
             self._state()[name].requires_grad = requires_grad
@@ -180,12 +204,6 @@ class NormBase(nn.Module):
     def unfreeze(self: NormT) -> NormT:
         """Undoes :meth:`freeze`."""
         return self.freeze(False)
-
-    def _apply(self: NormT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NormT:
-        super()._apply(fn, recurse)
-        for parameter in self.parameters(recurse=False):
-            self.param_dtype = parameter.dtype
-        return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

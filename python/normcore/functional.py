@@ -1,15 +1,16 @@
-"""Batch and group normalization as functions, with the positional arguments of
-:mod:`torch.nn.functional`.
+"""Batch and group normalization as functions.
 
-Both compute ``y = activation((x - mean) * (rstd * weight) + bias + residual)`` with ``rstd = 1 /
-sqrt(var + eps)`` and the biased variance. Statistics and arithmetic are at least float32 and there
-is one rounding, when ``y`` is stored. This module is the only place of the package that names
-``torch.ops.normcore``.
+Their positional arguments are those of :mod:`torch.nn.functional`. Both compute
+
+    y = activation((x - mean) * (rstd * weight) + bias + residual),   rstd = 1 / sqrt(var + eps)
+
+with the biased variance. Statistics and arithmetic are at least float32 and there is one rounding,
+when ``y`` is stored. This module is the only one that names ``torch.ops.normcore``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["batch_norm", "group_norm"]
 
 # The operators themselves, for code that TorchScript compiles: it has no keyword-only defaults.
-batch_norm_op = torch.ops.normcore.batch_norm
-group_norm_op = torch.ops.normcore.group_norm
+batch_norm_op: Callable[..., Tensor] = torch.ops.normcore.batch_norm
+group_norm_op: Callable[..., Tensor] = torch.ops.normcore.group_norm
 
 
 def require_single_rank(op: str, argument: str, group: str | ProcessGroup | None = None) -> None:
@@ -73,9 +74,11 @@ def batch_norm(
     Args:
         input: tensor of any rank >= 1 in float64, float32, bfloat16 or float16, of any strides. The
             output and the gradient keep its memory format.
-        running_mean, running_var: both or neither, of shape ``[input.shape[a] for a in
-            sorted(axis)]``. Required unless ``training``.
-        weight, bias: affine parameters of the shape of the running statistics; absent: 1 and 0.
+        running_mean: of shape ``[input.shape[a] for a in sorted(axis)]``; may be None with
+            ``training``.
+        running_var: like ``running_mean``; both or neither.
+        weight: factor per channel, of the shape of ``running_mean``; absent: 1.
+        bias: summand per channel, of the shape of ``running_mean``; absent: 0.
         training: normalize with the statistics of the batch, and update the running ones.
         momentum: weight of the **new** value in the running statistics, as in :mod:`torch.nn`. None
             takes the cumulative average, which needs ``num_batches_tracked``.
@@ -162,9 +165,10 @@ def group_norm(
         input: tensor of any rank >= 1 in float64, float32, bfloat16 or float16, of any strides. The
             output and the gradient keep its memory format.
         num_groups: number of groups; divides the number of channels C.
-        weight, bias: affine parameters per channel, of shape ``[C]``, or ``[N, C]`` for an affine
-            map of its own for every sample (adaptive normalization). With several feature axes
-            their shape is ``[input.shape[a] for a in sorted(axis)]``. Absent, they are 1 and 0.
+        weight: factor per channel, of shape ``[C]``, or ``[N, C]`` for one of every sample
+            (adaptive normalization). With several feature axes its shape is
+            ``[input.shape[a] for a in sorted(axis)]``. Absent: 1.
+        bias: summand per channel, of the shapes that ``weight`` may have. Absent: 0.
         eps: added to the variance.
         axis: the feature axis, or several: they are flattened in ascending order, then grouped.
         reduction_axes: the axes that a statistic is taken over, the feature axes among them; every

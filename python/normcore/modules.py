@@ -7,7 +7,6 @@ running variance takes the biased variance of the batch.
 """
 
 # TorchScript reads the annotations of attributes and methods, so they must not be strings here.
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -167,7 +166,7 @@ class BatchNorm(NormBase):
         else:
             batch = not use_running_average
         if batch and self.axis_name is not None:
-            if torch.jit.is_scripting():
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
                 raise NotImplementedError("BatchNorm: axis_name needs Python, not TorchScript")
             else:
                 require_single_rank("BatchNorm", "axis_name")
@@ -196,12 +195,13 @@ class BatchNorm(NormBase):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
         mean, var = self.mean, self.var
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.mean.dtype in (torch.float16, torch.bfloat16):
             self.mean, self.var = mean.to(self.mean.device), var.to(self.var.device)
         return self
 
     def extra_repr(self) -> str:
+        """Options that differ from the default, for ``repr``."""
         return self._repr_of(momentum=(self.momentum, ...))
 
 
@@ -308,17 +308,14 @@ class GroupNorm(NormBase):
         self._channels = 0
         self._create_state(buffers=())
 
-    def _accept_features(self, sizes: int | Sequence[int]) -> tuple[int, ...]:
-        channels = sizes if isinstance(sizes, int) else math.prod(sizes)
+    def _accept_channels(self, channels: int) -> None:
         for name, divisor in (("num_groups", self.num_groups), ("group_size", self.group_size)):
             if divisor is not None and channels % divisor != 0:
                 raise ValueError(
                     f"GroupNorm: expected {name} to divide the number of channels ({channels}), "
                     f"got {divisor}"
                 )
-        shape = super()._accept_features(sizes)
         self._channels = channels
-        return shape
 
     def forward(
         self,
@@ -337,7 +334,7 @@ class GroupNorm(NormBase):
         if not self.initialized:
             self._materialize_from(x)
         if self.axis_name is not None:
-            if torch.jit.is_scripting():
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
                 raise NotImplementedError("GroupNorm: axis_name needs Python, not TorchScript")
             else:
                 require_single_rank("GroupNorm", "axis_name")
@@ -380,6 +377,7 @@ class GroupNorm(NormBase):
             )
 
     def extra_repr(self) -> str:
+        """Options that differ from the default, for ``repr``."""
         return self._repr_of(
             num_groups=(self.num_groups, None),
             group_size=(self.group_size, None),

@@ -255,7 +255,7 @@ TEST(BatchNorm, NonFiniteValuesStayInTheirChannel) {
   }
 }
 
-TEST(BatchNorm, EmptyInputChangesNothing) {
+TEST(BatchNorm, EmptyInputChangesNothingAndHasZeroParameterGradients) {
   for (const Layout layout : kBothLayouts) {
     for (const Extent extent : {Extent{0, 4, 5}, Extent{3, 0, 5}, Extent{3, 4, 0}}) {
       NormCase c = small_case(layout);
@@ -265,6 +265,12 @@ TEST(BatchNorm, EmptyInputChangesNothing) {
       EXPECT_EQ(find(out, "running_mean").values(), inputs.running_mean.values());
       EXPECT_EQ(find(out, "running_var").values(), inputs.running_var.values());
       run_inference(inputs, serial_executor());
+      const Statistics statistics{0, inputs.running_mean.values(),
+                                  inputs.running_var.values(), true};
+      const Outputs gradients = run_backward(inputs, statistics, {}, serial_executor());
+      const std::vector<double> zeros(static_cast<std::size_t>(extent.c));
+      EXPECT_EQ(find(gradients, "grad_scale").values(), zeros);
+      EXPECT_EQ(find(gradients, "grad_bias").values(), zeros);
 
       // The tensors of an empty input may well have no memory at all.
       BatchNormForwardArgs args;

@@ -60,7 +60,8 @@ TEST(Moments, RoundingNeverMakesTheVarianceNegative) {
 
 // Saved statistics of long slices. The chunks' errors are independent and merged in float64, so the mean is far better
 // than one chunk's: 1e-7 of a standard deviation is more than ten times what is reached, and far less than float32
-// merging (6e-5 at mean/std = 1e2) or a float32 mean (2^-24 mean/std) would give. rstd is saved as float32.
+// merging (6e-5 at mean/std = 1e2) or a float32 mean (2^-24 mean/std) would give. rstd is less exact where x lies on a
+// coarse grid, as it does far from 0: the squares of its multiples round with a bias.
 TEST(Moments, OfLongSlicesWithLargeMeans) {
   for (const Layout layout : kBothLayouts) {
     for (const std::int64_t num_groups : {0, 1}) {
@@ -79,7 +80,7 @@ TEST(Moments, OfLongSlicesWithLargeMeans) {
           EXPECT_NEAR(find(actual, "mean").get(slice), expected.mean[i],
                       1e-7 / expected.rstd[i])
               << to_string(c);
-          EXPECT_NEAR(find(actual, "rstd").get(slice) / expected.rstd[i], 1.0, 0x1p-23)
+          EXPECT_NEAR(find(actual, "rstd").get(slice) / expected.rstd[i], 1.0, 0x1p-20)
               << to_string(c);
         }
       }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <ostream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,6 +21,7 @@ struct Shape {
   std::int64_t num_groups = 1;
 };
 const std::vector<Shape>& shapes();
+std::ostream& operator<<(std::ostream& stream, const Shape& shape);
 const Shape& shape(const std::string& name);
 
 inline constexpr DType kAllDTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16,

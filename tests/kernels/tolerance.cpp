@@ -135,7 +135,7 @@ OutputGradient output_gradient(const NormInput& input, const Element& e, double 
   const double derivative = activate_derivative(input.activation, e.z);
   const bool smooth =
       input.activation != Activation::kNone && input.activation != Activation::kReLU;
-  const double derivative_error = smooth ? e.z_error + kActivationUlps * u : 0.0;
+  const double derivative_error = smooth ? e.z_error + kDerivativeUlps * u : 0.0;
   return {grad_y * derivative, std::abs(grad_y) * (derivative_error + u * std::abs(derivative))};
 }
 

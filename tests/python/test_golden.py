@@ -16,10 +16,12 @@ from torch import Tensor
 import normcore
 
 CASES = cases()
+# init(x) never uses the statistics of the batch, so one form of treex's init has no counterpart.
+NO_COUNTERPART = {"treex_bn_init_argument_false"}
 
 
-def of_kind(*kinds: str) -> Any:
-    chosen = [case for case in CASES if case.kind in kinds]
+def of_kind(kind: str) -> Any:
+    chosen = [case for case in CASES if case.kind == kind]
     return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
 
 
@@ -49,6 +51,8 @@ def test_the_collection_is_complete() -> None:
     assert Counter(case.kind for case in CASES) == {
         "single": 87, "steps": 3, "init": 3, "calls": 1, "sync": 7,
     }  # fmt: skip
+    run = [case for case in CASES if case.kind != "sync" and case.name not in NO_COUNTERPART]
+    assert len(run) == 93
 
 
 @of_kind("single")
@@ -69,7 +73,7 @@ def test_consecutive_calls(case: Case) -> None:
 
 @of_kind("init")
 def test_init(case: Case) -> None:
-    if case.call["use_running_average"] is False if case.is_batch_norm else False:
+    if case.name in NO_COUNTERPART:
         pytest.skip("init takes no use_running_average: it never uses statistics of the batch")
     module = case.build(case.arrays["x"])
     if case.is_batch_norm:
@@ -293,11 +297,11 @@ def test_flax_large_offsets(offset: float) -> None:
     y = normcore.GroupNorm(num_groups=1)(x)
     centred = exact - exact.mean((1, 2), keepdim=True)
     want = centred * (centred.square().mean((1, 2), keepdim=True) + 1e-5).rsqrt()
-    assert (y - want).abs().max() < 4e-6
+    assert (y - want).abs().max() < 1e-6 * want.abs().max()
     y = normcore.BatchNorm()(x)
     centred = exact - exact.mean((0, 1))
     want = centred * (centred.square().mean((0, 1)) + 1e-5).rsqrt()
-    assert (y - want).abs().max() < 4e-6
+    assert (y - want).abs().max() < 1e-6 * want.abs().max()
 
 
 def test_vmapped_group_of_samples_is_one_batch() -> None:

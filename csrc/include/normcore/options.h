@@ -2,7 +2,7 @@
 //   BatchNormOptions().num_features(64).axis(1).momentum(0.9)
 // Names, defaults and meanings are those of the Python package. Wherever an axis may be given, so
 // may several: axis(1) or axis({1, 2}); negative values count from the last axis. Nothing here is
-// checked before it is used.
+// checked before it is used. The classes are exported because the modules are templates over them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,11 +18,13 @@
 #include <utility>
 #include <vector>
 
+#include "normcore/export.h"
+
 namespace normcore {
 
 /// One integer or a list of them: axes, or the number of features along each of them. Implicit, so
 /// that the setters take either.
-class IntList {
+class NORMCORE_API IntList {
  public:
   IntList(std::int64_t value) : values_{value} {}
   IntList(std::initializer_list<std::int64_t> values) : values_(values) {}
@@ -35,7 +37,7 @@ class IntList {
 };
 
 /// A list that may be left out.
-class OptionalIntList : public std::optional<IntList> {
+class NORMCORE_API OptionalIntList : public std::optional<IntList> {
  public:
   using std::optional<IntList>::optional;
   OptionalIntList(std::initializer_list<std::int64_t> values)
@@ -46,7 +48,7 @@ class OptionalIntList : public std::optional<IntList> {
 using Initializer = std::function<void(at::Tensor)>;
 
 /// Options of `normcore::batch_norm`.
-struct BatchNormFuncOptions {
+struct NORMCORE_API BatchNormFuncOptions {
   /// Normalize with the statistics of the batch, and update the running ones.
   TORCH_ARG(bool, training) = false;
   /// Weight of the NEW value in the running statistics, as in torch::nn. Empty: the cumulative
@@ -73,7 +75,7 @@ struct BatchNormFuncOptions {
 };
 
 /// Options of `normcore::group_norm`.
-struct GroupNormFuncOptions {
+struct NORMCORE_API GroupNormFuncOptions {
   /// Added to the variance.
   TORCH_ARG(double, eps) = 1e-5;
   /// Feature axis or axes: flattened in ascending order, then cut into groups.
@@ -91,7 +93,7 @@ struct GroupNormFuncOptions {
 };
 
 /// Options of the module `normcore::BatchNorm`.
-struct BatchNormOptions {
+struct NORMCORE_API BatchNormOptions {
   /// Size of the feature axis (of each of them, in ascending order of the axes). Empty: taken from
   /// the first input.
   TORCH_ARG(OptionalIntList, num_features);
@@ -127,7 +129,7 @@ struct BatchNormOptions {
 };
 
 /// Options of the module `normcore::GroupNorm`.
-struct GroupNormOptions {
+struct NORMCORE_API GroupNormOptions {
   /// Size of the feature axis (of each of them, in ascending order of the axes). Empty: taken from
   /// the first input.
   TORCH_ARG(OptionalIntList, num_features);

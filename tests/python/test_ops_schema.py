@@ -1,0 +1,347 @@
+"""The operators themselves: schemas, registrations, shape inference, tracing and scripting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import normcore  # noqa: F401  (loads the operators)
+
+ops = torch.ops.normcore
+
+SCHEMAS = [
+    "batch_norm(Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor? weight=None, Tensor? bias=None, bool training=False, float? momentum=0.1, "
+    "float eps=1e-05, *, int[1] axis=1, Tensor? mask=None, str? activation=None, "
+    "Tensor? residual=None, bool unbiased=True, Tensor(c!)? num_batches_tracked=None, "
+    "ScalarType? dtype=None) -> Tensor",
+    "group_norm(Tensor input, int num_groups, Tensor? weight=None, Tensor? bias=None, "
+    "float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? mask=None, "
+    "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
+    "_batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, int[] axis, float? momentum, float eps, bool unbiased, "
+    "str? activation, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
+    "_batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "Tensor running_mean, Tensor running_var, int[] axis, float eps, str? activation, "
+    "ScalarType? dtype) -> (Tensor, Tensor)",
+    "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
+    "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int[] axis, "
+    "bool batch_statistics, float eps, str? activation, bool[4] output_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "_group_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
+    "int num_groups, int[] axis, int[]? reduction_axes, float eps, str? activation, "
+    "ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
+    "_group_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
+    "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int num_groups, int[] axis, "
+    "int[]? reduction_axes, float eps, str? activation, bool[4] output_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda s: s.split("(")[0])
+def test_schema_is_the_published_one(schema: str) -> None:
+    name = schema.split("(")[0]
+    packet = getattr(ops, name)
+    assert packet.default._schema == torch._C.parse_schema(f"normcore::{schema}")
+    assert torch.Tag.pt2_compliant_tag in packet.default.tags
+
+
+LOW_LEVEL = [s.split("(")[0] for s in SCHEMAS if s.startswith("_")]
+
+
+@pytest.mark.parametrize("name", LOW_LEVEL)
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA"])
+def test_every_low_level_operator_is_registered_for(name: str, key: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"normcore::{name}", key)
+
+
+def parameters(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return (
+        (torch.rand(shape, dtype=dtype) + 0.5).requires_grad_(),
+        torch.randn(shape, dtype=dtype).requires_grad_(),
+    )
+
+
+def statistics(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(channels), torch.rand(channels) + 0.5
+
+
+def nchw(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(3, 6, 4, 5, dtype=dtype, requires_grad=True)
+
+
+def channels_last() -> Tensor:
+    x = torch.randn(3, 6, 4, 5).contiguous(memory_format=torch.channels_last)
+    return x.requires_grad_()
+
+
+def batch_norm_train() -> Any:
+    return ops.batch_norm, (nchw(), *statistics(6), *parameters(6), True), {}
+
+
+def batch_norm_counted() -> Any:
+    extra = {"num_batches_tracked": torch.tensor(2), "activation": "silu", "residual": nchw()}
+    return ops.batch_norm, (nchw(), *statistics(6), *parameters(6), True, None), extra
+
+
+def batch_norm_masked_last_axis() -> Any:
+    mask = torch.rand(3, 6, 4, 1) > 0.3
+    return ops.batch_norm, (nchw(), None, None, *parameters(5), True), {"axis": [-1], "mask": mask}
+
+
+def batch_norm_eval() -> Any:
+    return ops.batch_norm, (channels_last(), *statistics(6), *parameters(6)), {"activation": "gelu"}
+
+
+def batch_norm_eval_half() -> Any:
+    x = nchw(torch.bfloat16)
+    return ops.batch_norm, (x, *statistics(6), *parameters(6)), {"dtype": torch.float32}
+
+
+def batch_norm_promoted() -> Any:
+    return ops.batch_norm, (nchw(), None, None, *parameters(6, dtype=torch.float64), True), {}
+
+
+def group_norm() -> Any:
+    return ops.group_norm, (nchw(), 3, *parameters(6)), {}
+
+
+def group_norm_channels_last() -> Any:
+    extra = {"activation": "gelu_tanh", "residual": nchw()}
+    return ops.group_norm, (channels_last(), 2, *parameters(6)), extra
+
+
+def group_norm_per_sample() -> Any:
+    return ops.group_norm, (nchw(), 6, *parameters(3, 6)), {"activation": "silu"}
+
+
+def group_norm_kept_axes() -> Any:
+    mask = torch.rand(3, 6, 4, 5) > 0.3
+    extra = {"axis": [3], "reduction_axes": [0, 3, 1], "mask": mask}
+    return ops.group_norm, (nchw(), 5, *parameters(5)), extra
+
+
+def low_level_train() -> Any:
+    x = channels_last()
+    args = (x, *parameters(6), nchw(), None, *statistics(6), torch.tensor(0))
+    return ops._batch_norm_train, (*args, [1], 0.1, 1e-5, True, "relu", None), {}
+
+
+def low_level_eval() -> Any:
+    args = (nchw(), *parameters(6), None, *statistics(6))
+    return ops._batch_norm_eval, (*args, [1], 1e-5, None, None), {}
+
+
+def low_level_backward() -> Any:
+    x, (w, b) = channels_last(), parameters(6)
+    y, mean, rstd = ops._batch_norm_train(
+        x, w, b, None, None, None, None, None, [1], 0.1, 1e-5, True, "silu", None
+    )
+    args = (torch.randn_like(y), x, w, b, None, None, mean, rstd, [1], True, 1e-5, "silu")
+    return ops._batch_norm_backward, (*args, [True, False, True, False]), {}
+
+
+def low_level_eval_backward() -> Any:
+    x, (w, b), (mean, var) = nchw(), parameters(6), statistics(6)
+    y, rstd = ops._batch_norm_eval(x, w, b, None, mean, var, [1], 1e-5, None, None)
+    args = (torch.randn_like(y), x, w, b, None, None, mean, rstd, [1], False, 1e-5, None)
+    return ops._batch_norm_backward, (*args, [True, True, True, False]), {}
+
+
+def low_level_group_norm() -> Any:
+    return ops._group_norm, (nchw(), None, None, nchw(), None, 3, [1], None, 1e-5, None, None), {}
+
+
+def low_level_group_norm_backward() -> Any:
+    x, (w, b), r = nchw(), parameters(3, 6), nchw()
+    y, mean, rstd = ops._group_norm(x, w, b, r, None, 2, [1], None, 1e-5, "relu", None)
+    args = (torch.randn_like(y), x, w, b, r, None, mean, rstd, 2, [1], None, 1e-5, "relu")
+    return ops._group_norm_backward, (*args, [True] * 4), {}
+
+
+CASES = [
+    batch_norm_train,
+    batch_norm_counted,
+    batch_norm_masked_last_axis,
+    batch_norm_eval,
+    batch_norm_eval_half,
+    batch_norm_promoted,
+    group_norm,
+    group_norm_channels_last,
+    group_norm_per_sample,
+    group_norm_kept_axes,
+    low_level_train,
+    low_level_eval,
+    low_level_backward,
+    low_level_eval_backward,
+    low_level_group_norm,
+    low_level_group_norm_backward,
+]
+PUBLIC = [case for case in CASES if not case.__name__.startswith("low_level")]
+
+
+def name_of(case: Callable[[], Any]) -> str:
+    return case.__name__
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_opcheck(case: Callable[[], Any]) -> None:
+    op, args, kwargs = case()
+    opcheck(op.default, args, kwargs)
+
+
+def run(case: Callable[[], Any], wrap: Callable[..., Any] = lambda f: f) -> list[Tensor]:
+    """Output, gradients and mutated statistics of one training step of `case`."""
+    torch.manual_seed(1)
+    op, args, kwargs = case()
+    arguments = dict(zip((a.name for a in op.default._schema.arguments), args)) | kwargs
+    tensors = [t for t in arguments.values() if isinstance(t, Tensor)]
+    options = {name: a for name, a in arguments.items() if not isinstance(a, Tensor)}
+    names = [name for name in arguments if name not in options]
+    y = wrap(lambda *t: op(**dict(zip(names, t)), **options))(*tensors)
+    leaves = [t for t in tensors if t.requires_grad]
+    grads = torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
+    return [y.detach(), *grads, *(t for t in tensors if not t.requires_grad)]
+
+
+@pytest.mark.parametrize("case", PUBLIC, ids=name_of)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_to_one_graph(case: Callable[[], Any], dynamic: bool) -> None:
+    torch.compiler.reset()
+    compiled = run(
+        case,
+        lambda f: torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=dynamic),
+    )
+    for got, want in zip(compiled, run(case), strict=True):
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
+
+
+def test_compiled_backward_calls_the_fused_operator() -> None:
+    names: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    from functorch.compile import make_boxed_compiler
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiler = aot_autograd(fw_compiler=make_boxed_compiler(backend))
+    run(group_norm, lambda f: torch.compile(f, backend=compiler, fullgraph=True))
+    assert "normcore._group_norm.default" in names
+    assert "normcore._group_norm_backward.default" in names
+
+
+@pytest.mark.parametrize("case", [batch_norm_train, batch_norm_eval, group_norm], ids=name_of)
+def test_compiled_autograd(case: Callable[[], Any]) -> None:
+    torch.compiler.reset()
+    want = run(case)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        got = run(case)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("op", ["_batch_norm_train", "_group_norm"])
+def test_shape_inference_keeps_sizes_symbolic(op: str) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if op == "_group_norm":
+                return ops.group_norm(x, 3)
+            return ops.batch_norm(x, None, None, training=True)
+
+    batch, height = torch.export.Dim("batch"), torch.export.Dim("height")
+    exported = torch.export.export(
+        Model(), (torch.randn(4, 6, 5, 5),), dynamic_shapes=({0: batch, 2: height},)
+    ).run_decompositions()
+    x = torch.randn(7, 6, 3, 5)
+    assert torch.equal(exported.module()(x), Model()(x))
+
+
+def test_meta_tensors() -> None:
+    x = torch.empty(3, 6, 4, 5, device="meta").permute(0, 2, 3, 1)
+    y, mean, rstd = ops._group_norm(
+        x, None, None, None, None, 3, [-1], [1, 3], 1e-5, None, torch.float16
+    )
+    assert (y.shape, y.dtype, y.stride()) == (x.shape, torch.float16, x.stride())
+    assert (mean.shape, mean.dtype) == ((15, 3), torch.float64)
+    assert (rstd.shape, rstd.dtype) == ((15, 3), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_saved_statistics(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 2, 3, 5).to(dtype)
+    _, mean, rstd = ops._batch_norm_train(
+        x, None, None, None, None, None, None, None, [1, 2], 0.1, 1e-5, True, None, None
+    )
+    assert mean.dtype == torch.float64
+    assert rstd.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = x.double().transpose(0, 1).transpose(1, 2).reshape(6, -1)
+    # Deviations from a value of the slice are summed in the compute dtype, 60 of them.
+    unit = torch.finfo(rstd.dtype).eps * (8 + 6)
+    deviation = (exact - exact[:, :1]).abs().mean(1)
+    assert ((mean - exact.mean(1)).abs() <= unit * deviation).all()
+    want = (exact.var(1, correction=0) + 1e-5).rsqrt()
+    torch.testing.assert_close(rstd.double(), want, rtol=unit, atol=0)
+
+
+def test_autocast_changes_nothing() -> None:
+    x = torch.randn(3, 6, 4, dtype=torch.bfloat16, requires_grad=True)
+    w, b = parameters(6)
+    mean, var = statistics(6)
+    residual = torch.randn(3, 6, 4)
+
+    def results(enabled: bool) -> list[Tensor]:
+        rm, rv = mean.clone(), var.clone()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = ops.batch_norm(x, rm, rv, w, b, True, residual=residual)
+            z = ops.group_norm(y, 3, w, b, activation="silu")
+            full = ops.batch_norm(residual, rm, rv, w, b)
+        assert (y.dtype, z.dtype, full.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+        grads = torch.autograd.grad(z.float().sum() + full.sum(), (x, w, b))
+        assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
+        return [y, z, full, rm, rv, *grads]
+
+    for on, off in zip(results(True), results(False), strict=True):
+        assert torch.equal(on, off)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_torchscript() -> None:
+    @torch.jit.script
+    def step(x: Tensor, rm: Tensor, rv: Tensor, w: Tensor, n: Tensor) -> Tensor:
+        y = torch.ops.normcore.batch_norm(
+            x, rm, rv, w, None, True, activation="relu", num_batches_tracked=n
+        )
+        return torch.ops.normcore.group_norm(y, 2, w, axis=[1], reduction_axes=[1, 2])
+
+    x, (w, _), (rm, rv) = torch.randn(3, 6, 4, requires_grad=True), parameters(6), statistics(6)
+    counts = torch.tensor(0), torch.tensor(0)
+    scripted_mean, scripted_var = rm.clone(), rv.clone()
+    got = step(x, scripted_mean, scripted_var, w, counts[0])
+    y = ops.batch_norm(x, rm, rv, w, None, True, activation="relu", num_batches_tracked=counts[1])
+    want = ops.group_norm(y, 2, w)
+    for g, e in zip(
+        (got, scripted_mean, scripted_var, counts[0], *torch.autograd.grad(got.pow(2).sum(), (x, w))),
+        (want, rm, rv, counts[1], *torch.autograd.grad(want.pow(2).sum(), (x, w))),
+        strict=True,
+    ):
+        assert torch.equal(g, e)
+
+
+def test_public_operator_promotes_to_float64() -> None:
+    x = torch.randn(8, 3)
+    w = torch.rand(3, dtype=torch.float64)
+    y = ops.batch_norm(x, None, None, w, training=True)
+    exact = ops.batch_norm(x.double(), None, None, w, training=True)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, exact.float())
+    assert ops.group_norm(x, 1, dtype=torch.float64).dtype == torch.float64
