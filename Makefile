@@ -35,7 +35,7 @@ help: ## what can be made
 
 $(environment):
 	.ci/system_packages $(PYTHON)
-	$(PYTHON) -m venv $(venv)
+	test -x $(bin)/python || $(PYTHON) -m venv $(venv)
 	@echo "installing torch and the Python packages into $(venv); the first time takes minutes"
 	python -m pip install --quiet --upgrade "pip>=25.1"
 	python -m pip install --quiet torch$(addprefix ==,$(TORCH_VERSION)) \
@@ -59,19 +59,20 @@ demo: $(installed) ## train on real data in Python, evaluate the exported model 
 	cmake -S examples/cpp_app -B $(demo)/cpp_app -DCMAKE_BUILD_TYPE=Release --log-level=WARNING \
 	  -DCMAKE_PREFIX_PATH="$$(python -m normcore --cmake-prefix)"
 	cmake --build $(demo)/cpp_app
-	$(demo)/cpp_app/evaluate_digits $(demo)
+	$(demo)/cpp_app/evaluate_digits $(demo)/digits_model.pt $(demo)/digits_test.pt
 
 .PHONY: test
 test: $(installed) ## C++ tests, then Python tests of the installed package from outside the source tree
 	cmake --build $(build)
-	ctest --test-dir $(build) --output-on-failure
+	ctest --test-dir $(build) --output-on-failure --parallel $$(nproc) --progress
 	cd build && python -m pytest --config-file=../pyproject.toml ../tests/python
 
 .PHONY: bench
-bench: $(installed) ## speed of the CPU kernels, as JSON in build/
+bench: $(installed) ## speed of the CPU kernels alone, and beside torch, as JSON in build/
 	cmake -S . -B $(build) -DNORMCORE_BENCHMARKS=ON --log-level=WARNING
 	cmake --build $(build) --target normcore_kernels_benchmark
-	$(build)/benchmarks/normcore_kernels_benchmark --benchmark_out=$(build)/kernels_benchmark.json
+	$(build)/benchmarks/normcore_kernels_benchmark --benchmark_out=build/kernels$(variant).json
+	python benchmarks/compare.py --output build/compare$(variant).json
 
 .PHONY: lint
 lint: $(environment) ## formatting, style, types and layering
@@ -89,6 +90,7 @@ format: $(environment) ## what `make lint` would complain about, as far as tools
 	ruff check --fix .
 	ruff format .
 
+# For other machines than this one: auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*'.
 .PHONY: wheel
 wheel: $(installed) ## the wheel for this Python and torch, in dist/
 	rm -rf build/lib* build/bdist*

@@ -157,11 +157,15 @@ class Recorder {
   decltype(make_node<NormNode<Norm>>()) node_{};
 };
 
+inline bool has_tangent(const Tensor& t) {
+  return t.defined() && t._fw_grad(/*level=*/0).defined();
+}
+inline bool has_tangent(const OptionalTensor& t) { return t.has_value() && has_tangent(*t); }
+
 // Forward mode is not implemented; without this check tangents would be dropped.
 template <class... Tensors>
 void check_no_tangents(const char* op, const Tensors&... tensors) {
-  const bool any = (ta::isFwGradDefined(OptionalTensor(tensors)) || ...);
-  TORCH_CHECK_NOT_IMPLEMENTED(!any, op,
+  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(tensors) || ...), op,
                               ": forward-mode automatic differentiation is not implemented; use "
                               "reverse mode");
 }

@@ -322,6 +322,7 @@ CheckedNorm<Int> Check<Int>::group_norm(const Operands& operands, std::int64_t n
                     ": number of groups (", num_groups,
                     ") does not divide the number of channels (", norm.channels, ")");
   norm.num_groups = num_groups;
+  norm.group_size = norm.channels / Int(num_groups);
   return norm;
 }
 

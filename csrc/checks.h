@@ -18,8 +18,7 @@ namespace normcore {
 // Axes of the input, non-negative and ascending; together they are all of them.
 struct Axes {
   at::DimVector feature;  // scale and bias have one entry per index of these
-  at::DimVector
-      kept;  // group norm: statistics are separate for every index of these; batch norm: none
+  at::DimVector kept;     // statistics are separate for every index of these (group norm only)
   at::DimVector reduced;
 };
 
@@ -40,9 +39,10 @@ inline constexpr bool is_concrete = std::is_same_v<Int, std::int64_t>;
 template <class Int>
 struct CheckedNorm {
   Axes axes;
-  Int samples;                     // product of the kept axes
-  Int channels;                    // product of the feature axes
-  Int num_groups;                  // divides channels
+  Int samples;   // product of the kept axes
+  Int channels;  // product of the feature axes
+  Int num_groups;
+  Int group_size = 1;              // channels of a group
   bool affine_per_sample = false;  // weight and bias are [samples, channels]
   double eps = 0.0;
   kernels::Activation activation = kernels::Activation::kNone;

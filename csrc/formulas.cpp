@@ -8,9 +8,6 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <functional>
-#include <numeric>
-
 namespace normcore {
 namespace {
 
@@ -28,7 +25,7 @@ class SliceView {
     for (std::size_t d = 0; d < order_.size(); ++d) inverse_[order_[d]] = d;
     c10::SymInt positions = 1;
     for (const auto axis : norm.axes.reduced) positions = positions * input.sym_size(axis);
-    sizes_ = {norm.samples, norm.num_groups, norm.channels / norm.num_groups, positions};
+    sizes_ = {norm.samples, norm.num_groups, norm.group_size, positions};
   }
 
   Tensor of_elements(const Tensor& t) const { return t.permute(order_).reshape_symint(sizes_); }
@@ -45,7 +42,7 @@ class SliceView {
   }
 
   Tensor sum_to_parameter(const Tensor& t, const Tensor& parameter) const {
-    const auto sum = norm_.affine_per_sample ? t.sum(3) : t.sum({0, 3});
+    const auto sum = norm_.affine_per_sample ? t.sum(3) : t.sum(at::IntArrayRef({0, 3}));
     return sum.reshape_symint(parameter.sym_sizes());
   }
 

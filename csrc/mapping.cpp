@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_strided.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <utility>
 
@@ -36,9 +37,10 @@ std::int64_t product(at::IntArrayRef axes, at::IntArrayRef sizes) {
 }
 
 at::DimVector memory_order(const Tensor& input) {
-  const auto strides = input.is_non_overlapping_and_dense()
-                           ? input.strides().vec()
-                           : at::infer_dense_strides(input.sizes(), input.strides());
+  at::DimVector strides(input.strides());
+  if (!input.is_non_overlapping_and_dense()) {
+    strides = at::infer_dense_strides(input.sizes(), strides);
+  }
   at::DimVector order(input.dim());
   for (std::int64_t d = 0; d < input.dim(); ++d) order[d] = d;
   std::stable_sort(order.begin(), order.end(),

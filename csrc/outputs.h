@@ -3,6 +3,8 @@
 // input's shape keeps its layout.
 #pragma once
 
+#include <c10/core/SymIntArrayRef.h>
+
 #include "checks.h"
 
 namespace normcore {

@@ -9,17 +9,16 @@ Prints both accuracies on held-out digits and both training times, and writes to
                       (float32 [N, 1, 8, 8]) and `labels` (int64 [N]), for the C++ application
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -27,9 +26,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import normcore
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend without a display)
 
 BATCH_SIZE = 64
 HELD_OUT = 360
@@ -41,9 +37,7 @@ def normcore_batch_norm(channels: int) -> nn.Module:
 
 
 def normcore_group_norm(channels: int) -> nn.Module:
-    return normcore.GroupNorm(
-        num_features=channels, num_groups=GROUPS, axis=1, activation="silu"
-    )
+    return normcore.GroupNorm(num_features=channels, num_groups=GROUPS, axis=1, activation="silu")
 
 
 def torch_batch_norm(channels: int) -> nn.Module:
@@ -72,6 +66,9 @@ def make_network(
 
 class HeldOut(nn.Module):
     """Digits that no network was trained on."""
+
+    images: Tensor
+    labels: Tensor
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         super().__init__()
@@ -137,15 +134,14 @@ def count_correct(network: nn.Module, digits: Digits) -> int:
 
 
 def plot_losses(runs: dict[str, Run], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axes = figure.subplots()
     for (name, run), style in zip(runs.items(), ("-", "--"), strict=True):
         axes.semilogy(run.losses, style, label=name, linewidth=1)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def write_torchscript(network: nn.Module, digits: Digits, out: Path) -> None:
@@ -161,11 +157,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--output", "--out", type=Path, default=Path("build/demo"), help="output directory")
-    parser.add_argument("--threads", type=int, help="threads of torch (default: its choice)")
+    parser.add_argument(
+        "--output", "--out", type=Path, default=Path("build/demo"), help="output directory"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="more do not pay for a network this small"
+    )
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     digits = read_digits()
@@ -178,9 +177,8 @@ def main() -> None:
     with Progress(console=console) as progress:
         for name, network in networks.items():
             task = progress.add_task(f"training with {name}", total=arguments.epochs)
-            runs[name] = train(
-                network, digits, arguments.epochs, lambda task=task: progress.advance(task)
-            )
+            advance = partial(progress.advance, task)
+            runs[name] = train(network, digits, arguments.epochs, advance)
 
     table = Table("norms", "accuracy", "training time", "last loss")
     correct = {name: count_correct(network, digits) for name, network in networks.items()}

@@ -1,5 +1,6 @@
-// Python extension normcore._C. Importing it loads libnormcore, which registers the operators (torch.ops.normcore);
-// calls go through those, so this module only tells how the library was built.
+// Python extension normcore._C. Importing it loads libnormcore, which registers the operators
+// (torch.ops.normcore); calls go through those, so this module only tells how the library was
+// built.
 #include <normcore/build_info.h>
 #include <pybind11/pybind11.h>
 

@@ -8,6 +8,7 @@ import normcore
 
 
 def main() -> None:
+    """Prints what the arguments ask for."""
     parser = argparse.ArgumentParser(prog="python -m normcore", description=__doc__)
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--version", action="version", version=normcore.__version__)

@@ -147,6 +147,7 @@ class NormBase(nn.Module):
         return {name: tensor for name, tensor in state.items() if tensor is not None}
 
     @torch.jit.unused
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _materialize_from(self, x: Tensor) -> None:
         rank = x.dim()
         for axis in self.axis:
@@ -171,6 +172,14 @@ class NormBase(nn.Module):
             tensor.materialize(shape, device=device)
         self.initialized = True
         self.reset_parameters()
+
+    def _read(self, *names: str) -> list[Any]:
+        """Parameters and statistics, faster than with the __getattr__ of nn.Module."""
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            return [parameters[name] if name in parameters else buffers[name] for name in names]
+        except KeyError:  # a parametrization has taken one over
+            return [getattr(self, name) for name in names]
 
     def reset_parameters(self) -> None:
         """Sets scale and bias to their initial values."""

@@ -170,7 +170,10 @@ class BatchNorm(NormBase):
                 raise NotImplementedError("BatchNorm: axis_name needs Python, not TorchScript")
             else:
                 require_single_rank("BatchNorm", "axis_name")
-        scale, bias = self.scale, self.bias
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            scale, bias, mean, var = self.scale, self.bias, self.mean, self.var
+        else:
+            scale, bias, mean, var = self._read("scale", "bias", "mean", "var")
         dtype = self.dtype
         if dtype is None:
             dtype = result_type(x, scale, bias)
@@ -178,8 +181,8 @@ class BatchNorm(NormBase):
             x = x.to(torch.promote_types(dtype, torch.float32))
         return batch_norm_op(
             x,
-            self.mean,
-            self.var,
+            mean,
+            var,
             scale,
             bias,
             batch,
@@ -190,7 +193,7 @@ class BatchNorm(NormBase):
             activation=self.activation,
             residual=residual,
             unbiased=False,
-            dtype=dtype,
+            dtype=None if dtype == x.dtype else dtype,  # None is quicker to pass
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
@@ -338,7 +341,10 @@ class GroupNorm(NormBase):
                 raise NotImplementedError("GroupNorm: axis_name needs Python, not TorchScript")
             else:
                 require_single_rank("GroupNorm", "axis_name")
-        scale, bias = self.scale, self.bias
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            scale, bias = self.scale, self.bias
+        else:
+            scale, bias = self._read("scale", "bias")
         if scale is None and bias is None:
             self._check_channels(x)  # no other argument of the operator tells it their number
         dtype = self.dtype
@@ -357,7 +363,7 @@ class GroupNorm(NormBase):
             mask=mask,
             activation=self.activation,
             residual=residual,
-            dtype=dtype,
+            dtype=None if dtype == x.dtype else dtype,  # None is quicker to pass
         )
 
     def _num_groups(self) -> int:

@@ -1,14 +1,17 @@
 // An application that uses the functions and modules of an installed normcore. With FILE (written
-// by exchange.py) it reads the state that Python saved into modules of its own, checks that they
-// give the same bits, and writes the batch norm to SAVED for exchange.py to check.
+// by exchange.py) it loads the state that Python saved into modules of its own, checks that they
+// give the same bits, and writes the batch norm to SAVED, for exchange.py to check.
 //   app [FILE SAVED]
 #include <normcore/normcore.h>
-#include <torch/nn/modules/container/sequential.h>
-#include <torch/serialize.h>
+#include <normcore/version.h>
+#include <torch/torch.h>
 
 #include <cstdlib>
 #include <iostream>
 #include <string>
+
+#define STRINGIFY(x) #x
+#define TO_STRING(x) STRINGIFY(x)
 
 namespace {
 
@@ -18,27 +21,24 @@ void require(bool condition, const char* what) {
   std::exit(EXIT_FAILURE);
 }
 
-void use_functions() {
-  const auto x = at::randn({4, 6, 5}).requires_grad_();
-  auto mean = at::zeros({6}), var = at::ones({6});
-  const auto y =
-      normcore::batch_norm(x, mean, var, {}, {}, normcore::BatchNormFuncOptions().training(true));
-  const auto z =
-      normcore::group_norm(y, 3, {}, {}, normcore::GroupNormFuncOptions().activation("gelu"));
-  z.square().sum().backward();
-  require(x.grad().isfinite().all().item<bool>(), "finite gradients");
-  require(!mean.equal(at::zeros({6})), "updated running statistics");
-}
-
-void use_modules() {
+void compare_with_torch() {
+  const auto x = torch::randn({4, 6, 5, 3}, torch::requires_grad());
   torch::nn::Sequential net(
-      normcore::BatchNorm(normcore::BatchNormOptions().axis(1).activation("relu")),
-      normcore::GroupNorm(normcore::GroupNormOptions().num_groups(2).axis(1)));
-  net->forward(at::randn({4, 6, 5})).square().sum().backward();
-  require(net->parameters().size() == 4, "four parameters");
-  net->eval();
-  const auto x = at::randn({2, 6, 5});
-  require(net->forward(x).equal(net->forward(x)), "a repeatable evaluation");
+      normcore::BatchNorm(normcore::BatchNormOptions().axis(1)),
+      normcore::GroupNorm(normcore::GroupNormOptions().num_groups(3).axis(1)));
+  const auto y = net->forward(x);
+  const auto want =
+      torch::group_norm(torch::batch_norm(x, {}, {}, {}, {}, true, 0.1, 1e-5, false), 3);
+  require(torch::allclose(y, want, 1e-5, 1e-5), "modules agree with torch");
+
+  const auto grad_y = torch::randn_like(y);
+  const auto grad = torch::autograd::grad({y}, {x}, {grad_y})[0];
+  const auto want_grad = torch::autograd::grad({want}, {x}, {grad_y})[0];
+  require(torch::allclose(grad, want_grad, 1e-4, 1e-5), "gradients agree with torch");
+
+  const auto z =
+      normcore::batch_norm(x, {}, {}, {}, {}, normcore::BatchNormFuncOptions().training(true));
+  require(normcore::group_norm(z, 3).equal(y), "functions agree with modules");
 }
 
 void exchange_with_python(const std::string& file, const std::string& saved) {
@@ -47,7 +47,7 @@ void exchange_with_python(const std::string& file, const std::string& saved) {
   archive.read("batch_norm", batch_norm_archive);
   archive.read("group_norm", group_norm_archive);
   const auto read = [&](const char* name) {
-    at::Tensor tensor;
+    torch::Tensor tensor;
     archive.read(name, tensor, /*is_buffer=*/true);
     return tensor;
   };
@@ -58,7 +58,7 @@ void exchange_with_python(const std::string& file, const std::string& saved) {
                                      .num_groups(4)
                                      .axis(1)
                                      .epsilon(1e-3)
-                                     .dtype(at::kBFloat16)
+                                     .dtype(torch::kBFloat16)
                                      .activation("silu"));
   batch_norm->load(batch_norm_archive);
   group_norm->load(group_norm_archive);
@@ -78,8 +78,11 @@ void exchange_with_python(const std::string& file, const std::string& saved) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  use_functions();
-  use_modules();
+  require(std::string(NORMCORE_TORCH_VERSION) ==
+              TO_STRING(TORCH_VERSION_MAJOR) "." TO_STRING(TORCH_VERSION_MINOR),
+          "the headers of the torch that normcore was built for");
+  torch::manual_seed(0);
+  compare_with_torch();
   if (argc == 3) exchange_with_python(argv[1], argv[2]);
   std::cout << "app: passed\n";
 }

@@ -495,7 +495,8 @@ TEST_F(Modules, RefuseToCombineStatisticsOfSeveralRanks) {
   gn->forward(x);
 
   const auto expect_refused = [&](const std::string& group) {
-    c10d::register_process_group(group, c10::make_intrusive<c10d::ProcessGroup>(0, 2));
+    const auto two_ranks = c10::make_intrusive<c10d::ProcessGroup>(/*rank=*/0, /*size=*/2);
+    c10d::register_process_group(group, two_ranks);  // does not own it
     const char* text = "expected axis_name to span one rank, got 2";
     const auto mean = bn->mean.clone();
     expect_error<c10::NotImplementedError>([&] { bn->forward(x); }, text);

@@ -1,9 +1,10 @@
-// The vector activations against the float64 definitions of activation.h. Batch norm with mean 0, variance 1 and
-// eps = 0 hands x itself to the activation.
+// The vector activations against the float64 definitions of activation.h. Batch norm with mean 0,
+// variance 1 and eps = 0 hands x itself to the activation.
 //
-// Bound: an error of a few u in the result and of a few u in the argument, |dy| <= 8 u |y| + 4 u |z act'(z)|, then the
-// rounding of the store. In the far tails exp() leaves the range of the arithmetic: below 1e-36 (float64: 1e-300)
-// results may be flushed to 0.
+// Bound: an error of some u in the result and of a few u in the argument, then the rounding of the
+// store: |dy| <= kActivationUlps u |y| + kArgumentUlps u |z act'(z)| + ulp / 2. In the far tails
+// exp() leaves the range of the arithmetic: below 1e-36 (float64: 1e-300) results may be flushed
+// to 0.
 #include "normcore/kernels/activation.h"
 
 #include <gtest/gtest.h>
@@ -23,7 +24,8 @@ double unit_roundoff(DType x) { return x == DType::kFloat64 ? 0x1p-52 : 0x1p-24;
 
 double underflow(DType x) { return x == DType::kFloat64 ? 1e-300 : 1e-36; }
 
-// Dense where the activations bend, then ever larger magnitudes, and the ends of the range of exp().
+// Dense where the activations bend, then ever larger magnitudes, and the ends of the range of
+// exp().
 std::vector<double> arguments() {
   std::vector<double> values;
   for (int i = -40000; i <= 40000; ++i) values.push_back(i * 0x1p-11);
@@ -73,7 +75,8 @@ TEST(Activation, OfEveryArgument) {
             expected.push_back(activate(activation, z));
             const double value = expected.back();
             double slope = activate_derivative(activation, z);
-            if (std::isnan(slope)) slope = 0.0;  // 0 * infinity far out, where the derivative is 0 or 1
+            if (std::isnan(slope))
+              slope = 0.0;  // 0 * infinity far out, where the derivative is 0 or 1
             const double error = kActivationUlps * u * std::abs(value) +
                                  kArgumentUlps * u * std::abs(z * slope) + underflow(x);
             bound.push_back(error + half_ulp(y, std::abs(value) + error));
@@ -90,8 +93,8 @@ TEST(Activation, DerivativeOfEveryArgument) {
   for (const double value : arguments()) {
     if (std::abs(value) < 1e5) values.push_back(value);
   }
-  for (const Activation activation : {Activation::kReLU, Activation::kSiLU, Activation::kGelu,
-                                      Activation::kGeluTanh}) {
+  for (const Activation activation :
+       {Activation::kReLU, Activation::kSiLU, Activation::kGelu, Activation::kGeluTanh}) {
     for (const Layout layout : kBothLayouts) {
       for (const DType x : {DType::kFloat64, DType::kFloat32}) {
         SCOPED_TRACE(std::string(name_of(activation)) + " " + name_of(x));
@@ -103,7 +106,8 @@ TEST(Activation, DerivativeOfEveryArgument) {
         std::vector<double> expected, bound;
         for (const double z : inputs.x.values()) {
           const double value = activate_derivative(activation, z);
-          double curvature = activation == Activation::kReLU ? 0.0 : second_derivative(activation, z);
+          double curvature =
+              activation == Activation::kReLU ? 0.0 : second_derivative(activation, z);
           if (std::isnan(curvature)) curvature = 0.0;
           expected.push_back(std::isnan(value) ? (z > 0.0 ? 1.0 : 0.0) : value);
           bound.push_back(kDerivativeUlps * u * std::abs(value) +

@@ -90,8 +90,8 @@ TEST(BatchNorm, CumulativeAverageOfTheFirstBatchIsTheBatch) {
   std::int64_t counter = 0;
   BatchNormForwardArgs args;
   args.input = inputs.norm_input();
-  args.running = {inputs.running_mean.view(), inputs.running_var.view(), &counter, 0.1, true,
-                  false};
+  args.running = {
+      inputs.running_mean.view(), inputs.running_var.view(), &counter, 0.1, true, false};
   args.y = y.view();
   args.mean = mean.data();
   args.rstd = rstd.view();
@@ -198,9 +198,9 @@ TEST(BatchNorm, LargeMeans) {
         const Statistics statistics = batch_statistics(inputs, true);
         const Outputs gradients = run_backward(inputs, statistics, {}, serial_executor());
         for (const Output& output : reference_backward(inputs, statistics, {})) {
-          EXPECT_LE(relative_norm_error(find(gradients, output.name).values(),
-                                        output.tensor.values()),
-                    1e-6)
+          EXPECT_LE(
+              relative_norm_error(find(gradients, output.name).values(), output.tensor.values()),
+              1e-6)
               << output.name << " of " << to_string(c);
         }
       }
@@ -265,8 +265,8 @@ TEST(BatchNorm, EmptyInputChangesNothingAndHasZeroParameterGradients) {
       EXPECT_EQ(find(out, "running_mean").values(), inputs.running_mean.values());
       EXPECT_EQ(find(out, "running_var").values(), inputs.running_var.values());
       run_inference(inputs, serial_executor());
-      const Statistics statistics{0, inputs.running_mean.values(),
-                                  inputs.running_var.values(), true};
+      const Statistics statistics{0, inputs.running_mean.values(), inputs.running_var.values(),
+                                  true};
       const Outputs gradients = run_backward(inputs, statistics, {}, serial_executor());
       const std::vector<double> zeros(static_cast<std::size_t>(extent.c));
       EXPECT_EQ(find(gradients, "grad_scale").values(), zeros);
@@ -306,11 +306,11 @@ TEST(BatchNorm, InferenceDoesNotDependOnTheBatchSize) {
           for (std::int64_t i = 0; i < size; ++i) sample.x.set(i, batch.x.get(n * size + i));
           const Outputs alone = run_inference(sample, serial_executor());
           const auto bytes = static_cast<std::size_t>(size) * size_of(dtype);
-          EXPECT_EQ(std::memcmp(find(alone, "y").buffer().data(),
-                                find(together, "y").buffer().data() +
-                                    static_cast<std::size_t>(n) * bytes,
-                                bytes),
-                    0)
+          EXPECT_EQ(
+              std::memcmp(find(alone, "y").buffer().data(),
+                          find(together, "y").buffer().data() + static_cast<std::size_t>(n) * bytes,
+                          bytes),
+              0)
               << "sample " << n << " of " << to_string(c);
         }
       }

@@ -1,5 +1,6 @@
-// Loads and stores of every DType. Batch norm with mean 0, variance 1, eps = 0 and no parameters computes y = x, so that
-// what is left is the conversion: loads and widening stores are exact, narrowing stores round to nearest even, once.
+// Loads and stores of every DType. Batch norm with mean 0, variance 1, eps = 0 and no parameters
+// computes y = x, so that what is left is the conversion: loads and widening stores are exact,
+// narrowing stores round to nearest even, once.
 #include <gtest/gtest.h>
 
 #include <bit>
@@ -28,7 +29,8 @@ Inputs identity_norm(std::int64_t count, Layout layout, DType x, DType y) {
   return inputs;
 }
 
-// Expects y to be x rounded by the reference: the same value, and the same sign except of 0 (x - 0 + 0 may lose it).
+// Expects y to be x rounded by the reference: the same value, and the same sign except of 0 (x - 0
+// + 0 may lose it).
 void expect_rounded(const Inputs& inputs) {
   const NormCase& c = inputs.norm_case;
   const Outputs out = run_inference(inputs, serial_executor());
@@ -62,7 +64,8 @@ TEST(Convert, EverySixteenBitValue) {
   }
 }
 
-// float32 bit patterns: every sign, exponent and upper mantissa with the lower bits just below, at and above a tie.
+// float32 bit patterns: every sign, exponent and upper mantissa with the lower bits just below, at
+// and above a tie.
 TEST(Convert, Float32TiesToBFloat16) {
   std::vector<std::uint32_t> patterns;
   for (std::uint32_t upper = 0; upper < 0x10000u; ++upper) {
@@ -72,15 +75,16 @@ TEST(Convert, Float32TiesToBFloat16) {
   }
   for (const Layout layout : kBothLayouts) {
     for (const DType y : {DType::kBFloat16, DType::kFloat32}) {
-      const Inputs inputs = identity_norm(static_cast<std::int64_t>(patterns.size()), layout,
-                                          DType::kFloat32, y);
+      const Inputs inputs =
+          identity_norm(static_cast<std::int64_t>(patterns.size()), layout, DType::kFloat32, y);
       std::memcpy(inputs.x.buffer().data(), patterns.data(), 4 * patterns.size());
       expect_rounded(inputs);
     }
   }
 }
 
-// Values at and beside the middle between neighbouring float16 values, subnormals and the border to infinity included.
+// Values at and beside the middle between neighbouring float16 values, subnormals and the border to
+// infinity included.
 std::vector<float> float16_ties() {
   std::vector<float> values;
   for (int bits = 0; bits < 0x7c00; ++bits) {
@@ -123,8 +127,8 @@ TEST(Convert, Float64RoundsOnce) {
   values.insert(values.end(), {1e300, -1e300, 1e-300, HUGE_VAL, std::nan("")});
   for (const Layout layout : kBothLayouts) {
     for (const DType y : kAllDTypes) {
-      Inputs inputs = identity_norm(static_cast<std::int64_t>(values.size()), layout,
-                                    DType::kFloat64, y);
+      Inputs inputs =
+          identity_norm(static_cast<std::int64_t>(values.size()), layout, DType::kFloat64, y);
       for (std::size_t i = 0; i < values.size(); ++i) {
         inputs.x.set(static_cast<std::int64_t>(i), values[i]);
       }
@@ -135,12 +139,13 @@ TEST(Convert, Float64RoundsOnce) {
 
 TEST(Convert, NaNOfAnyPayloadStaysNaN) {
   std::vector<std::uint32_t> patterns;
-  for (const std::uint32_t payload : {1u, 0x1fffu, 0x2000u, 0xffffu, 0x10000u, 0x400000u, 0x7fffffu}) {
+  for (const std::uint32_t payload :
+       {1u, 0x1fffu, 0x2000u, 0xffffu, 0x10000u, 0x400000u, 0x7fffffu}) {
     patterns.insert(patterns.end(), {0x7f800000u | payload, 0xff800000u | payload});
   }
   for (const DType y : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    const Inputs inputs = identity_norm(static_cast<std::int64_t>(patterns.size()), Layout::kNCS,
-                                        DType::kFloat32, y);
+    const Inputs inputs =
+        identity_norm(static_cast<std::int64_t>(patterns.size()), Layout::kNCS, DType::kFloat32, y);
     std::memcpy(inputs.x.buffer().data(), patterns.data(), 4 * patterns.size());
     const Outputs out = run_inference(inputs, serial_executor());
     for (const double value : find(out, "y").values()) EXPECT_TRUE(std::isnan(value));

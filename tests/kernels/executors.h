@@ -1,5 +1,5 @@
-// Executors that a kernel must not be able to tell apart: they cut the range into pieces of any size, run the pieces
-// in any order, and report any number of threads to the plan.
+// Executors that a kernel must not be able to tell apart: they cut the range into pieces of any
+// size, run the pieces in any order, and report any number of threads to the plan.
 //   serial     one piece
 //   reversed   single elements from the last to the first
 //   shuffled   pieces of random lengths in random order

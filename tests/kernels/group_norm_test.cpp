@@ -117,11 +117,13 @@ TEST(GroupNorm, OneValuePerGroupGivesBias) {
   }
 }
 
-// A padded sample: its outputs are NaN, and as long as nobody uses them every parameter gradient stays clean.
+// A padded sample: its outputs are NaN, and as long as nobody uses them every parameter gradient
+// stays clean.
 TEST(GroupNorm, SampleWithoutValidValue) {
   for (const Layout layout : kBothLayouts) {
     for (const MaskKind mask : {MaskKind::kRow, MaskKind::kElement}) {
-      for (const Activation activation : {Activation::kNone, Activation::kReLU, Activation::kSiLU}) {
+      for (const Activation activation :
+           {Activation::kNone, Activation::kReLU, Activation::kSiLU}) {
         for (const bool affine_per_sample : {false, true}) {
           NormCase c = small_case(layout);
           c.mask = mask;
@@ -163,9 +165,9 @@ TEST(GroupNorm, LargeMeans) {
         const Statistics statistics = batch_statistics(inputs, true);
         const Outputs gradients = run_backward(inputs, statistics, {}, serial_executor());
         for (const Output& output : reference_backward(inputs, statistics, {})) {
-          EXPECT_LE(relative_norm_error(find(gradients, output.name).values(),
-                                        output.tensor.values()),
-                    1e-6)
+          EXPECT_LE(
+              relative_norm_error(find(gradients, output.name).values(), output.tensor.values()),
+              1e-6)
               << output.name << " of " << to_string(c);
         }
       }

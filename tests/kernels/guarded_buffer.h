@@ -1,7 +1,8 @@
-// Memory that notices what a kernel must not do. A buffer of exactly `bytes` lies between two inaccessible pages (a
-// read or write there is a crash at the faulty instruction) and touches one of them; the rest of its pages is filled
-// with a pattern that intact() checks. The buffer itself starts as 0xff bytes: NaN in every floating DType, so that an
-// element that is never written, or scratch memory that is read before it is written, shows in the results.
+// Memory that notices what a kernel must not do. A buffer of exactly `bytes` lies between two
+// inaccessible pages (a read or write there is a crash at the faulty instruction) and touches one
+// of them; the rest of its pages is filled with a pattern that intact() checks. The buffer itself
+// starts as 0xff bytes: NaN in every floating DType, so that an element that is never written, or
+// scratch memory that is read before it is written, shows in the results.
 #pragma once
 
 #include <sys/mman.h>
@@ -24,8 +25,8 @@ enum class Placement : std::uint8_t {
   kShift,  // starts `alignment` bytes behind a page boundary: aligned to no vector
 };
 
-// Readable pages between two inaccessible ones. They are kept for the next buffer of the same size, since mapping
-// costs more than most tests.
+// Readable pages between two inaccessible ones. They are kept for the next buffer of the same size,
+// since mapping costs more than most tests.
 class GuardedPages {
  public:
   static unsigned char* acquire(std::size_t bytes) {
@@ -36,8 +37,7 @@ class GuardedPages {
       return pages;
     }
     const std::size_t guard = page_bytes();
-    void* map =
-        mmap(nullptr, bytes + 2 * guard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* map = mmap(nullptr, bytes + 2 * guard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (map == MAP_FAILED) std::abort();
     unsigned char* pages = static_cast<unsigned char*>(map) + guard;
     if (mprotect(pages, bytes, PROT_READ | PROT_WRITE) != 0) std::abort();

@@ -58,10 +58,11 @@ TEST(Moments, RoundingNeverMakesTheVarianceNegative) {
   EXPECT_EQ(Moments::from_shifted_sums(3.0, 0.0, 3.0, 2.999999).m2, 0.0);
 }
 
-// Saved statistics of long slices. The chunks' errors are independent and merged in float64, so the mean is far better
-// than one chunk's: 1e-7 of a standard deviation is more than ten times what is reached, and far less than float32
-// merging (6e-5 at mean/std = 1e2) or a float32 mean (2^-24 mean/std) would give. rstd is less exact where x lies on a
-// coarse grid, as it does far from 0: the squares of its multiples round with a bias.
+// Saved statistics of long slices. The chunks' errors are independent and merged in float64, so the
+// mean is far better than one chunk's: 1e-7 of a standard deviation is more than ten times what is
+// reached, and far less than float32 merging (6e-5 at mean/std = 1e2) or a float32 mean (2^-24
+// mean/std) would give. rstd is less exact where x lies on a coarse grid, as it does far from 0:
+// the squares of its multiples round with a bias.
 TEST(Moments, OfLongSlicesWithLargeMeans) {
   for (const Layout layout : kBothLayouts) {
     for (const std::int64_t num_groups : {0, 1}) {
@@ -77,8 +78,7 @@ TEST(Moments, OfLongSlicesWithLargeMeans) {
         const Outputs actual = run_forward(inputs, thread_executor());
         for (std::size_t i = 0; i < expected.mean.size(); ++i) {
           const auto slice = static_cast<std::int64_t>(i);
-          EXPECT_NEAR(find(actual, "mean").get(slice), expected.mean[i],
-                      1e-7 / expected.rstd[i])
+          EXPECT_NEAR(find(actual, "mean").get(slice), expected.mean[i], 1e-7 / expected.rstd[i])
               << to_string(c);
           EXPECT_NEAR(find(actual, "rstd").get(slice) / expected.rstd[i], 1.0, 0x1p-20)
               << to_string(c);
@@ -88,8 +88,8 @@ TEST(Moments, OfLongSlicesWithLargeMeans) {
   }
 }
 
-// A value far from all others, anywhere in the first chunk: sums are taken relative to a pivot from the chunk's first
-// eighth, which costs at most a factor 9 of a sum's error in the variance.
+// A value far from all others, anywhere in the first chunk: sums are taken relative to a pivot from
+// the chunk's first eighth, which costs at most a factor 9 of a sum's error in the variance.
 TEST(Moments, OfDataWithAnOutlier) {
   for (const Layout layout : kBothLayouts) {
     for (const std::int64_t position : {0, 1, 31, 500, 511, 512, 513, 3000, 4095, 4999}) {

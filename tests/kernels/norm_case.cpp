@@ -18,9 +18,7 @@ class Random {
 
   double uniform() { return static_cast<double>(next() >> 11) * 0x1p-53; }
   // Variance 1, tails to +-3.5: a sum of four uniforms.
-  double normal() {
-    return (uniform() + uniform() + uniform() + uniform() - 2.0) * std::sqrt(3.0);
-  }
+  double normal() { return (uniform() + uniform() + uniform() + uniform() - 2.0) * std::sqrt(3.0); }
 
  private:
   std::uint64_t next() {
@@ -45,8 +43,7 @@ const std::vector<Shape>& shapes() {
       if (line.empty() || line[0] == '#') continue;
       std::istringstream fields(line);
       Shape row;
-      if (!(fields >> row.name >> row.extent.n >> row.extent.c >> row.extent.s >>
-            row.num_groups)) {
+      if (!(fields >> row.name >> row.extent.n >> row.extent.c >> row.extent.s >> row.num_groups)) {
         throw std::runtime_error("bad line: " + line);
       }
       rows.push_back(row);
@@ -56,9 +53,7 @@ const std::vector<Shape>& shapes() {
   return table;
 }
 
-std::ostream& operator<<(std::ostream& stream, const Shape& shape) {
-  return stream << shape.name;
-}
+std::ostream& operator<<(std::ostream& stream, const Shape& shape) { return stream << shape.name; }
 
 const Shape& shape(const std::string& name) {
   for (const Shape& row : shapes()) {
@@ -107,10 +102,10 @@ std::string to_string(const NormCase& c) {
   text << (c.num_groups == 0 ? "batch_norm" : "group_norm") << " {" << c.extent.n << ", "
        << c.extent.c << ", " << c.extent.s << "} " << name_of(c.layout)
        << " groups=" << c.num_groups << " x=" << name_of(c.x) << " y=" << name_of(c.y)
-       << " scale=" << name(c.scale) << " bias=" << name(c.bias)
-       << " residual=" << name(c.residual) << " per_sample=" << c.affine_per_sample
-       << " mask=" << static_cast<int>(c.mask) << " activation=" << name_of(c.activation)
-       << " mean=" << c.mean << " placement=" << static_cast<int>(c.placement);
+       << " scale=" << name(c.scale) << " bias=" << name(c.bias) << " residual=" << name(c.residual)
+       << " per_sample=" << c.affine_per_sample << " mask=" << static_cast<int>(c.mask)
+       << " activation=" << name_of(c.activation) << " mean=" << c.mean
+       << " placement=" << static_cast<int>(c.placement);
   return text.str();
 }
 

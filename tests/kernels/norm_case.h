@@ -61,8 +61,9 @@ struct NormCase {
 };
 std::string to_string(const NormCase& c);
 
-// Calls of one shape that together meet every output dtype, mixed, per-sample and absent parameters, every activation
-// with and without a residual, both kinds of mask, every kind of running statistics and every placement in memory.
+// Calls of one shape that together meet every output dtype, mixed, per-sample and absent
+// parameters, every activation with and without a residual, both kinds of mask, every kind of
+// running statistics and every placement in memory.
 std::vector<NormCase> variants(const Shape& shape, Layout layout, DType x, bool group_norm);
 
 struct Inputs {

@@ -102,7 +102,8 @@ std::vector<bool> in_empty_slice(const NormInput& input, std::int64_t num_groups
   return result;
 }
 
-// Running statistics after one call: a convex combination of the old value and the batch's, rounded once.
+// Running statistics after one call: a convex combination of the old value and the batch's, rounded
+// once.
 void check_running(const Inputs& inputs, const Outputs& actual, const Statistics& statistics,
                    const ForwardBounds& bounds) {
   const NormCase& c = inputs.norm_case;
@@ -172,8 +173,8 @@ Outputs run_forward(const Inputs& inputs, const CpuExecutor& executor) {
     if (c.running_statistics) {
       out.push_back({"running_mean", clone(inputs.running_mean, c.placement)});
       out.push_back({"running_var", clone(inputs.running_var, c.placement)});
-      args.running = {out[3].tensor.view(), out[4].tensor.view(), &counter, 0.3,
-                      c.cumulative,         c.unbiased};
+      args.running = {
+          out[3].tensor.view(), out[4].tensor.view(), &counter, 0.3, c.cumulative, c.unbiased};
     }
     expect_ok(batch_norm_forward(args, plan, workspace.data(), executor));
     const bool counted = c.running_statistics && c.extent.numel() > 0;
@@ -244,16 +245,14 @@ Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const W
   const NormGradients grad = make_gradients(c, wanted, c.x, c.y, out);
   if (c.num_groups == 0) {
     // Running statistics come in the dtype of their buffer, saved ones as float64.
-    const ConstTensor mean =
-        statistics.from_batch ? saved.mean.view() : inputs.running_mean.view();
-    const BatchNormBackwardArgs args{inputs.norm_input(), inputs.grad_y.view(),
-                                     mean,                saved.rstd.view(),
-                                     statistics.from_batch, grad};
+    const ConstTensor mean = statistics.from_batch ? saved.mean.view() : inputs.running_mean.view();
+    const BatchNormBackwardArgs args{inputs.norm_input(), inputs.grad_y.view(),  mean,
+                                     saved.rstd.view(),   statistics.from_batch, grad};
     expect_ok(batch_norm_backward(args, plan, workspace.data(), executor));
   } else {
-    const GroupNormBackwardArgs args{inputs.norm_input(),   c.num_groups,
-                                     inputs.grad_y.view(),  static_cast<double*>(saved.mean.data()),
-                                     saved.rstd.view(),     grad};
+    const GroupNormBackwardArgs args{inputs.norm_input(),  c.num_groups,
+                                     inputs.grad_y.view(), static_cast<double*>(saved.mean.data()),
+                                     saved.rstd.view(),    grad};
     expect_ok(group_norm_backward(args, plan, workspace.data(), executor));
   }
   workspace.check();
@@ -276,8 +275,8 @@ Outputs reference_forward(const Inputs& inputs) {
     args.rstd = out[2].tensor.view();
     reference::batch_norm_forward(args);
   } else {
-    reference::group_norm_forward({inputs.norm_input(), c.num_groups, out[0].tensor.view(), mean,
-                                   out[2].tensor.view()});
+    reference::group_norm_forward(
+        {inputs.norm_input(), c.num_groups, out[0].tensor.view(), mean, out[2].tensor.view()});
   }
   return out;
 }
@@ -370,7 +369,8 @@ void check_backward(Inputs& inputs, bool from_batch, const Wanted& wanted) {
   if (c.activation == Activation::kReLU) {
     for (const std::int64_t i : kink_positions(input, statistics)) inputs.grad_y.set(i, 0.0);
   }
-  // Without a valid value the statistics are NaN; upstream gradients of 0 keep that out of scale and bias.
+  // Without a valid value the statistics are NaN; upstream gradients of 0 keep that out of scale
+  // and bias.
   const std::vector<bool> is_empty = in_empty_slice(input, c.num_groups);
   for (std::size_t i = 0; from_batch && i < is_empty.size(); ++i) {
     if (is_empty[i]) inputs.grad_y.set(static_cast<std::int64_t>(i), 0.0);
@@ -407,11 +407,12 @@ void expect_near(const std::string& name, const std::vector<double>& actual,
   std::ostringstream first;
   first.precision(17);
   for (std::size_t i = 0; i < expected.size(); ++i) {
-    const bool same = actual[i] == expected[i] || (std::isnan(actual[i]) && std::isnan(expected[i]));
+    const bool same =
+        actual[i] == expected[i] || (std::isnan(actual[i]) && std::isnan(expected[i]));
     if (same || std::abs(actual[i] - expected[i]) <= bound[i]) continue;
     if (failures++ == 0) {
-      first << name << "[" << i << "] = " << actual[i] << ", expected " << expected[i]
-            << " within " << bound[i];
+      first << name << "[" << i << "] = " << actual[i] << ", expected " << expected[i] << " within "
+            << bound[i];
     }
   }
   EXPECT_EQ(failures, 0u) << first.str() << " (of " << expected.size() << " values)";

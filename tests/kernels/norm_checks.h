@@ -1,5 +1,5 @@
-// The checks that every call of a norm must pass. check_*() runs the kernel and the reference on the same tensors and
-// expects that
+// The checks that every call of a norm must pass. check_*() runs the kernel and the reference on
+// the same tensors and expects that
 //   - every output lies within the bound of tolerance.h, NaN where the reference has NaN;
 //   - every executor and thread count gives the same bits;
 //   - nothing outside of an output, and no input, is written (guarded_buffer.h).
@@ -27,8 +27,9 @@ struct Wanted {
   bool x = true, scale = true, bias = true, residual = true;
 };
 
-// The kernels: plan for the executor's thread count, guarded workspace of exactly the planned size, NaN-filled outputs.
-// Forward: y, mean, rstd and, for batch norm, running_mean, running_var. Inference: y, rstd.
+// The kernels: plan for the executor's thread count, guarded workspace of exactly the planned size,
+// NaN-filled outputs. Forward: y, mean, rstd and, for batch norm, running_mean, running_var.
+// Inference: y, rstd.
 Outputs run_forward(const Inputs& inputs, const CpuExecutor& executor);
 Outputs run_inference(const Inputs& inputs, const CpuExecutor& executor);
 Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const Wanted& wanted,

@@ -15,8 +15,8 @@ constexpr int kThreadCounts[] = {1, 2, 3, 8, 64, 256};
 
 std::string to_string(const Problem& p) {
   std::ostringstream text;
-  text << "{" << p.extent.n << ", " << p.extent.c << ", " << p.extent.s << "} "
-       << name_of(p.layout) << " " << name_of(p.dtype) << " groups=" << p.num_groups
+  text << "{" << p.extent.n << ", " << p.extent.c << ", " << p.extent.s << "} " << name_of(p.layout)
+       << " " << name_of(p.dtype) << " groups=" << p.num_groups
        << " mask=" << static_cast<int>(p.mask) << " pass=" << static_cast<int>(p.pass);
   return text.str();
 }
@@ -106,7 +106,8 @@ TEST(Plan, WorkspaceIsSmall) {
       const CpuPlan plan = plan_cpu(p, threads);
       const std::int64_t slices = p.num_groups == 0 ? p.extent.c : p.extent.n * p.num_groups;
       const std::int64_t samples = p.num_groups == 0 ? 1 : p.extent.n;
-      const std::int64_t columns = std::max(p.extent.c, std::min<std::int64_t>(16 * p.extent.c, 2048));
+      const std::int64_t columns =
+          std::max(p.extent.c, std::min<std::int64_t>(16 * p.extent.c, 2048));
       const std::int64_t limit = 8 * p.extent.numel() + 512 * slices + 32 * p.extent.c * samples +
                                  128 * columns * threads + 65536;
       ASSERT_LE(plan.workspace_bytes, static_cast<std::size_t>(limit))

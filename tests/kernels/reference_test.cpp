@@ -1,5 +1,5 @@
-// The reference itself: its conversions against their definition, its forward pass against worked numbers, its
-// backward pass against central differences of the forward pass.
+// The reference itself: its conversions against their definition, its forward pass against worked
+// numbers, its backward pass against central differences of the forward pass.
 #include "cpu/reference.h"
 
 #include <gtest/gtest.h>
@@ -92,8 +92,8 @@ TEST(Reference, BatchNormGoldenNumbers) {
   double running_mean[] = {0.0, 0.0}, running_var[] = {1.0, 1.0};
   std::int64_t counter = 0;
   BatchNormForwardArgs args = golden.forward();
-  args.running = {{running_mean, DType::kFloat64}, {running_var, DType::kFloat64}, &counter, 0.1,
-                  false, false};
+  args.running = {
+      {running_mean, DType::kFloat64}, {running_var, DType::kFloat64}, &counter, 0.1, false, false};
   reference::batch_norm_forward(args);
   EXPECT_DOUBLE_EQ(golden.mean[0], 5.0);
   EXPECT_DOUBLE_EQ(golden.mean[1], 6.0);

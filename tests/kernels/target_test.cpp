@@ -1,4 +1,5 @@
-// The kernels on every instruction set that they are compiled for and this CPU has, the baseline included.
+// The kernels on every instruction set that they are compiled for and this CPU has, the baseline
+// included.
 #include <gtest/gtest.h>
 
 #include <string>
@@ -26,13 +27,13 @@ class Target : public ::testing::TestWithParam<std::int64_t> {
   }
 };
 
-INSTANTIATE_TEST_SUITE_P(All, Target,
-                         ::testing::ValuesIn(hwy::SupportedAndGeneratedTargets()),
+INSTANTIATE_TEST_SUITE_P(All, Target, ::testing::ValuesIn(hwy::SupportedAndGeneratedTargets()),
                          [](const auto& parameter) {
                            return std::string(hwy::TargetName(parameter.param));
                          });
 
-constexpr const char* kShapes[] = {"one_channel", "channels_65_rows", "run_4097", "run_65", "odd_all"};
+constexpr const char* kShapes[] = {"one_channel", "channels_65_rows", "run_4097", "run_65",
+                                   "odd_all"};
 
 TEST_P(Target, IsTheOneInUse) { EXPECT_STREQ(simd_target(), hwy::TargetName(GetParam())); }
 

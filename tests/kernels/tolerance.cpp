@@ -82,9 +82,9 @@ class Model {
                    std::abs(e.xhat) * (4.0 * u_ + relative_rstd_error(e.slice)) +
                    mean_rounding(x, mean(e.slice)) * r;
     e.z = e.xhat * e.scale + bias + residual;
-    e.z_error = e.xhat_error * std::abs(e.scale) +
-                u_ * (2.0 * std::abs(e.xhat * e.scale) + 2.0 * std::abs(bias) +
-                      2.0 * std::abs(residual));
+    e.z_error =
+        e.xhat_error * std::abs(e.scale) +
+        u_ * (2.0 * std::abs(e.xhat * e.scale) + 2.0 * std::abs(bias) + 2.0 * std::abs(residual));
     return e;
   }
 
@@ -178,8 +178,7 @@ ForwardBounds forward_bounds(const NormInput& input, const Statistics& statistic
   model.for_each([&](const Element& e) {
     const double value = activate(input.activation, e.z);
     const double slope = input.activation == Activation::kNone ? 1.0 : 1.13;
-    const double error =
-        slope * e.z_error + activation_error(input.activation, value, model.u());
+    const double error = slope * e.z_error + activation_error(input.activation, value, model.u());
     // The error may carry the value into the next binade, where an ulp is twice as large.
     bounds.y[static_cast<std::size_t>(e.index)] = error + half_ulp(y, std::abs(value) + error);
   });
@@ -200,9 +199,8 @@ BackwardBounds backward_bounds(const NormInput& input, const Statistics& statist
   std::vector<Sum> h(given.mean.size()), hx(given.mean.size());
   std::vector<Sum> scale(affine_count), bias(affine_count);
   const auto product_error = [](const OutputGradient& g, const Element& e) {
-    return g.g == 0.0 && g.error == 0.0
-               ? 0.0
-               : g.error * std::abs(e.xhat) + std::abs(g.g) * e.xhat_error;
+    return g.g == 0.0 && g.error == 0.0 ? 0.0
+                                        : g.error * std::abs(e.xhat) + std::abs(g.g) * e.xhat_error;
   };
   model.for_each([&](const Element& e) {
     const OutputGradient g = output_gradient(input, e, load(grad_y, e.index), u);

@@ -1,16 +1,25 @@
-// How far a kernel's result may be from the float64 reference: every bound of the kernel tests is derived here.
+// How far a kernel's result may be from the float64 reference: every bound of the kernel tests is
+// derived here.
 //
-//   u  = unit roundoff of compute_type(x.dtype): 2^-24 or 2^-53 (there the reference's own error is as large: 2^-52)
-//   f  = u * (4 + sqrt(min(count, 1024))), the relative error of a sum of `count` terms against the sum of their
-//        magnitudes: chains of at most 1024 additions per lane, whose errors are random walks, merged in float64
-//   mean, var   each value enters relative to a pivot near the mean:  |dmean| <= 2 f std,  |dvar| <= 4 f var
-//   rstd        |drstd| <= (u + 2 f var / (var + eps)) rstd
-//   z           z = (x - mean) * a + bias + residual, a = rstd * scale: a few u of every term, and the statistics'
-//               errors. 16-bit x may be computed as x * a + (bias - mean * a), which adds u (|x| + |mean|) |a|
-//   y           |act'| <= 1.13 times the error of z, kActivationUlps u of the result, half an ulp of y's DType
-//   backward    mean and rstd are given; |act''| <= 1. Sums S1 = sum g, S2 = sum g xhat have error f against the sum
-//               of magnitudes plus the sum of the terms' own errors; grad_x adds a few u of each of its three terms
-// Inputs of the tests are drawn so that the random walk and the pivot are what they are for independent values.
+//   u         unit roundoff of compute_type(x.dtype): 2^-24 or 2^-53 (there the reference's own
+//             error is as large: 2^-52)
+//   f         u * (4 + sqrt(min(count, 1024))), the error of a sum of `count` terms relative to the
+//             sum of their magnitudes: chains of about 1024 additions per lane, whose errors are
+//             random walks, merged in float64
+//   mean, var each value enters relative to a pivot near the mean: |dmean| <= 2 f std,
+//             |dvar| <= 4 f var
+//   rstd      |drstd| <= (u + 2 f var / (var + eps)) rstd
+//   z         (x - mean) * a + bias + residual, a = rstd * scale: a few u of every term, and the
+//             errors of the statistics. 16-bit x may be computed as x * a + (bias - mean * a),
+//             which adds u (|x| + |mean|) |a|
+//   y         |act'| <= 1.13 times the error of z, kActivationUlps u of the result, half an ulp of
+//             y's DType
+//   backward  mean and rstd are given; |act''| <= 1. Sums S1 = sum g, S2 = sum g xhat have error f
+//             against the sum of magnitudes plus the sum of the terms' own errors; grad_x adds a
+//             few u of each of its three terms
+//
+// Inputs of the tests are drawn so that the random walk and the pivot are what they are for
+// independent values.
 #pragma once
 
 #include <cstdint>
@@ -21,10 +30,12 @@
 namespace normcore::kernels::testing {
 
 inline constexpr double kActivationUlps = 8.0;
-// Derivatives are sums of terms such as z sigmoid(z) (1 - sigmoid(z)), which may be larger than the sum.
+// Derivatives are sums of terms such as z sigmoid(z) (1 - sigmoid(z)), which may be larger than the
+// sum.
 inline constexpr double kDerivativeUlps = 32.0;
 
-// Statistics of every slice as the reference has them; num_groups = 0 is batch norm (slice = channel).
+// Statistics of every slice as the reference has them; num_groups = 0 is batch norm (slice =
+// channel).
 struct Statistics {
   std::int64_t num_groups = 0;
   std::vector<double> mean, rstd;

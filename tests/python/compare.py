@@ -12,6 +12,9 @@ from torch import Tensor
 
 import normcore.functional as NF
 
+DIFFERENTIABLE = ("weight", "bias", "residual")
+
+
 def away_from_zero(z: Tensor, residual: Tensor) -> Tensor:
     """`residual` changed so that no `z` (which holds it) is near the kink of relu."""
     return torch.where(z.abs() < 0.05, residual + 0.25, residual)
@@ -24,7 +27,7 @@ def call(
     differentiable = {
         name: t.detach().requires_grad_()
         for name, t in {"x": x, **arguments}.items()
-        if name in ("x", "weight", "bias", "residual") and t is not None
+        if name in ("x", *DIFFERENTIABLE) and t is not None
     }
     arguments |= {name: t for name, t in differentiable.items() if name != "x"}
     y = function(differentiable["x"], **arguments)
@@ -34,9 +37,7 @@ def call(
     return y, dict(zip(differentiable, grads))
 
 
-def compare(
-    got: dict[str, Tensor], expected: reference.Expected, compute: torch.dtype
-) -> None:
+def compare(got: dict[str, Tensor], expected: reference.Expected, compute: torch.dtype) -> None:
     for name, value in got.items():
         assert_close(
             value,
@@ -69,7 +70,9 @@ def check_batch_norm(
     dy = cotangent(x, dtype)
     expected = reference.batch_norm(x, running_mean, running_var, dy=dy, **arguments)
     running = {
-        name: t.clone() for name, t in (("mean", running_mean), ("var", running_var)) if t is not None
+        name: t.clone()
+        for name, t in (("mean", running_mean), ("var", running_var))
+        if t is not None
     }
     y, grads = call(
         NF.batch_norm,
@@ -82,11 +85,12 @@ def check_batch_norm(
     )
     assert y.dtype == (dtype or x.dtype)
     assert all(grads[n].dtype == t.dtype for n, t in {"x": x, **arguments}.items() if n in grads)
-    compute = compute_dtype(x, dtype, *(v for v in arguments.values() if isinstance(v, Tensor)))
+    compute = compute_dtype(x, dtype, *(arguments.get(name) for name in DIFFERENTIABLE))
     compare({"y": y, **grads, **running}, expected, compute)
     if not arguments["training"]:
         for name, before in (("mean", running_mean), ("var", running_var)):
-            assert before is not None and torch.equal(running[name], before)
+            assert before is not None
+            assert torch.equal(running[name], before)
     return y
 
 
@@ -102,6 +106,6 @@ def check_group_norm(
     y, grads = call(NF.group_norm, x, dy, num_groups=num_groups, dtype=dtype, **arguments)
     assert y.dtype == (dtype or x.dtype)
     assert all(grads[n].dtype == t.dtype for n, t in {"x": x, **arguments}.items() if n in grads)
-    compute = compute_dtype(x, dtype, *(v for v in arguments.values() if isinstance(v, Tensor)))
+    compute = compute_dtype(x, dtype, *(arguments.get(name) for name in DIFFERENTIABLE))
     compare({"y": y, **grads}, expected, compute)
     return y

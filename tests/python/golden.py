@@ -15,7 +15,10 @@ from torch import Tensor
 import normcore
 
 FOLDER = Path(__file__).parents[1] / "golden"
-DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+DTYPES = {
+    str(d).removeprefix("torch."): d
+    for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
 _NOT_OURS = ("use_fast_variance", "force_float32_reductions")
 
 
@@ -61,7 +64,9 @@ class Case:
         treex_default = "float32" if self.is_treex else None
         dtype = options.get("dtype", treex_default)
         options["dtype"] = None if dtype is None else DTYPES[dtype]
-        options["param_dtype"] = DTYPES[options.get("param_dtype") or self.dtypes["param"] or "float32"]
+        options["param_dtype"] = DTYPES[
+            options.get("param_dtype") or self.dtypes["param"] or "float32"
+        ]
         if self.is_batch_norm:
             module: Any = normcore.BatchNorm(**options)
         else:
@@ -72,7 +77,12 @@ class Case:
         if self.is_batch_norm and self.dtypes["stats"] == "float64":
             module.mean, module.var = module.mean.double(), module.var.double()
         with torch.no_grad():
-            for ours, theirs in (("scale", "scale"), ("bias", "bias"), ("mean", "mean0"), ("var", "var0")):
+            for ours, theirs in (
+                ("scale", "scale"),
+                ("bias", "bias"),
+                ("mean", "mean0"),
+                ("var", "var0"),
+            ):
                 if theirs in self.arrays and getattr(module, ours, None) is not None:
                     getattr(module, ours).copy_(self.arrays[theirs])
         return module

@@ -53,11 +53,13 @@ def moments(x: Tensor, mask: Tensor | None, axes: Sequence[int]) -> tuple[Tensor
 def _finish(
     leaves: dict[str, Tensor],
     normalized: Tensor,
+    mean: Tensor,
     rstd: Tensor,
     expand: Callable[[Tensor], Tensor],
     activation: str | None,
     dy: Tensor | None,
     length: int,
+    x_dtype: torch.dtype,
 ) -> Expected:
     """Affine map, epilogue, gradients and magnitudes, which all norms have in common."""
     one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -68,7 +70,10 @@ def _finish(
     y = ACTIVATIONS[activation](z)
     result = Expected(length, {"y": y.detach()})
     with torch.no_grad():
-        size = (normalized * scale).abs() + shift.abs() + residual.abs()
+        # A mean is off by roundings of values as large as the standard deviation, and in float64
+        # by its own rounding.
+        of_mean = 1 + (mean.abs() * rstd if x_dtype == torch.float64 else zero)
+        size = (normalized.abs() + of_mean) * scale.abs() + shift.abs() + residual.abs()
         result.magnitude["y"] = size
     if dy is None:
         return result
@@ -78,9 +83,9 @@ def _finish(
         h = g * scale.abs()
         largest = h.max() if h.numel() else zero
         # The means of |h| and |h * normalized| over a slice are at most max |h|.
-        result.magnitude["x"] = rstd * (h + largest * (1 + normalized.abs()))
+        result.magnitude["x"] = rstd * (h + largest * (1 + normalized.abs()) * of_mean)
         result.magnitude["residual"] = g
-    for name, terms in (("weight", g * normalized.detach().abs()), ("bias", g)):
+    for name, terms in (("weight", g * (normalized.detach().abs() + of_mean)), ("bias", g)):
         if name in leaves:  # the gradient of an expansion is the matching sum
             parameter = torch.zeros_like(leaves[name]).requires_grad_()
             total = (expand(parameter) * terms).sum()
@@ -136,11 +141,13 @@ def batch_norm(
     result = _finish(
         leaves,
         (leaves["x"] - mean) * rstd,
+        mean.detach(),
         rstd.detach(),
         lambda t: t.reshape(broadcast).expand(x.shape),
         activation,
         dy,
         length,
+        x.dtype,
     )
     shape = [x.shape[a] for a in features]
     result.value |= {name: t.reshape(shape) for name, t in running.items()}
@@ -193,9 +200,11 @@ def group_norm(
     return _finish(
         leaves,
         unfold((folded - mean) * rstd),
+        unfold(mean.detach()),
         unfold(rstd.detach()),
         expand,
         activation,
         dy,
         length,
+        x.dtype,
     )

@@ -50,7 +50,9 @@ class Shape:
 def shapes(tag: str = "test") -> list[Shape]:
     path = Path(__file__).parents[1] / "shapes" / "shapes.json"
     rows = json.loads(path.read_text())
-    found = [Shape(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in rows]
+    found = [
+        Shape(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in rows
+    ]
     return [shape for shape in found if tag in shape.tags]
 
 

@@ -168,7 +168,9 @@ def test_gradients_have_the_dtype_of_their_operand() -> None:
         grads = torch.autograd.grad(y, (x, w, b, r), torch.randn(3, 4, 5), create_graph=True)
         assert [g.dtype for g in grads] == [t.dtype for t in (x, w, b, r)]
         fused = torch.autograd.grad(
-            ops.group_norm(x, 2, w, b, activation=activation, residual=r), (x, w, b, r), y.bfloat16()
+            ops.group_norm(x, 2, w, b, activation=activation, residual=r),
+            (x, w, b, r),
+            y.bfloat16(),
         )
         assert [g.dtype for g in fused] == [t.dtype for t in (x, w, b, r)]
 
@@ -239,11 +241,13 @@ def test_second_derivative_at_a_masked_out_value_with_zero_gradient() -> None:
     assert gradcheck(gradient, (x, dy.requires_grad_()))
 
 
-def test_empty_input() -> None:
-    x = torch.empty(0, 4, 3, requires_grad=True)
-    w = torch.rand(4, requires_grad=True)
-    b = torch.rand(4, dtype=torch.bfloat16, requires_grad=True)
-    mean, var, count = torch.zeros(4), torch.ones(4), torch.tensor(5)
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
+def test_empty_input(shape: tuple[int, ...]) -> None:
+    channels = shape[1]
+    x = torch.empty(shape, requires_grad=True)
+    w = torch.rand(channels, requires_grad=True)
+    b = torch.rand(channels, dtype=torch.bfloat16, requires_grad=True)
+    mean, var, count = torch.zeros(channels), torch.ones(channels), torch.tensor(5)
     y = ops.batch_norm(x, mean, var, w, b, True, num_batches_tracked=count)
     z = ops.group_norm(x, 2, w, b, activation="relu")
     assert y.shape == z.shape == x.shape
@@ -254,10 +258,10 @@ def test_empty_input() -> None:
             )
             assert gx.shape == x.shape
             assert (gw.dtype, gb.dtype) == (w.dtype, b.dtype)
-            assert torch.equal(gw, torch.zeros(4))
-            assert torch.equal(gb.float(), torch.zeros(4))
-    assert torch.equal(mean, torch.zeros(4))
-    assert torch.equal(var, torch.ones(4))
+            assert torch.equal(gw, torch.zeros(channels))
+            assert torch.equal(gb.float(), torch.zeros(channels))
+    assert torch.equal(mean, torch.zeros(channels))
+    assert torch.equal(var, torch.ones(channels))
     assert count.item() == 5
     assert mean._version == var._version == count._version == 0
 
@@ -310,7 +314,7 @@ def test_changes_that_do_not_matter_to_the_backward_pass_are_allowed() -> None:
         var.add_(1)  # rstd is saved
         b.add_(1)  # without an activation the gradient of the bias does not depend on it
         r.add_(1)
-    gx, gw, gb = torch.autograd.grad(y.sum() + train.sum(), (x, w, b))
+    gx, _, gb = torch.autograd.grad(y.sum() + train.sum(), (x, w, b))
     torch.testing.assert_close(gx, (w / (1 + 1e-5) ** 0.5).expand(3, 4), rtol=0, atol=1e-5)
     torch.testing.assert_close(gb, torch.full((4,), 6.0))
 
@@ -465,5 +469,42 @@ def test_forward_over_reverse_raises() -> None:
 
 def test_vmap_of_training_raises() -> None:
     x = torch.randn(5, 3, 4)
-    with pytest.raises(RuntimeError, match="[Bb]atching rule"):
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
         torch.vmap(lambda x: ops.batch_norm(x, None, None, training=True))(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")
+@pytest.mark.parametrize("mode", ["eval", "group"])
+def test_vmap_of_operators_that_change_nothing(mode: str) -> None:
+    """There is no batching rule yet: torch runs sample by sample, with the right derivatives."""
+    x, w = torch.randn(3, 2, 4, 2, dtype=torch.float64), leaf(4)
+    mean, var = torch.randn(4), torch.rand(4) + 0.5
+
+    def function(x: Tensor) -> Tensor:
+        if mode == "group":
+            return ops.group_norm(x, 2, w, activation="gelu").pow(3).sum()
+        return ops.batch_norm(x, mean, var, w, activation="gelu").pow(3).sum()
+
+    def curvature(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: torch.func.grad(function)(x).pow(2).sum())(x)
+
+    for transformed in (function, torch.func.grad(function), curvature):
+        got = torch.vmap(transformed)(x)
+        want = torch.stack([transformed(sample) for sample in x])
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+def test_func_grad_updates_running_statistics_once() -> None:
+    x = leaf(3, 4, 2)
+    plain, transformed = torch.zeros(4), torch.zeros(4)
+    var, count = torch.ones(4), torch.tensor(0)
+
+    def function(x: Tensor, mean: Tensor) -> Tensor:
+        y = ops.batch_norm(x, mean, var, training=True, num_batches_tracked=count)
+        return y.pow(3).sum()
+
+    torch.func.grad(function)(x, transformed)
+    assert count.item() == 1
+    assert transformed._version == 1
+    function(x, plain)
+    assert torch.equal(plain, transformed)

@@ -73,64 +73,239 @@ def low_level_train(**changes: Any) -> Callable[[], Any]:
 
 f64, f32, f16, i64 = torch.float64, torch.float32, torch.float16, torch.int64
 NAN = float("nan")
+FLOATS = "float64, float32, bfloat16 or float16"
 
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     # axes
-    (train(axis=3), IndexError, "batch_norm: expected axis in [-3, 2] for an input of rank 3, got 3"),
-    (train(axis=-4), IndexError, "batch_norm: expected axis in [-3, 2] for an input of rank 3, got -4"),
-    (group(torch.ones(4)), IndexError, "group_norm: expected axis in [-1, 0] for an input of rank 1, got 1"),
-    (train(torch.tensor(1.0)), IndexError, "batch_norm: expected axis in [0, -1] for an input of rank 0, got 1"),
+    (
+        train(axis=3),
+        IndexError,
+        "batch_norm: expected axis in [-3, 2] for an input of rank 3, got 3",
+    ),
+    (
+        train(axis=-4),
+        IndexError,
+        "batch_norm: expected axis in [-3, 2] for an input of rank 3, got -4",
+    ),
+    (
+        group(torch.ones(4)),
+        IndexError,
+        "group_norm: expected axis in [-1, 0] for an input of rank 1, got 1",
+    ),
+    (
+        train(torch.tensor(1.0)),
+        IndexError,
+        "batch_norm: expected axis in [0, -1] for an input of rank 0, got 1",
+    ),
     (train(axis=[1, -2]), ValueError, "batch_norm: expected axis without duplicates, got [1, -2]"),
-    (group(reduction_axes=[1, 3]), IndexError, "group_norm: expected reduction_axes in [-3, 2] for an input of rank 3, got 3"),
-    (group(reduction_axes=[1, 1]), ValueError, "group_norm: expected reduction_axes without duplicates, got [1, 1]"),
-    (group(reduction_axes=[0, 2]), ValueError, "group_norm: expected reduction_axes to contain the feature axes [1], got [0, 2]"),
-    (group(reduction_axes=[]), ValueError, "group_norm: expected reduction_axes to contain the feature axes [1], got []"),
+    (
+        group(reduction_axes=[1, 3]),
+        IndexError,
+        "group_norm: expected reduction_axes in [-3, 2] for an input of rank 3, got 3",
+    ),
+    (
+        group(reduction_axes=[1, 1]),
+        ValueError,
+        "group_norm: expected reduction_axes without duplicates, got [1, 1]",
+    ),
+    (
+        group(reduction_axes=[0, 2]),
+        ValueError,
+        "group_norm: expected reduction_axes to contain the feature axes [1], got [0, 2]",
+    ),
+    (
+        group(reduction_axes=[]),
+        ValueError,
+        "group_norm: expected reduction_axes to contain the feature axes [1], got []",
+    ),
     # groups
-    (group(num_groups=3), ValueError, "group_norm: number of groups (3) does not divide the number of channels (4)"),
+    (
+        group(num_groups=3),
+        ValueError,
+        "group_norm: number of groups (3) does not divide the number of channels (4)",
+    ),
     (group(num_groups=0), ValueError, "group_norm: expected num_groups to be positive, got 0"),
     (group(num_groups=-2), ValueError, "group_norm: expected num_groups to be positive, got -2"),
     # dtypes
-    (train(torch.ones(3, 4, dtype=i64)), TypeError, "batch_norm: expected input to have dtype float64, float32, bfloat16 or float16, got int64"),
-    (group(torch.ones(3, 4, dtype=torch.complex64)), TypeError, "group_norm: expected input to have dtype float64, float32, bfloat16 or float16, got complex64"),
-    (train(weight=torch.ones(4, dtype=i64)), TypeError, "batch_norm: expected weight to have dtype float64, float32, bfloat16 or float16, got int64"),
-    (group(bias=torch.ones(4, dtype=torch.bool)), TypeError, "group_norm: expected bias to have dtype float64, float32, bfloat16 or float16, got bool"),
-    (group(residual=torch.ones(3, 4, 5, dtype=i64)), TypeError, "group_norm: expected residual to have dtype float64, float32, bfloat16 or float16, got int64"),
-    (evaluate(running_var=torch.ones(4, dtype=i64)), TypeError, "batch_norm: expected running_var to have dtype float64, float32, bfloat16 or float16, got int64"),
-    (group(dtype=i64), TypeError, "group_norm: expected dtype to have dtype float64, float32, bfloat16 or float16, got int64"),
-    (train(num_batches_tracked=torch.tensor(0, dtype=torch.int32)), TypeError, "batch_norm: expected num_batches_tracked to have dtype int64, got int32"),
-    (low_level_train(weight=torch.ones(4, dtype=f64)), TypeError, "batch_norm: expected a float64 input with weight of dtype float64, got float32"),
-    (low_level_train(dtype=f64), TypeError, "batch_norm: expected a float64 input with dtype of dtype float64, got float32"),
-    (batch_backward(mean=torch.zeros(4)), TypeError, "batch_norm: expected mean to have dtype float64, got float32"),
-    (group_backward(rstd=torch.ones(3, 2, dtype=f64)), TypeError, "group_norm: expected rstd to have dtype float32, got float64"),
+    (
+        train(torch.ones(3, 4, dtype=i64)),
+        TypeError,
+        f"batch_norm: expected input to have dtype {FLOATS}, got int64",
+    ),
+    (
+        group(torch.ones(3, 4, dtype=torch.complex64)),
+        TypeError,
+        f"group_norm: expected input to have dtype {FLOATS}, got complex64",
+    ),
+    (
+        train(weight=torch.ones(4, dtype=i64)),
+        TypeError,
+        f"batch_norm: expected weight to have dtype {FLOATS}, got int64",
+    ),
+    (
+        group(bias=torch.ones(4, dtype=torch.bool)),
+        TypeError,
+        f"group_norm: expected bias to have dtype {FLOATS}, got bool",
+    ),
+    (
+        group(residual=torch.ones(3, 4, 5, dtype=i64)),
+        TypeError,
+        f"group_norm: expected residual to have dtype {FLOATS}, got int64",
+    ),
+    (
+        evaluate(running_var=torch.ones(4, dtype=i64)),
+        TypeError,
+        f"batch_norm: expected running_var to have dtype {FLOATS}, got int64",
+    ),
+    (group(dtype=i64), TypeError, f"group_norm: expected dtype to have dtype {FLOATS}, got int64"),
+    (
+        train(num_batches_tracked=torch.tensor(0, dtype=torch.int32)),
+        TypeError,
+        "batch_norm: expected num_batches_tracked to have dtype int64, got int32",
+    ),
+    (
+        low_level_train(weight=torch.ones(4, dtype=f64)),
+        TypeError,
+        "batch_norm: expected a float64 input with weight of dtype float64, got float32",
+    ),
+    (
+        low_level_train(dtype=f64),
+        TypeError,
+        "batch_norm: expected a float64 input with dtype of dtype float64, got float32",
+    ),
+    (
+        batch_backward(mean=torch.zeros(4)),
+        TypeError,
+        "batch_norm: expected mean to have dtype float64, got float32",
+    ),
+    (
+        group_backward(rstd=torch.ones(3, 2, dtype=f64)),
+        TypeError,
+        "group_norm: expected rstd to have dtype float32, got float64",
+    ),
     # shapes
-    (train(weight=torch.ones(5)), ValueError, "batch_norm: expected weight to have shape [4], got [5]"),
+    (
+        train(weight=torch.ones(5)),
+        ValueError,
+        "batch_norm: expected weight to have shape [4], got [5]",
+    ),
     (train(bias=torch.ones(1)), ValueError, "batch_norm: expected bias to have shape [4], got [1]"),
-    (train(weight=torch.ones(3, 4)), ValueError, "batch_norm: expected weight to have shape [4], got [3, 4]"),
-    (group(weight=torch.ones(4, 5), axis=[1, 2], bias=torch.ones(20)), ValueError, "group_norm: expected bias to have shape [4, 5], got [20]"),
-    (group(weight=torch.ones(2, 4)), ValueError, "group_norm: expected weight to have shape [3, 4], got [2, 4]"),
-    (group(weight=torch.ones(3, 4), reduction_axes=[1]), ValueError, "group_norm: expected weight to have shape [4], got [3, 4]"),
-    (group(weight=torch.ones(4), bias=torch.ones(3, 4)), ValueError, "group_norm: expected weight and bias to have the same shape, got [4] and [3, 4]"),
-    (train(running_mean=torch.zeros(3)), ValueError, "batch_norm: expected running_mean to have shape [4], got [3]"),
-    (evaluate(running_var=torch.ones(5)), ValueError, "batch_norm: expected running_var to have shape [4], got [5]"),
-    (train(residual=torch.ones(3, 4, 1)), ValueError, "batch_norm: expected residual to have shape [3, 4, 5], got [3, 4, 1]"),
-    (train(mask=torch.ones(3, 5)), ValueError, "batch_norm: expected mask to broadcast to the input's shape [3, 4, 5], got [3, 5]"),
-    (group(mask=torch.ones(1, 3, 4, 5)), ValueError, "group_norm: expected mask to broadcast to the input's shape [3, 4, 5], got [1, 3, 4, 5]"),
-    (train(num_batches_tracked=torch.zeros(2, dtype=i64)), ValueError, "batch_norm: expected num_batches_tracked to have one element, got shape [2]"),
-    (batch_backward(grad_output=torch.ones(3, 4, 1)), ValueError, "batch_norm: expected grad_output to have shape [3, 4, 5], got [3, 4, 1]"),
-    (batch_backward(rstd=torch.ones(5)), ValueError, "batch_norm: expected rstd to have shape [4], got [5]"),
-    (group_backward(mean=torch.zeros(3, 4, dtype=f64)), ValueError, "group_norm: expected mean to have shape [3, 2], got [3, 4]"),
+    (
+        train(weight=torch.ones(3, 4)),
+        ValueError,
+        "batch_norm: expected weight to have shape [4], got [3, 4]",
+    ),
+    (
+        group(weight=torch.ones(4, 5), axis=[1, 2], bias=torch.ones(20)),
+        ValueError,
+        "group_norm: expected bias to have shape [4, 5], got [20]",
+    ),
+    (
+        group(weight=torch.ones(2, 4)),
+        ValueError,
+        "group_norm: expected weight to have shape [3, 4], got [2, 4]",
+    ),
+    (
+        group(weight=torch.ones(3, 4), reduction_axes=[1]),
+        ValueError,
+        "group_norm: expected weight to have shape [4], got [3, 4]",
+    ),
+    (
+        group(weight=torch.ones(4), bias=torch.ones(3, 4)),
+        ValueError,
+        "group_norm: expected weight and bias to have the same shape, got [4] and [3, 4]",
+    ),
+    (
+        train(running_mean=torch.zeros(3)),
+        ValueError,
+        "batch_norm: expected running_mean to have shape [4], got [3]",
+    ),
+    (
+        evaluate(running_var=torch.ones(5)),
+        ValueError,
+        "batch_norm: expected running_var to have shape [4], got [5]",
+    ),
+    (
+        train(residual=torch.ones(3, 4, 1)),
+        ValueError,
+        "batch_norm: expected residual to have shape [3, 4, 5], got [3, 4, 1]",
+    ),
+    (
+        train(mask=torch.ones(3, 5)),
+        ValueError,
+        "batch_norm: expected mask to broadcast to the input's shape [3, 4, 5], got [3, 5]",
+    ),
+    (
+        group(mask=torch.ones(1, 3, 4, 5)),
+        ValueError,
+        "group_norm: expected mask to broadcast to the input's shape [3, 4, 5], got [1, 3, 4, 5]",
+    ),
+    (
+        train(num_batches_tracked=torch.zeros(2, dtype=i64)),
+        ValueError,
+        "batch_norm: expected num_batches_tracked to have one element, got shape [2]",
+    ),
+    (
+        batch_backward(grad_output=torch.ones(3, 4, 1)),
+        ValueError,
+        "batch_norm: expected grad_output to have shape [3, 4, 5], got [3, 4, 1]",
+    ),
+    (
+        batch_backward(rstd=torch.ones(5)),
+        ValueError,
+        "batch_norm: expected rstd to have shape [4], got [5]",
+    ),
+    (
+        group_backward(mean=torch.zeros(3, 4, dtype=f64)),
+        ValueError,
+        "group_norm: expected mean to have shape [3, 2], got [3, 4]",
+    ),
     # values and combinations
     (train(eps=-1.0), ValueError, "batch_norm: expected eps to be finite and not negative, got -1"),
     (group(eps=NAN), ValueError, "group_norm: expected eps to be finite and not negative, got nan"),
-    (group(activation="tanh"), ValueError, "group_norm: expected activation to be None, relu, silu, gelu or gelu_tanh, got tanh"),
-    (train(running_var=None), ValueError, "batch_norm: expected both or none of running_mean and running_var, got only running_mean"),
-    (train(running_mean=None), ValueError, "batch_norm: expected both or none of running_mean and running_var, got only running_var"),
-    (train(momentum=None, num_batches_tracked=None), ValueError, "batch_norm: expected num_batches_tracked with momentum None (cumulative average), got None"),
-    (evaluate(running_mean=None), ValueError, "batch_norm: expected running_mean and running_var with training False, got only running_var"),
-    (evaluate(running_mean=None, running_var=None), ValueError, "batch_norm: expected running_mean and running_var with training False, got None"),
+    (
+        group(activation="tanh"),
+        ValueError,
+        "group_norm: expected activation to be None, relu, silu, gelu or gelu_tanh, got tanh",
+    ),
+    (
+        train(running_var=None),
+        ValueError,
+        "batch_norm: expected both or none of running_mean and running_var, got only running_mean",
+    ),
+    (
+        train(running_mean=None),
+        ValueError,
+        "batch_norm: expected both or none of running_mean and running_var, got only running_var",
+    ),
+    (
+        train(momentum=None, num_batches_tracked=None),
+        ValueError,
+        "batch_norm: expected num_batches_tracked with momentum None (cumulative average), "
+        "got None",
+    ),
+    (
+        evaluate(running_mean=None),
+        ValueError,
+        "batch_norm: expected running_mean and running_var with training False, "
+        "got only running_var",
+    ),
+    (
+        evaluate(running_mean=None, running_var=None),
+        ValueError,
+        "batch_norm: expected running_mean and running_var with training False, got None",
+    ),
     # devices
-    (group(weight=torch.ones(4, device="meta")), ValueError, "group_norm: expected weight on device cpu, got meta"),
-    (train(running_mean=torch.ones(4, device="meta")), ValueError, "batch_norm: expected running_mean on device cpu, got meta"),
+    (
+        group(weight=torch.ones(4, device="meta")),
+        ValueError,
+        "group_norm: expected weight on device cpu, got meta",
+    ),
+    (
+        train(running_mean=torch.ones(4, device="meta")),
+        ValueError,
+        "batch_norm: expected running_mean on device cpu, got meta",
+    ),
 ]
 
 
@@ -157,7 +332,10 @@ def test_rules_hold_for_symbolic_shapes() -> None:
         (lambda t: ops.group_norm(t, 2, torch.ones(5)), "expected weight to have shape"),
         (lambda t: ops.group_norm(t, 2, residual=t[:1]), "expected residual to have shape"),
         (lambda t: ops.group_norm(t, 2, mask=t[:, :3]), "expected mask to broadcast"),
-        (lambda t: ops.batch_norm(t, torch.ones(5), torch.ones(5)), "expected running_mean to have"),
+        (
+            lambda t: ops.batch_norm(t, torch.ones(5), torch.ones(5)),
+            "expected running_mean to have",
+        ),
     ]
     for call, text in cases:
         with mode, pytest.raises(ValueError, match=text):
@@ -200,5 +378,5 @@ def test_running_statistics_have_no_derivative(name: str, training: bool) -> Non
 
 def test_compiled_code_reports_the_same_error() -> None:
     compiled = torch.compile(lambda t: ops.group_norm(t, 3), backend="eager")
-    with pytest.raises(Exception, match="number of groups .3. does not divide"):
+    with pytest.raises(Exception, match="does not divide the number of channels"):
         compiled(x())

@@ -92,9 +92,7 @@ def test_gradients_of_batch_norm(layout: str, activation: str | None, mode: str)
     state = (torch.randn(features), torch.rand(features) + 0.5) if mode == "eval" else (None, None)
 
     def function(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return NF.batch_norm(
-            x, *state, weight, bias, mode != "eval", residual=residual, **options
-        )
+        return NF.batch_norm(x, *state, weight, bias, mode != "eval", residual=residual, **options)
 
     check_gradients(function, tensors)
 
@@ -217,7 +215,7 @@ def test_errors_name_argument_rule_and_value(
     arguments: dict[str, Any], error: type[Exception], text: str
 ) -> None:
     state = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
-    for training in (True, False):
+    for training in (True, False) if "mask" not in arguments else (True,):
         with pytest.raises(error, match=rf"^batch_norm: expected {text}"):
             NF.batch_norm(**{"input": torch.randn(3, 4), **state, **arguments}, training=training)
 
@@ -229,7 +227,7 @@ def test_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     with pytest.raises(NotImplementedError, match="group_norm: expected group to span one rank"):
         NF.group_norm(x, 2, group="world")
-    with pytest.raises(NotImplementedError, match="batch_norm: .* got 4"):
+    with pytest.raises(NotImplementedError, match=r"batch_norm: .* got 4"):
         NF.batch_norm(x, None, None, training=True, group="world")
 
     class OneRank:

@@ -165,7 +165,9 @@ def test_worked_masked_batch_norm() -> None:
 
 def test_worked_gradient() -> None:
     norm = batch_norm().init(NUMBERS).double()
-    norm.load_state_dict({"scale": torch.tensor([2, 0.5]), "bias": torch.tensor([1.0, -1.0])}, strict=False)
+    norm.load_state_dict(
+        {"scale": torch.tensor([2, 0.5]), "bias": torch.tensor([1.0, -1.0])}, strict=False
+    )
     x = NUMBERS.clone().requires_grad_()
     loss = (torch.arange(12).reshape(2, 3, 2) * norm(x) ** 2).sum()
     loss.backward()

@@ -207,9 +207,7 @@ def test_one_value_per_group() -> None:
 @pytest.mark.parametrize("shape", [s for s in shapes() if 0 in s.size], ids=lambda s: s.name)
 def test_empty_input(shape: Shape) -> None:
     x = shape.randn(torch.float32)
-    y, grads = call(
-        NF.group_norm, x, torch.empty_like(x), num_groups=shape.groups, **affine(shape)
-    )
+    y, grads = call(NF.group_norm, x, torch.empty_like(x), num_groups=shape.groups, **affine(shape))
     assert y.shape == x.shape
     assert grads["x"].shape == x.shape
     assert not grads["weight"].any()
@@ -279,7 +277,7 @@ def test_bits_do_not_depend_on_the_batch_size(name: str) -> None:
 )
 def test_errors(wrong: dict[str, Any], error: type[Exception]) -> None:
     arguments = {"input": torch.randn(2, 4, 3), "num_groups": 2, **wrong}
-    with pytest.raises(error, match=r"^group_norm: expected .*got "):
+    with pytest.raises(error, match=r"^group_norm: "):
         NF.group_norm(**arguments)
 
 

@@ -89,7 +89,9 @@ def test_values_do_not_depend_on_strides(name: str) -> None:
         leaves = [t.detach().requires_grad_() for t in (x, *parameters, residual)]
         for mask in masks(x, options["axis"]):
             arguments = {"mask": mask, "activation": "silu", "dy": dy, **options}
-            arguments |= dict(zip(("weight", "bias", "residual"), (*parameters, residual)))
+            arguments |= dict(
+                zip(("weight", "bias", "residual"), (*parameters, residual), strict=True)
+            )
             if family == "batch":
                 want = reference.batch_norm(x, **arguments)
                 arguments |= {"running_mean": None, "running_var": None, "training": True}
@@ -99,7 +101,7 @@ def test_values_do_not_depend_on_strides(name: str) -> None:
                 want = reference.group_norm(x, **arguments)
                 op = ops.group_norm
             del arguments["dy"]
-            arguments |= dict(zip(("input", "weight", "bias", "residual"), leaves))
+            arguments |= dict(zip(("input", "weight", "bias", "residual"), leaves, strict=True))
             y = op(**arguments)
             grads = torch.autograd.grad(y, leaves, dy)
             assert y.stride() == grads[0].stride() == torch.empty_like(x).stride()
@@ -134,6 +136,13 @@ def results(x: Tensor, p: Tensor, r: Tensor) -> list[Tensor]:
     return [y, z, g, *(gradients[i] for gradients in every for i in (0, 3))]
 
 
+def significant_strides(t: Tensor) -> list[int]:
+    """Strides that say where elements are: torch itself chooses the others in several ways."""
+    if t.numel() == 0:
+        return []
+    return [int(stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1]
+
+
 EMPTY = {
     "no sample": torch.empty(0, 4, 3, 3),
     "no channel": torch.empty(2, 0, 3, 3),
@@ -152,8 +161,8 @@ def test_shape_inference_gives_the_strides_of_the_results(name: str, dynamic: bo
         options = {} if dynamic else {"static_shapes": True}
         inferred = results(*(mode.from_tensor(t, **options) for t in (x, p, r)))
     for got, want in zip(inferred, results(x, p, r), strict=True):
-        assert (tuple(got.shape), tuple(got.stride())) == (tuple(want.shape), want.stride())
-        assert got.dtype == want.dtype
+        assert (tuple(got.shape), got.dtype) == (tuple(want.shape), want.dtype)
+        assert significant_strides(got) == significant_strides(want)
 
 
 @pytest.mark.parametrize("family", ["train", "eval", "group"])
@@ -182,9 +191,7 @@ def test_expanded_running_statistics_cannot_be_updated() -> None:
     mean, var = torch.zeros(1).expand(4), torch.ones(4)
     count = torch.tensor(0)
     with pytest.raises(RuntimeError, match="single memory location"):
-        ops.batch_norm(
-            torch.randn(3, 4), mean, var, training=True, num_batches_tracked=count
-        )
+        ops.batch_norm(torch.randn(3, 4), mean, var, training=True, num_batches_tracked=count)
     assert (mean.sum(), count) == (0, 0)
 
 

@@ -530,9 +530,7 @@ def test_axis_name_on_one_rank(initialized: bool, request: pytest.FixtureRequest
         assert torch.equal(kind(**own, **options)(x), kind(**own)(x))
 
 
-def test_axis_name_on_several_ranks(
-    process_group: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_axis_name_on_several_ranks(process_group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     norm = normcore.BatchNorm(num_features=6, axis_name="world")
     x = torch.randn(8, 6)

@@ -200,11 +200,13 @@ def run(case: Callable[[], Any], wrap: Callable[..., Any] = lambda f: f) -> list
     """Output, gradients and mutated statistics of one training step of `case`."""
     torch.manual_seed(1)
     op, args, kwargs = case()
-    arguments = dict(zip((a.name for a in op.default._schema.arguments), args)) | kwargs
+    arguments = (
+        dict(zip((a.name for a in op.default._schema.arguments), args, strict=False)) | kwargs
+    )
     tensors = [t for t in arguments.values() if isinstance(t, Tensor)]
     options = {name: a for name, a in arguments.items() if not isinstance(a, Tensor)}
     names = [name for name in arguments if name not in options]
-    y = wrap(lambda *t: op(**dict(zip(names, t)), **options))(*tensors)
+    y = wrap(lambda *t: op(**dict(zip(names, t, strict=False)), **options))(*tensors)
     leaves = [t for t in tensors if t.requires_grad]
     grads = torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
     return [y.detach(), *grads, *(t for t in tensors if not t.requires_grad)]
@@ -330,7 +332,13 @@ def test_torchscript() -> None:
     y = ops.batch_norm(x, rm, rv, w, None, True, activation="relu", num_batches_tracked=counts[1])
     want = ops.group_norm(y, 2, w)
     for g, e in zip(
-        (got, scripted_mean, scripted_var, counts[0], *torch.autograd.grad(got.pow(2).sum(), (x, w))),
+        (
+            got,
+            scripted_mean,
+            scripted_var,
+            counts[0],
+            *torch.autograd.grad(got.pow(2).sum(), (x, w)),
+        ),
         (want, rm, rv, counts[1], *torch.autograd.grad(want.pow(2).sum(), (x, w))),
         strict=True,
     ):

@@ -75,19 +75,19 @@ def test_strict_loading(features: int | None) -> None:
     state = trained().state_dict()
     del state["bias"]
     state["extra"] = torch.zeros(1)
-    with pytest.raises(RuntimeError, match="(?s)Missing key.*bias.*Unexpected key.*extra") as ours:
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*bias.*Unexpected key.*extra") as ours:
         normcore.BatchNorm(num_features=features).load_state_dict(state)
     norm = normcore.BatchNorm(num_features=features)
     result = norm.load_state_dict(state, strict=False)
     assert (result.missing_keys, result.unexpected_keys) == (["bias"], ["extra"])
     assert norm.bias is not None
     assert torch.equal(norm.bias, torch.zeros(5))
-    assert "Missing key(s) in state_dict: \"bias\"" in str(ours.value)
+    assert 'Missing key(s) in state_dict: "bias"' in str(ours.value)
 
 
 def test_nothing_to_load_from() -> None:
     norm = normcore.BatchNorm()
-    with pytest.raises(RuntimeError, match='Missing key.*"scale", "bias", "mean", "var"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"scale", "bias", "mean", "var"'):
         norm.load_state_dict({})
     norm.load_state_dict({}, strict=False)
     assert not norm.initialized

@@ -104,7 +104,9 @@ def test_training_in_torchscript() -> None:
 
 
 def test_freeze_and_trace() -> None:
-    net = nn.Sequential(nn.Conv1d(6, 4, 1), normcore.BatchNorm(axis=1), normcore.GroupNorm(num_groups=2, axis=1))
+    net = nn.Sequential(
+        nn.Conv1d(6, 4, 1), normcore.BatchNorm(axis=1), normcore.GroupNorm(num_groups=2, axis=1)
+    )
     net(X)
     net.eval()
     want = net(X)

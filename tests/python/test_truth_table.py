@@ -1,6 +1,6 @@
 """Which statistics a BatchNorm uses and updates: every row of the table, in Python and TorchScript.
 
-    batch = (not use_running_average) if given else (training and not frozen and initialized)
+batch = (not use_running_average) if given else (training and not frozen and initialized)
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@
 * u(d) is the unit roundoff of a dtype, half its epsilon. The first term is the one rounding when a
   result is stored; where that is all (constants, copies), pass ``magnitude=0``.
 * The second term is the arithmetic, done in float64 if anything is float64 and else in float32.
-  ``magnitude`` bounds the absolute terms that are added up to an element (reference.py gives it for
-  every result), ``length`` is the number of values in the longest sum, and log2(length) the depth of
-  a summation tree. The 8 are the handful of roundings of one element: difference, product with
-  rstd and scale, sums with bias and residual, activation.
+  ``magnitude`` bounds the absolute terms that are added up to an element (reference.py gives it
+  for every result), ``length`` is the number of values in the longest sum, and log2(length) the
+  depth of a summation tree. The 8 are the handful of roundings of one element: difference, product
+  with rstd and scale, sums with bias and residual, activation.
 
 NaN and infinity must be in the same places.
 """

@@ -1,0 +1,170 @@
+// Broken contracts of the args structs are named by the status, and nothing is written.
+#include "normcore/kernels/status.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "executors.h"
+#include "norm_checks.h"
+
+namespace normcore::kernels::testing {
+namespace {
+
+// A valid call of every entry, to be broken in one place by each test.
+class StatusTest : public ::testing::Test {
+ protected:
+  static NormCase small_case() {
+    NormCase c;
+    c.extent = {2, 4, 3};
+    c.num_groups = 2;
+    c.activation = Activation::kReLU;
+    c.residual = DType::kFloat32;
+    return c;
+  }
+
+  Tensor make(std::int64_t count, DType dtype = DType::kFloat32) {
+    return Tensor(dtype, count, Placement::kEnd);
+  }
+
+  BatchNormForwardArgs batch_norm_args() {
+    BatchNormForwardArgs args;
+    args.input = inputs_.norm_input();
+    args.running = {running_mean_.view(), running_var_.view(), &counter_, 0.1, false, true};
+    args.y = y_.view();
+    args.mean = mean_;
+    args.rstd = rstd_.view();
+    return args;
+  }
+  GroupNormForwardArgs group_norm_args() {
+    return {inputs_.norm_input(), 2, y_.view(), mean_, rstd_.view()};
+  }
+  GroupNormBackwardArgs backward_args() {
+    GroupNormBackwardArgs args{inputs_.norm_input(), 2, inputs_.grad_y.view(), mean_,
+                               rstd_.view(),         {}};
+    args.grad.x = y_.view();
+    return args;
+  }
+
+  Status run(const BatchNormForwardArgs& args) {
+    return call(batch_norm_forward, args, 0, Pass::kForward);
+  }
+  Status run(const BatchNormInferenceArgs& args) {
+    return call(batch_norm_inference, args, 0, Pass::kInference);
+  }
+  Status run(const BatchNormBackwardArgs& args) {
+    return call(batch_norm_backward, args, 0, Pass::kBackward);
+  }
+  Status run(const GroupNormForwardArgs& args) {
+    return call(group_norm_forward, args, 2, Pass::kForward);
+  }
+  Status run(const GroupNormBackwardArgs& args) {
+    return call(group_norm_backward, args, 2, Pass::kBackward);
+  }
+
+  template <class Args>
+  void expect_invalid(const Args& args, const std::string& word) {
+    const Status status = run(args);
+    EXPECT_EQ(status.code, StatusCode::kInvalidArgument) << word;
+    EXPECT_NE(std::string(status.message).find(word), std::string::npos) << status.message;
+    EXPECT_EQ(counter_, 7);
+    const GuardedBuffer untouched(y_.buffer().bytes(), sizeof(float), Placement::kEnd);
+    EXPECT_TRUE(y_.buffer().same_bytes(untouched)) << "y was written in spite of: " << word;
+  }
+
+  Inputs inputs_{small_case()};
+  Tensor y_ = make(24), rstd_ = make(4), running_mean_ = make(4), running_var_ = make(4);
+  double mean_[4] = {};
+  std::int64_t counter_ = 7;
+
+ private:
+  template <class Entry, class Args>
+  static Status call(Entry entry, const Args& args, std::int64_t num_groups, Pass pass) {
+    const CpuPlan plan = plan_cpu(Problem(args.input, num_groups, pass), 1);
+    const GuardedBuffer workspace(plan.workspace_bytes, 64, Placement::kEnd);
+    return entry(args, plan, workspace.data(), serial_executor());
+  }
+};
+
+TEST_F(StatusTest, ValidCallsSucceed) {
+  for (std::int64_t i = 0; i < 4; ++i) rstd_.set(i, 1.0);
+  EXPECT_TRUE(run(batch_norm_args()).ok());
+  EXPECT_TRUE(run(group_norm_args()).ok());
+  EXPECT_TRUE(run(backward_args()).ok());
+  EXPECT_EQ(counter_, 8);
+}
+
+TEST_F(StatusTest, Forward) {
+  BatchNormForwardArgs args = batch_norm_args();
+  args.input.x.data = nullptr;
+  expect_invalid(args, "x must");
+  args = batch_norm_args();
+  args.y.data = nullptr;
+  expect_invalid(args, "y must");
+  args = batch_norm_args();
+  args.y.dtype = DType::kFloat64;
+  expect_invalid(args, "float64 y");
+  args = batch_norm_args();
+  args.input.residual.dtype = DType::kFloat64;
+  expect_invalid(args, "float64 residual");
+  args = batch_norm_args();
+  args.input.mask.kind = MaskKind::kRow;
+  expect_invalid(args, "mask");
+  args = batch_norm_args();
+  args.mean = nullptr;
+  expect_invalid(args, "mean");
+  args = batch_norm_args();
+  args.running.var.data = nullptr;
+  expect_invalid(args, "running");
+  args = batch_norm_args();
+  args.running.cumulative = true;
+  args.running.num_batches_tracked = nullptr;
+  expect_invalid(args, "num_batches_tracked");
+
+  GroupNormForwardArgs group_args = group_norm_args();
+  group_args.num_groups = 3;
+  expect_invalid(group_args, "num_groups");
+  group_args = group_norm_args();
+  group_args.rstd.data = nullptr;
+  expect_invalid(group_args, "rstd");
+}
+
+TEST_F(StatusTest, Inference) {
+  const BatchNormInferenceArgs valid{inputs_.norm_input(), inputs_.running_mean.view(),
+                                     inputs_.running_var.view(), y_.view(), rstd_.view()};
+  BatchNormInferenceArgs args = valid;
+  args.running_var.data = nullptr;
+  expect_invalid(args, "running");
+  args = valid;
+  args.y.dtype = DType::kFloat64;
+  expect_invalid(args, "float64 y");
+}
+
+TEST_F(StatusTest, Backward) {
+  GroupNormBackwardArgs args = backward_args();
+  args.grad_y.data = nullptr;
+  expect_invalid(args, "grad_y");
+  args = backward_args();
+  args.grad.x.dtype = DType::kBFloat16;
+  expect_invalid(args, "grad_x");
+  args = backward_args();
+  args.num_groups = 3;
+  expect_invalid(args, "num_groups");
+  args = backward_args();
+  args.input.activation = Activation::kNone;
+  args.grad.residual = rstd_.view();
+  expect_invalid(args, "residual");
+  args = backward_args();
+  args.grad_y.dtype = DType::kFloat64;
+  expect_invalid(args, "float64 grad_y");
+
+  BatchNormBackwardArgs batch_args;
+  batch_args.input = inputs_.norm_input();
+  batch_args.grad_y = inputs_.grad_y.view();
+  batch_args.rstd = rstd_.view();
+  batch_args.grad.x = y_.view();
+  expect_invalid(batch_args, "mean");
+}
+
+}  // namespace
+}  // namespace normcore::kernels::testing
