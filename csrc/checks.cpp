@@ -318,9 +318,9 @@ CheckedNorm<Int> Check<Int>::group_norm(const Operands& operands, std::int64_t n
                       eps, activation, dtype);
   TORCH_CHECK_VALUE(num_groups > 0, kGroupNorm, ": expected num_groups to be positive, got ",
                     num_groups);
-  TORCH_CHECK_VALUE(equal(Int(norm.channels % Int(num_groups)), Int(0)), kGroupNorm,
-                    ": number of groups (", num_groups,
-                    ") does not divide the number of channels (", norm.channels, ")");
+  TORCH_CHECK_VALUE(norm.channels % num_groups == 0, kGroupNorm,
+                    ": expected num_groups to divide the number of channels (", norm.channels,
+                    "), got ", num_groups);
   norm.num_groups = num_groups;
   norm.group_size = norm.channels / Int(num_groups);
   return norm;

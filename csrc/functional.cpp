@@ -13,7 +13,7 @@ OptionalString view(const std::optional<std::string>& text) {
 }
 
 at::OptionalIntArrayRef view(const OptionalIntList& list) {
-  return list ? at::OptionalIntArrayRef(at::IntArrayRef(*list)) : std::nullopt;
+  return list ? at::OptionalIntArrayRef(list->vec()) : std::nullopt;
 }
 
 }  // namespace

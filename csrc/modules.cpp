@@ -1,7 +1,7 @@
 #include "normcore/modules.h"
 
 #include <ATen/Functions.h>
-#include <c10/core/GradMode.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <functional>

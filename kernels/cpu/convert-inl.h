@@ -46,14 +46,13 @@ HWY_INLINE hn::Vec<DF> float_from_bfloat16(DF df, VU bits) {
 }
 
 template <class DF, class V>
-HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> bfloat16_from_float(DF df, V v) {
+HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> bfloat16_from_float(DF, V v) {
   const hn::RebindToUnsigned<DF> du;
   const auto u = hn::BitCast(du, v);
   const auto odd = hn::And(hn::ShiftRight<16>(u), hn::Set(du, 1u));
   const auto rounded = hn::ShiftRight<16>(hn::Add(hn::Add(u, hn::Set(du, 0x7fffu)), odd));
   const auto quiet = hn::Or(hn::ShiftRight<16>(u), hn::Set(du, 0x40u));
   return hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), quiet, rounded);
-  (void)df;
 }
 
 template <class DF, class VU>
@@ -138,7 +137,7 @@ HWY_INLINE void store_float(V v, DF df, BFloat16* p) {
   store_low_halves(bfloat16_from_float(df, v), df, reinterpret_cast<std::uint16_t*>(p));
 }
 template <class DF, class V>
-HWY_INLINE void store_float(V v, DF df, Float16* p) {
+HWY_INLINE void store_float(V v, [[maybe_unused]] DF df, Float16* p) {
 #if NORMCORE_NATIVE_FLOAT16
   const hn::Rebind<hwy::float16_t, DF> d16;
   hn::StoreU(hn::DemoteTo(d16, v), d16, reinterpret_cast<hwy::float16_t*>(p));

@@ -42,9 +42,8 @@ struct ColumnMoments {
   double* count = nullptr;
 };
 
-// Coefficients of z = (x - center) * scale + shift + residual: one per run, or one per column.
-// backward adds grad_x = scale * g + mask * (slope * (x - center) + offset), g = grad_y *
-// activation'(z).
+// Coefficients of z = (x - center) * scale + shift + residual, and in the backward pass of
+// grad_x = scale * g + mask * (slope * (x - center) + offset): one per run, or one per column.
 template <class A>
 struct Coefficients {
   const A* center = nullptr;

@@ -1,9 +1,10 @@
 // The order in which a norm is computed, for any layout and pass. A driver offers, for each tile,
-//   prepare(tile, state)                  coefficients that the reduction needs
-//   reduce(tile, chunk, state, partial)   one leaf of the reduction tree
-//   finish(tile, state, partials)         merges the leaves in order, stores statistics, completes
-//   the coefficients apply(tile, piece, state)             the second sweep pieces(tile) number of
-//   pieces; tile 0 has the most
+//   prepare(tile, state)                 coefficients that the reduction needs
+//   reduce(tile, chunk, state, partial)  one leaf of the reduction tree
+//   finish(tile, state, partials)        merges the leaves in order, stores statistics, completes
+//                                        the coefficients
+//   apply(tile, piece, state)            the second sweep
+//   pieces(tile)                         number of pieces; tile 0 has the most
 // run_tiles() calls them tile by tile or phase by phase as the plan says; the results are the same
 // bits.
 #pragma once

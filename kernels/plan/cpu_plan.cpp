@@ -39,10 +39,11 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads) {
   } else if (wanted == 1) {
     plan.path = CpuPath::kSlice;
     plan.reason = "one thread, or too little work for a second";
-  } else if (groups >= wanted) {
+  } else if (groups >= wanted || plan.chunks == 1) {
     plan.path = CpuPath::kSlice;
-    plan.tasks = wanted;
-    plan.reason = "enough slices for every thread";
+    plan.tasks = std::min(groups, wanted);
+    plan.reason = groups >= wanted ? "enough slices for every thread"
+                                   : "slices too small to be shared by threads";
   } else {
     plan.path = CpuPath::kChunk;
     plan.reason = "fewer slices than threads: threads share the chunks of a slice";

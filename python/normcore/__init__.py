@@ -20,8 +20,7 @@ def _require_torch_version(built_for: str, found: str) -> None:
         raise ImportError(
             f"normcore {__version__} was built for torch {built_for}, but torch {found} is "
             f'installed. Either install that torch (pip install "torch=={built_for}.*") or build '
-            "normcore against this one (pip install --no-build-isolation --no-binary normcore "
-            "--force-reinstall --no-deps normcore)."
+            "normcore against this one (pip install --no-build-isolation . in its source folder)."
         )
 
 

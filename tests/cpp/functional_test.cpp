@@ -217,7 +217,7 @@ TEST_F(GroupNormFunction, SaysWhatIsWrong) {
   const auto x = at::randn({2, 6, 4});
   expect_error<c10::ValueError>(
       [&] { normcore::group_norm(x, 4); },
-      "group_norm: number of groups (4) does not divide the number of channels (6)");
+      "group_norm: expected num_groups to divide the number of channels (6), got 4");
   expect_error<c10::ValueError>([&] { normcore::group_norm(x, 0); },
                                 "group_norm: expected num_groups to be positive, got 0");
   expect_error<c10::ValueError>(

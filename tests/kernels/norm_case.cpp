@@ -169,7 +169,7 @@ std::vector<NormCase> variants(const Shape& shape, Layout layout, DType x, bool 
   cases[9].placement = Placement::kBegin;
 
   // Larger shapes take every third one, beginning with another one for another dtype.
-  if (shape.extent.numel() <= 4096) return cases;
+  if (shape.extent.numel() <= 2048) return cases;
   std::vector<NormCase> some;
   for (std::size_t i = static_cast<std::size_t>(x) % 3; i < cases.size(); i += 3) {
     some.push_back(cases[i]);

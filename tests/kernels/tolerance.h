@@ -32,7 +32,7 @@ namespace normcore::kernels::testing {
 inline constexpr double kActivationUlps = 8.0;
 // Derivatives are sums of terms such as z sigmoid(z) (1 - sigmoid(z)), which may be larger than the
 // sum.
-inline constexpr double kDerivativeUlps = 32.0;
+inline constexpr double kDerivativeUlps = 16.0;
 
 // Statistics of every slice as the reference has them; num_groups = 0 is batch norm (slice =
 // channel).

@@ -1,4 +1,8 @@
-"""The shapes of tests/shapes/shapes.json as tensors in the memory layout that they name."""
+"""The shapes of tests/shapes as tensors.
+
+shapes.json holds tensors: size, feature axes, memory layout. shapes.txt holds the extents that the
+kernels see, each of which is a tensor with the channels second and one with the channels last.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +51,22 @@ class Shape:
         return self.lay_out((torch.randn(self.size, dtype=torch.float64) + mean).to(dtype))
 
 
+FOLDER = Path(__file__).parents[1] / "shapes"
+
+
+def extents() -> list[Shape]:
+    found = []
+    for line in (FOLDER / "shapes.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            name, *numbers = line.split()
+            n, c, s, groups = map(int, numbers)
+            found.append(Shape(f"{name}_ncs", (n, c, s), (1,), groups, "contiguous", ()))
+            found.append(Shape(f"{name}_nsc", (n, s, c), (2,), groups, "contiguous", ()))
+    return found
+
+
 def shapes(tag: str = "test") -> list[Shape]:
-    path = Path(__file__).parents[1] / "shapes" / "shapes.json"
-    rows = json.loads(path.read_text())
+    rows = json.loads((FOLDER / "shapes.json").read_text())
     found = [
         Shape(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in rows
     ]

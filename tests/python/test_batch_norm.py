@@ -10,7 +10,7 @@ import torch
 from compare import call, check_batch_norm, cotangent
 from hypothesis import given
 from hypothesis import strategies as st
-from shape_list import Shape, shape_named, shapes
+from shape_list import Shape, extents, shape_named, shapes
 from tolerance import assert_close
 from torch import Tensor
 
@@ -45,6 +45,12 @@ def test_every_shape(shape: Shape, dtype: torch.dtype, training: bool) -> None:
         x, **running(shape, dtype), **affine(shape, dtype), training=training, unbiased=False
     )
     assert y.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("shape", extents(), ids=lambda s: s.name)
+def test_every_extent(shape: Shape) -> None:
+    arguments = running(shape) | affine(shape, torch.float32)
+    check_batch_norm(shape.randn(torch.float32), **arguments, activation="silu")
 
 
 @pytest.mark.parametrize("layout", ["image_nchw", "image_channels_last"])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from compare import call, check_group_norm, cotangent
 from hypothesis import given
 from hypothesis import strategies as st
-from shape_list import Shape, shape_named, shapes
+from shape_list import Shape, extents, shape_named, shapes
 from tolerance import assert_close
 from torch import Tensor
 
@@ -39,6 +39,12 @@ def affine(
 def test_every_shape(shape: Shape, dtype: torch.dtype) -> None:
     y = check_group_norm(shape.randn(dtype), shape.groups, **affine(shape, dtype))
     assert y.stride() == torch.empty_like(shape.randn(dtype)).stride()
+
+
+@pytest.mark.parametrize("shape", extents(), ids=lambda s: s.name)
+def test_every_extent(shape: Shape) -> None:
+    x = shape.randn(torch.float32)
+    check_group_norm(x, shape.groups, **affine(shape, torch.float32), activation="silu")
 
 
 @pytest.mark.parametrize("layout", ["image_nchw", "image_channels_last"])

@@ -173,14 +173,14 @@ def test_indivisible_channels_leave_a_module_lazy(options: dict[str, int]) -> No
 # ---- dtypes ----
 
 
-@pytest.mark.parametrize("use", ["both", "scale", "none"])
+@pytest.mark.parametrize("use", ["both", "scale", "bias", "none"])
 @pytest.mark.parametrize("param_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("x_dtype", [*FLOATS, torch.int32, torch.uint8, torch.bool], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, None, torch.float64, torch.bfloat16], ids=str)
 def test_result_dtype(
     dtype: torch.dtype | None, x_dtype: torch.dtype, param_dtype: torch.dtype, use: str
 ) -> None:
-    options = {"use_scale": use != "none", "use_bias": use == "both"}
+    options = {"use_scale": use in ("both", "scale"), "use_bias": use in ("both", "bias")}
     x = torch.randint(0, 9, (4, 3, 6)).to(x_dtype)
     norms = (
         normcore.BatchNorm(dtype=dtype, param_dtype=param_dtype, **options),

@@ -1,10 +1,10 @@
 // Activations that may be fused behind a norm: y = act(z), z = norm(x) * scale + bias + residual.
 //   kReLU      max(z, 0); NaN stays NaN, the derivative at 0 is 0
 //   kSiLU      z * sigmoid(z)
-//   kGelu      z * Phi(z), Phi the standard normal distribution function (torch:
-//   approximate="none") kGeluTanh  0.5 * z * (1 + tanh(sqrt(2/pi) * (z + 0.044715 z^3))) (torch:
-//   approximate="tanh")
-// The functions below are the float64 definitions; vector versions are tested against them.
+//   kGelu      z * Phi(z), Phi the standard normal distribution function
+//   kGeluTanh  0.5 * z * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3)))
+// The last two are torch's gelu with approximate="none" and "tanh". The functions below are the
+// float64 definitions; vector versions are tested against them.
 #pragma once
 
 #include <cmath>

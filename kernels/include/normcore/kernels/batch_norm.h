@@ -1,16 +1,17 @@
 // Batch norm over an Extent {n, c, s}: one slice per channel, reduced over n and s (m = n * s
-// values, or the masked count). Biased variance normalises. Source: Ioffe and Szegedy 2015;
-// flax.linen.BatchNorm for mask and decay.
-//   forward    mean_c, var_c of the batch; y as in norm_input.h; running = (1 - momentum) * running
-//   + momentum * batch inference  y with given running mean and variance; reads no statistic of x
-//   and ignores the mask backward   g = grad_y * activation'(z);  S1 = sum g, S2 = sum g * xhat
-//   over all positions of the channel
-//              grad_x = scale * rstd * (g - w_i * (S1 + xhat * S2)), w_i = 1/m (0 where masked out;
-//              0 for running statistics); grad_scale = S2, grad_bias = S1, grad_residual = g
+// values, or the masked count). The biased variance normalises.
+//   forward    mean_c and var_c of the batch; y as in norm_input.h;
+//              running = (1 - momentum) * running + momentum * batch
+//   inference  y with given running mean and variance; the mask is ignored
+//   backward   g = grad_y * activation'(z), S1 = sum g, S2 = sum g * xhat over all positions of a
+//              channel; grad_x = scale * rstd * (g - w_i * (S1 + xhat * S2)) with w_i = 1 / m, or
+//              0 where masked out and for running statistics;
+//              grad_scale = S2, grad_bias = S1, grad_residual = g
 // A masked-out value with grad_y = 0 reaches no gradient, even if it is NaN or infinite.
-// A channel with no valid element: y is NaN, its running statistics do not change. n, c or s = 0:
-// parameter gradients are 0, nothing else happens. One value per channel: var = 0, y =
-// activation(bias + residual).
+// A channel with no valid element: y is NaN, its running statistics do not change.
+// One value per channel: var = 0, y = activation(bias + residual), grad_x = 0.
+// n, c or s = 0: parameter gradients are 0, nothing else happens.
+// Sources: Ioffe and Szegedy 2015; flax.linen.BatchNorm for mask and decay.
 #pragma once
 
 #include "normcore/kernels/executor.h"

@@ -1,15 +1,14 @@
 // Group norm over an Extent {n, c, s}: one slice per (sample, group) of d = c / num_groups
 // neighbouring channels, reduced over its channels and s (m = d * s values, or the masked count).
-// Source: Wu and He 2018.
-//   forward    mean, var of each slice; y as in norm_input.h
-//   backward   g = grad_y * activation'(z), h = g * scale;  H1 = sum h, H2 = sum h * xhat over the
-//   slice
-//              grad_x = rstd * (h - w_i * (H1 + xhat * H2)), w_i = 1/m (0 where masked out)
-//              grad_scale = sum g * xhat and grad_bias = sum g over n and s (over s with
-//              affine_per_sample)
+// num_groups = 1 is layer norm over all but n, num_groups = c is instance norm.
+//   forward    mean and var of each slice; y as in norm_input.h
+//   backward   g = grad_y * activation'(z), h = g * scale, H1 = sum h, H2 = sum h * xhat over a
+//              slice; grad_x = rstd * (h - w_i * (H1 + xhat * H2)) with w_i = 1 / m, or 0 where
+//              masked out; grad_scale = sum g * xhat and grad_bias = sum g over n and s (over s
+//              with affine_per_sample); grad_residual = g
 // A masked-out value with grad_y = 0 reaches no gradient, even if it is NaN or infinite. A slice
 // with no valid element gives NaN. n, c or s = 0: parameter gradients are 0, nothing else happens.
-// num_groups = 1 is layer norm over all but n, num_groups = c is instance norm.
+// Source: Wu and He 2018.
 #pragma once
 
 #include "normcore/kernels/executor.h"

@@ -1,8 +1,8 @@
 // Count, mean and centred sum of squares of a set of values, merged by Chan's formula in float64:
-//   n = na + nb,  d = mean_b - mean_a,  mean = mean_a + d * nb / n,  m2 = m2_a + m2_b + d^2 * na *
-//   nb / n
-// (Chan, Golub, LeVeque 1983). Merging is exact enough in any order, but not associative in
-// floating point: callers merge in a fixed order. An empty set is {0, 0, 0}.
+//   n = na + nb,  d = mean_b - mean_a,  mean = mean_a + d * nb / n,
+//   m2 = m2_a + m2_b + d^2 * na * nb / n
+// Merging is exact enough in any order, but not associative in floating point: callers merge in a
+// fixed order. An empty set is {0, 0, 0}. Source: Chan, Golub and LeVeque 1983.
 #pragma once
 
 namespace normcore::kernels {

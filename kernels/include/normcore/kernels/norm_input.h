@@ -1,11 +1,11 @@
 // What the forward and the backward pass of every norm have in common: the input tensor, the affine
 // parameters, the mask of the statistics and the fused epilogue
 //   y = activation((x - mean) * (rstd * scale) + bias + residual),   rstd = 1 / sqrt(var + eps).
-//   x        extent and layout below, any DType
-//   scale    [c], or [n][c] when affine_per_sample (group norm only); absent: 1. Any DType not
-//   wider than x, or float32 bias     like scale; absent: 0. Its dtype may differ from scale's
-//   residual extent and layout of x; any DType (float64 only with float64 x)
-//   mask     true counts for the statistics; outputs are computed everywhere
+//   x         extent and layout below, any DType
+//   scale     [c], or [n][c] when affine_per_sample (group norm only); absent: 1. Any DType
+//   bias      like scale; absent: 0. Its dtype may differ from scale's
+//   residual  extent and layout of x; any DType (float64 only with float64 x)
+//   mask      true counts for the statistics; outputs are computed everywhere
 // All arithmetic is done in compute_type(x.dtype); there is one rounding, when y is stored.
 #pragma once
 
@@ -31,8 +31,7 @@ struct NormInput {
 //   x         extent, layout and dtype of x
 //   scale     shape of scale; any DType
 //   bias      shape of bias; any DType
-//   residual  extent and layout of x, any DType; may be asked for only with an activation (without
-//   one it is grad_y)
+//   residual  extent and layout of x, any DType; only with an activation (without one it is grad_y)
 struct NormGradients {
   MutableTensor x;
   MutableTensor scale;

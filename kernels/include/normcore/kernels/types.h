@@ -1,7 +1,7 @@
 // Plain descriptions of tensors that cross the border between the torch layer and the kernels.
 // Every tensor is dense; its element order is one of two layouts over an Extent {n, c, s}:
-//   kNCS: x[n][c][s]   channels outside, positions contiguous (NCHW, or any axis that is not the
-//   last one) kNSC: x[n][s][c]   channels contiguous (NHWC, channels_last, rows x features)
+//   kNCS  x[n][c][s]: channels outside, positions contiguous (NCHW, any axis but the last)
+//   kNSC  x[n][s][c]: channels contiguous (NHWC, channels_last, rows x features)
 // Any extent may be 0 (then nothing is read or written). Pointers need only the alignment of their
 // element. Nothing here owns memory.
 #pragma once
