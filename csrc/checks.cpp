@@ -318,7 +318,7 @@ CheckedNorm<Int> Check<Int>::group_norm(const Operands& operands, std::int64_t n
                       eps, activation, dtype);
   TORCH_CHECK_VALUE(num_groups > 0, kGroupNorm, ": expected num_groups to be positive, got ",
                     num_groups);
-  TORCH_CHECK_VALUE(norm.channels % num_groups == 0, kGroupNorm,
+  TORCH_CHECK_VALUE(equal(Int(norm.channels % Int(num_groups)), Int(0)), kGroupNorm,
                     ": expected num_groups to divide the number of channels (", norm.channels,
                     "), got ", num_groups);
   norm.num_groups = num_groups;
