@@ -44,16 +44,17 @@ inline double activate_derivative(Activation activation, double z) {
     case Activation::kReLU:
       return z <= 0.0 ? 0.0 : 1.0;
     case Activation::kSiLU: {
-      const double sigmoid = 1.0 / (1.0 + std::exp(-z));
-      return sigmoid * (1.0 + z * (1.0 - sigmoid));
+      const double sigmoid = 1.0 / (1.0 + std::exp(-z)), complement = 1.0 / (1.0 + std::exp(z));
+      return sigmoid * (1.0 + z * complement);
     }
     case Activation::kGelu:
       return 0.5 * std::erfc(-z * kSqrtHalf) + z * kInvSqrtTwoPi * std::exp(-0.5 * z * z);
     case Activation::kGeluTanh: {
       const double u = kSqrtTwoOverPi * (z + kGeluTanhCubic * z * z * z);
       const double du = kSqrtTwoOverPi * (1.0 + 3.0 * kGeluTanhCubic * z * z);
-      const double sigmoid = 1.0 / (1.0 + std::exp(-2.0 * u));
-      return sigmoid + z * sigmoid * (1.0 - sigmoid) * 2.0 * du;
+      const double sigmoid = 1.0 / (1.0 + std::exp(-2.0 * u)),
+                   complement = 1.0 / (1.0 + std::exp(2.0 * u));
+      return sigmoid + z * sigmoid * complement * 2.0 * du;
     }
   }
   return 1.0;
