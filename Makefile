@@ -55,11 +55,14 @@ install: $(installed) ## the library, in the environment's Python
 .PHONY: demo
 demo: $(installed) ## train on real data in Python, evaluate the exported model in C++
 	@mkdir -p $(demo)
-	python examples/train_digits.py --output $(demo)
+	python examples/train_digits.py --output $(demo) --at-least 0.97
 	cmake -S examples/cpp_app -B $(demo)/cpp_app -DCMAKE_BUILD_TYPE=Release --log-level=WARNING \
 	  -DCMAKE_PREFIX_PATH="$$(python -m normcore --cmake-prefix)"
 	cmake --build $(demo)/cpp_app
-	$(demo)/cpp_app/evaluate_digits $(demo)/digits_model.pt $(demo)/digits_test.pt
+	set -o pipefail; $(demo)/cpp_app/evaluate_digits $(demo)/digits_model.pt $(demo)/digits_test.pt \
+	  | tee $(demo)/cpp_accuracy.txt
+	grep --quiet --fixed-strings ": $$(cat $(demo)/accuracy.txt)" $(demo)/cpp_accuracy.txt || \
+	  { echo "the accuracy in C++ is not that in Python" >&2; exit 1; }
 
 .PHONY: test
 test: $(installed) ## C++ tests, then Python tests of the installed package from outside the source tree
@@ -93,7 +96,7 @@ format: $(environment) ## what `make lint` would complain about, as far as tools
 # For other machines than this one: auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*'.
 .PHONY: wheel
 wheel: $(installed) ## the wheel for this Python and torch, in dist/
-	rm -rf build/lib* build/bdist*
+	rm -rf build/lib* build/bdist* dist
 	NORMCORE_BUILD_DIR=$(build) python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 .PHONY: clean

@@ -4,7 +4,9 @@
 # torch, which fit that torch and its Python.
 include(FetchContent)
 
-set(CMAKE_POLICY_DEFAULT_CMP0077 NEW) # option() inside the fetched projects honours the variables set here
+# The fetched projects' option() and set(... CACHE) honour the variables set here.
+set(CMAKE_POLICY_DEFAULT_CMP0077 NEW)
+set(CMAKE_POLICY_DEFAULT_CMP0126 NEW)
 
 # Fetched: a static library that stays hidden inside libnormcore.
 set(HWY_ENABLE_CONTRIB OFF)

@@ -109,7 +109,8 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                   double eps, at::IntArrayRef axis, const OptionalTensor& mask,
                   OptionalString activation, const OptionalTensor& residual, bool unbiased,
                   const OptionalTensor& num_batches_tracked, OptionalDType dtype) {
-  const auto x = promote_input(input, weight, bias, residual, dtype);
+  const auto x =
+      promote_input(input, {&weight, &bias, &residual, &running_mean, &running_var}, dtype);
   const auto y_dtype = dtype.value_or(input.scalar_type());
   if (training) {
     return std::get<0>(op::batch_norm_train().call(x, weight, bias, residual, mask, running_mean,

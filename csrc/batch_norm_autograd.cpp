@@ -93,8 +93,8 @@ Gradients batch_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_outpu
     const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
     const auto norm = Check<c10::SymInt>::batch_norm_backward(
         grad_output, operands, mean, rstd, axis, batch_statistics, eps, activation);
-    const auto constants = batch_statistics ? ConstantStatistics{} : ConstantStatistics{mean, rstd};
-    return norm_backward_formula(grad_output, operands, norm, constants, output_mask);
+    return norm_backward_formula(grad_output, operands, norm, {mean, rstd, !batch_statistics},
+                                 output_mask);
   }
   const at::AutoDispatchBelowAutograd guard;
   return op::batch_norm_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, input,

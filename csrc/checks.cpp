@@ -238,6 +238,7 @@ CheckedNorm<Int> check_batch_norm(const Operands& operands, at::IntArrayRef axis
 template <class Int>
 void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& input) {
   check_vector(op, "grad_output", grad_output, input, sizes_of<Int>(input));
+  check_not_wider(op, "grad_output", grad_output.scalar_type(), input);
 }
 
 template <class Int>
@@ -350,13 +351,12 @@ void check_no_grad(const char* op, const OptionalTensor& running_mean,
       ": expected running statistics that do not require grad");
 }
 
-Tensor promote_input(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                     const OptionalTensor& residual, OptionalDType dtype) {
-  const auto is_double = [](const OptionalTensor& t) {
-    return has(t) && t->scalar_type() == at::kDouble;
-  };
+Tensor promote_input(const Tensor& input, std::initializer_list<const OptionalTensor*> others,
+                     OptionalDType dtype) {
   const bool wanted =
-      dtype == at::kDouble || is_double(weight) || is_double(bias) || is_double(residual);
+      dtype == at::kDouble || std::any_of(others.begin(), others.end(), [](const auto* t) {
+        return has(*t) && (*t)->scalar_type() == at::kDouble;
+      });
   return wanted && is_supported(input.scalar_type()) ? input.to(at::kDouble) : input;
 }
 

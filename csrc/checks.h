@@ -9,6 +9,7 @@
 #include <normcore/kernels/activation.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 
 #include "dispatch.h"
@@ -87,8 +88,8 @@ void check_no_grad(const char* op, const OptionalTensor& running_mean,
 
 // The input of a public operator: in float64 if any of the others is, so that nothing is computed
 // in less than it has.
-Tensor promote_input(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-                     const OptionalTensor& residual, OptionalDType dtype);
+Tensor promote_input(const Tensor& input, std::initializer_list<const OptionalTensor*> others,
+                     OptionalDType dtype);
 
 kernels::Activation parse_activation(const char* op, OptionalString name);
 OptionalString activation_name(kernels::Activation activation);

@@ -3,10 +3,13 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/nan_to_num.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
+
+#include <cmath>
 
 namespace normcore {
 namespace {
@@ -35,7 +38,9 @@ class SliceView {
         {norm_.affine_per_sample ? sizes_[0] : c10::SymInt(1), sizes_[1], sizes_[2], 1});
   }
 
-  Tensor of_statistic(const Tensor& t) const { return t.reshape_symint({1, sizes_[1], 1, 1}); }
+  Tensor of_statistic(const Tensor& t) const {
+    return t.reshape_symint({sizes_[0], sizes_[1], 1, 1});
+  }
 
   Tensor to_elements(const Tensor& t) const {
     return t.reshape_symint(permuted_).permute(inverse_);
@@ -76,8 +81,7 @@ Tensor sum_over_slices(const Tensor& t) { return t.sum({2, 3}, /*keepdim=*/true)
 }  // namespace
 
 Gradients norm_backward_formula(const Tensor& grad_output, const Operands& operands,
-                                const CheckedNorm<c10::SymInt>& norm,
-                                const ConstantStatistics& constants,
+                                const CheckedNorm<c10::SymInt>& norm, const SavedStatistics& saved,
                                 const OutputMask& output_mask) {
   const auto& [input, weight, bias, residual, mask_of_user] = operands;
   const auto dtype = compute_dtype(input.scalar_type());
@@ -99,21 +103,32 @@ Gradients norm_backward_formula(const Tensor& grad_output, const Operands& opera
   }
 
   // share: weight of each element in the statistics, 1 / count.
-  Tensor centred, rstd, share;
-  if (constants.mean.defined()) {
-    centred = x - view.of_statistic(constants.mean.to(dtype));
-    rstd = view.of_statistic(constants.rstd);
-  } else if (mask.defined()) {
+  // invalid: gradients that come in where a slice has no valid value, and its output is NaN.
+  Tensor centred, rstd, share, invalid;
+  if (saved.are_constants) {
+    centred = x - view.of_statistic(saved.mean.to(dtype));
+    rstd = view.of_statistic(saved.rstd);
+  } else {
+    // A constant near the mean is taken off first: a large mean costs no digits of what follows.
+    x = x - view.of_statistic(at::nan_to_num(saved.mean.detach(), 0.0, 0.0, 0.0).to(dtype));
+  }
+  if (!saved.are_constants && mask.defined()) {
     share = mask.to(dtype);
-    share = share / sum_over_slices(share);
+    const auto count = sum_over_slices(share);
+    share = share / count.clamp_min(1);  // a slice without a valid value: all of its shares are 0
     const auto valid = at::where(mask, x, at::zeros_like(x));
     centred = x - sum_over_slices(valid * share);
     const auto valid_centred = at::where(mask, centred, at::zeros_like(x));
-    rstd = (sum_over_slices(valid_centred * valid_centred * share) + norm.eps).rsqrt();
-  } else {
+    const auto var = sum_over_slices(valid_centred * valid_centred * share);
+    rstd = at::where(count > 0, (var + norm.eps).rsqrt(), at::zeros_like(var));
+    invalid = (count == 0) & (grad_y != 0);
+  } else if (!saved.are_constants) {
     centred = x - mean_over_slices(x);
     rstd = (mean_over_slices(centred * centred) + norm.eps).rsqrt();
   }
+  const auto poison = [&](const Tensor& t) {
+    return invalid.defined() ? at::where(invalid, std::nan(""), t) : t;
+  };
   const auto xhat = centred * rstd;
   const auto scale = has(weight) ? view.of_parameter(weight->to(dtype)) : Tensor();
 
@@ -122,7 +137,7 @@ Gradients norm_backward_formula(const Tensor& grad_output, const Operands& opera
     auto z = scale.defined() ? xhat * scale : xhat;
     if (has(bias)) z = z + view.of_parameter(bias->to(dtype));
     if (added.defined()) z = z + added;
-    grad = activation_backward(grad_y, z, norm.activation);
+    grad = poison(activation_backward(grad_y, z, norm.activation));
   }
 
   Gradients result;
@@ -132,13 +147,13 @@ Gradients norm_backward_formula(const Tensor& grad_output, const Operands& opera
     auto grad_x = h;
     if (share.defined()) {
       grad_x = h - share * (sum_over_slices(h) + xhat * sum_over_slices(h * xhat));
-    } else if (!constants.mean.defined()) {
+    } else if (!saved.are_constants) {
       grad_x = h - mean_over_slices(h) - xhat * mean_over_slices(h * xhat);
     }
-    grad_input = view.to_elements(grad_x * rstd).to(input.scalar_type());
+    grad_input = view.to_elements(poison(grad_x * rstd)).to(input.scalar_type());
   }
   if (output_mask[1] && has(weight)) {
-    grad_weight = view.sum_to_parameter(grad * xhat, *weight).to(weight->scalar_type());
+    grad_weight = view.sum_to_parameter(poison(grad * xhat), *weight).to(weight->scalar_type());
   }
   if (output_mask[2] && has(bias)) {
     grad_bias = view.sum_to_parameter(grad, *bias).to(bias->scalar_type());

@@ -8,15 +8,16 @@
 
 namespace normcore {
 
-// Running statistics: constants of the derivative. Undefined tensors stand for the statistics of
-// the input, which are computed from it again, so that they are differentiated as well.
-struct ConstantStatistics {
-  Tensor mean;
-  Tensor rstd;
+// Statistics as the forward pass saved them. Those of the input are computed from it again, so that
+// they are differentiated as well; running statistics are constants.
+struct SavedStatistics {
+  const Tensor& mean;
+  const Tensor& rstd;
+  bool are_constants = false;
 };
 
 Gradients norm_backward_formula(const Tensor& grad_output, const Operands& operands,
-                                const CheckedNorm<c10::SymInt>& norm,
-                                const ConstantStatistics& constants, const OutputMask& output_mask);
+                                const CheckedNorm<c10::SymInt>& norm, const SavedStatistics& saved,
+                                const OutputMask& output_mask);
 
 }  // namespace normcore

@@ -71,8 +71,8 @@ Tensor group_norm(const Tensor& input, std::int64_t num_groups, const OptionalTe
                   at::OptionalIntArrayRef reduction_axes, const OptionalTensor& mask,
                   OptionalString activation, const OptionalTensor& residual, OptionalDType dtype) {
   return std::get<0>(op::group_norm_forward().call(
-      promote_input(input, weight, bias, residual, dtype), weight, bias, residual, mask, num_groups,
-      axis, reduction_axes, eps, activation, dtype.value_or(input.scalar_type())));
+      promote_input(input, {&weight, &bias, &residual}, dtype), weight, bias, residual, mask,
+      num_groups, axis, reduction_axes, eps, activation, dtype.value_or(input.scalar_type())));
 }
 
 }  // namespace

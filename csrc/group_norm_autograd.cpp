@@ -74,7 +74,7 @@ Gradients group_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_outpu
     const Operands operands{input, weight, bias, residual, mask};
     const auto norm = Check<c10::SymInt>::group_norm_backward(
         grad_output, operands, mean, rstd, num_groups, axis, reduction_axes, eps, activation);
-    return norm_backward_formula(grad_output, operands, norm, ConstantStatistics{}, output_mask);
+    return norm_backward_formula(grad_output, operands, norm, {mean, rstd}, output_mask);
   }
   const at::AutoDispatchBelowAutograd guard;
   return op::group_norm_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, input,

@@ -2,6 +2,7 @@
 
 #include <ATen/Functions.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <functional>
@@ -18,19 +19,34 @@ constexpr std::int64_t kDefaultNumGroups = 32;
 // The name under which torch.distributed registers the default process group.
 constexpr const char* kDefaultGroup = "0";
 
-std::int64_t num_ranks(const std::string& group) {
+// The process group of that name; null if there is none.
+c10::intrusive_ptr<c10d::ProcessGroup> find_group(const std::string& name) {
+#if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 15)
+  if (!c10d::is_process_group_registered(name)) return {};
+  return c10d::resolve_process_group(name);
+#else  // no query without an exception
   try {
-    return c10d::resolve_process_group(group)->getSize();
-  } catch (const c10::Error&) {  // no such group; torch has no query for that before 2.15
-    return 1;
+    return c10d::resolve_process_group(name);
+  } catch (const c10::Error&) {
+    return {};
   }
+#endif
 }
 
+// c10d cannot list its groups. Those of torch.distributed never exist without the default one.
 void require_single_rank(const char* module, const std::optional<std::string>& axis_name) {
   if (!axis_name) return;
-  const auto size = std::max(num_ranks(*axis_name), num_ranks(kDefaultGroup));
+  auto group = find_group(*axis_name);
+  if (!group) {
+    group = find_group(kDefaultGroup);
+    if (!group) return;
+    TORCH_CHECK_VALUE(*axis_name == "world", module,
+                      ": expected axis_name to be 'world' or the name of a process group, got '",
+                      *axis_name, "'");
+  }
   TORCH_CHECK_NOT_IMPLEMENTED(
-      size == 1, module, ": expected axis_name to span one rank, got ", size,
+      group->getSize() == 1, module, ": expected axis_name to span one rank, got ",
+      group->getSize(),
       ": statistics are not combined between ranks; without it, each rank takes its own");
 }
 
@@ -95,23 +111,46 @@ NormImpl<Derived, Options>::NormImpl(Options options) : options(std::move(option
 template <class Derived, class Options>
 void NormImpl<Derived, Options>::create() {
   if (options.num_features()) {
-    create(options.num_features()->vec(), options.device().value_or(at::kCPU));
+    create(options.num_features()->vec(), options.device().value_or(at::kCPU), [] {});
   }
 }
 
+// Nothing can be unregistered again, so that has to wait until `use`, the first use, has succeeded.
 template <class Derived, class Options>
-void NormImpl<Derived, Options>::create(std::vector<std::int64_t> features, c10::Device device) {
+template <class Use>
+void NormImpl<Derived, Options>::create(std::vector<std::int64_t> features, c10::Device device,
+                                        const Use& use) {
   check_features(features);
-  options.num_features(std::move(features));
-  options.device(device);
+  const auto given_features = options.num_features();
+  const auto given_device = options.device();
+  const auto state = this->state();
+  try {
+    options.num_features(std::move(features));
+    options.device(device);
+    const auto values = initial_values(state);
+    for (std::size_t i = 0; i < state.size(); ++i) state[i].tensor = values[i];
+    use();
+    assign(state, values);
+  } catch (...) {
+    for (const auto& entry : state) entry.tensor.reset();
+    options.num_features(given_features);
+    options.device(given_device);
+    throw;
+  }
   initialized_ = true;
-  reset();
+}
+
+template <class Derived, class Options>
+template <class Use>
+void NormImpl<Derived, Options>::init(const at::Tensor& x, const Use& use) {
+  if (initialized_) return use();
+  create(feature_sizes(Derived::kName, x, options.axis()), options.device().value_or(x.device()),
+         use);
 }
 
 template <class Derived, class Options>
 void NormImpl<Derived, Options>::init(const at::Tensor& x) {
-  if (initialized_) return;
-  create(feature_sizes(Derived::kName, x, options.axis()), options.device().value_or(x.device()));
+  init(x, [] {});
 }
 
 template <class Derived, class Options>
@@ -138,26 +177,52 @@ auto NormImpl<Derived, Options>::state() -> std::vector<State> {
   return state;
 }
 
+// Initialized tensors for all state, which are not part of the module yet.
+template <class Derived, class Options>
+std::vector<at::Tensor> NormImpl<Derived, Options>::initial_values(
+    const std::vector<State>& state) const {
+  at::NoGradGuard no_grad;
+  std::vector<at::Tensor> values;
+  for (const auto& [name, tensor, is_parameter, initialize] : state) {
+    const auto dtype = is_parameter ? options.param_dtype() : statistics_dtype_;
+    auto value = tensor.defined() ? tensor.detach().clone()
+                                  : at::empty(*options.num_features(),
+                                              at::device(*options.device()).dtype(dtype));
+    if (is_parameter) {
+      value.set_requires_grad(tensor.defined() ? tensor.requires_grad() : !required_grad_);
+    }
+    initialize(value);
+    values.push_back(std::move(value));
+  }
+  return values;
+}
+
+// Copies the values into the state that is registered, and registers them where none is.
+template <class Derived, class Options>
+void NormImpl<Derived, Options>::assign(const std::vector<State>& state,
+                                        const std::vector<at::Tensor>& values) {
+  at::NoGradGuard no_grad;
+  const auto parameters = this->named_parameters(/*recurse=*/false);
+  const auto buffers = this->named_buffers(/*recurse=*/false);
+  for (std::size_t i = 0; i < state.size(); ++i) {
+    const auto& [name, tensor, is_parameter, initialize] = state[i];
+    if ((is_parameter ? parameters : buffers).contains(name)) {
+      tensor.copy_(values[i]);
+    } else if (is_parameter) {
+      tensor = this->register_parameter(name, values[i], values[i].requires_grad());
+    } else {
+      tensor = this->register_buffer(name, values[i]);
+    }
+  }
+}
+
 // Also called on a copy that clone() is making: its members still are those of the original, but
 // nothing is registered. Then the new tensors take their dtype, device and requires_grad.
 template <class Derived, class Options>
 void NormImpl<Derived, Options>::reset() {
   if (!initialized_) return;
-  at::NoGradGuard no_grad;
-  for (auto& [name, tensor, is_parameter, initialize] : state()) {
-    const auto registered = is_parameter ? this->named_parameters(/*recurse=*/false)
-                                         : this->named_buffers(/*recurse=*/false);
-    if (!registered.contains(name)) {
-      const auto dtype = is_parameter ? options.param_dtype() : statistics_dtype_;
-      const auto value = tensor.defined() ? at::empty_like(tensor)
-                                          : at::empty(*options.num_features(),
-                                                      at::device(*options.device()).dtype(dtype));
-      const bool requires_grad = tensor.defined() ? tensor.requires_grad() : !required_grad_;
-      tensor = is_parameter ? this->register_parameter(name, value, requires_grad)
-                            : this->register_buffer(name, value);
-    }
-    initialize(tensor);
-  }
+  const auto state = this->state();
+  assign(state, initial_values(state));
 }
 
 template <class Derived, class Options>
@@ -196,9 +261,12 @@ void NormImpl<Derived, Options>::load(torch::serialize::InputArchive& archive) {
     TORCH_CHECK_VALUE(values[i].sizes() == shape, Derived::kName, ": expected ", state[i].name,
                       " to have shape ", shape, ", got ", values[i].sizes());
   }
-  if (!initialized_) create(shape.vec(), options.device().value_or(values.front().device()));
-  at::NoGradGuard no_grad;
-  for (std::size_t i = 0; i < state.size(); ++i) state[i].tensor.copy_(values[i]);
+  const auto copy = [&] {
+    at::NoGradGuard no_grad;
+    for (std::size_t i = 0; i < state.size(); ++i) state[i].tensor.copy_(values[i]);
+  };
+  if (initialized_) return copy();
+  create(shape.vec(), options.device().value_or(values.front().device()), copy);
 }
 
 template <class Derived, class Options>
@@ -300,20 +368,23 @@ void BatchNormImpl::print_options(std::ostream& stream) const {
 
 at::Tensor BatchNormImpl::forward(const at::Tensor& x, std::optional<bool> use_running_average,
                                   const at::Tensor& mask, const at::Tensor& residual) {
-  init(x);
-  const bool batch = use_running_average ? !*use_running_average : is_training() && !is_frozen();
-  if (batch) require_single_rank(kName, options.axis_name());
-  return normcore::batch_norm(floating_point(x), mean, var, scale, bias,
-                              BatchNormFuncOptions()
-                                  .training(batch)
-                                  .momentum(1.0 - options.momentum())
-                                  .eps(options.epsilon())
-                                  .axis(options.axis())
-                                  .mask(mask)
-                                  .activation(options.activation())
-                                  .residual(residual)
-                                  .unbiased(false)
-                                  .dtype(result_dtype(x)));
+  at::Tensor y;
+  init(x, [&] {
+    const bool batch = use_running_average ? !*use_running_average : is_training() && !is_frozen();
+    if (batch) require_single_rank(kName, options.axis_name());
+    y = normcore::batch_norm(floating_point(x), mean, var, scale, bias,
+                             BatchNormFuncOptions()
+                                 .training(batch)
+                                 .momentum(1.0 - options.momentum())
+                                 .eps(options.epsilon())
+                                 .axis(options.axis())
+                                 .mask(mask)
+                                 .activation(options.activation())
+                                 .residual(residual)
+                                 .unbiased(false)
+                                 .dtype(result_dtype(x)));
+  });
+  return y;
 }
 
 GroupNormImpl::GroupNormImpl(GroupNormOptions options) : NormImpl(std::move(options)) {
@@ -349,26 +420,29 @@ void GroupNormImpl::print_options(std::ostream& stream) const {
 
 at::Tensor GroupNormImpl::forward(const at::Tensor& x, const at::Tensor& mask,
                                   const at::Tensor& residual) {
-  init(x);
-  require_single_rank(kName, options.axis_name());
-  const auto channels = product(*options.num_features());
-  if (!scale.defined() &&
-      !bias.defined()) {  // no other argument of the operator tells their number
-    const auto given = product(feature_sizes(kName, x, options.axis()));
-    TORCH_CHECK_VALUE(given == channels, kName, ": expected ", channels, " features on axis ",
-                      at::IntArrayRef(options.axis()), ", got ", given);
-  }
-  const auto num_groups = options.group_size() ? channels / *options.group_size()
-                                               : options.num_groups().value_or(kDefaultNumGroups);
-  return normcore::group_norm(floating_point(x), num_groups, scale, bias,
-                              GroupNormFuncOptions()
-                                  .eps(options.epsilon())
-                                  .axis(options.axis())
-                                  .reduction_axes(options.reduction_axes())
-                                  .mask(mask)
-                                  .activation(options.activation())
-                                  .residual(residual)
-                                  .dtype(result_dtype(x)));
+  at::Tensor y;
+  init(x, [&] {
+    require_single_rank(kName, options.axis_name());
+    const auto channels = product(*options.num_features());
+    if (!scale.defined() &&
+        !bias.defined()) {  // no other argument of the operator tells their number
+      const auto given = product(feature_sizes(kName, x, options.axis()));
+      TORCH_CHECK_VALUE(given == channels, kName, ": expected ", channels, " features on axis ",
+                        at::IntArrayRef(options.axis()), ", got ", given);
+    }
+    const auto num_groups = options.group_size() ? channels / *options.group_size()
+                                                 : options.num_groups().value_or(kDefaultNumGroups);
+    y = normcore::group_norm(floating_point(x), num_groups, scale, bias,
+                             GroupNormFuncOptions()
+                                 .eps(options.epsilon())
+                                 .axis(options.axis())
+                                 .reduction_axes(options.reduction_axes())
+                                 .mask(mask)
+                                 .activation(options.activation())
+                                 .residual(residual)
+                                 .dtype(result_dtype(x)));
+  });
+  return y;
 }
 
 }  // namespace normcore

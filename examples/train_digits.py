@@ -4,6 +4,7 @@ Once with the norms of normcore and once with those of torch.nn, from the same i
 Prints both accuracies on held-out digits and both training times, and writes to --output:
 
     losses.png        training loss of both networks
+    accuracy.txt      accuracy of the network with normcore's norms, to be met in C++
     digits_model.pt   the network with normcore's norms in evaluation mode, as TorchScript
     digits_test.pt    the held-out digits as a TorchScript module with the buffers `images`
                       (float32 [N, 1, 8, 8]) and `labels` (int64 [N]), for the C++ application
@@ -157,11 +158,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument(
-        "--output", "--out", type=Path, default=Path("build/demo"), help="output directory"
-    )
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="output directory")
     parser.add_argument(
         "--threads", type=int, default=1, help="more do not pay for a network this small"
+    )
+    parser.add_argument(
+        "--at-least", type=float, default=0.0, help="fail if an accuracy is lower than this"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -189,8 +191,12 @@ def main() -> None:
     plot_losses(runs, arguments.output / "losses.png")
     write_torchscript(networks["normcore"], digits, arguments.output)
     print(f"wrote losses.png, digits_model.pt and digits_test.pt to {arguments.output}")
-    for name in networks:
-        print(f"{name} accuracy: {correct[name] / HELD_OUT:.4f} ({correct[name]}/{HELD_OUT})")
+    accuracies = {name: f"{n / HELD_OUT:.4f} ({n}/{HELD_OUT})" for name, n in correct.items()}
+    (arguments.output / "accuracy.txt").write_text(accuracies["normcore"] + "\n")
+    for name, accuracy in accuracies.items():
+        print(f"{name} accuracy: {accuracy}")
+    if min(correct.values()) < arguments.at_least * HELD_OUT:
+        raise SystemExit(f"error: an accuracy is below {arguments.at_least}")
 
 
 if __name__ == "__main__":

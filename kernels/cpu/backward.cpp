@@ -149,6 +149,8 @@ std::int64_t count_ones(const std::uint8_t* mask, std::int64_t size) {
 template <class A>
 class PlanesBackward {
  public:
+  static constexpr bool kPrepares = true;
+
   PlanesBackward(const Gradients<A>& gradients, const Primitives<A>& simd, const Problem& problem)
       : gradients_(gradients), simd_(simd), geometry_(problem) {}
 
@@ -247,6 +249,8 @@ class PlanesBackward {
 template <class A>
 class RowsBackward {
  public:
+  static constexpr bool kPrepares = true;
+
   RowsBackward(const Gradients<A>& gradients, const Primitives<A>& simd, const Problem& problem)
       : gradients_(gradients), simd_(simd), geometry_(problem) {}
 

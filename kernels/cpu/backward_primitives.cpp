@@ -66,11 +66,11 @@ struct ColumnSource {
   }
 };
 
-// g, x - center and the mask of one unit.
+// g, x - center, the mask of one unit, and what is not a masked-out value whose grad_y is 0.
 template <class A>
 struct Gradient {
   Pair<A> g, centered;
-  PairMask<A> counts;
+  PairMask<A> counts, used;
 };
 
 template <class A>
@@ -92,18 +92,18 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, A>& in,
   out.g = load_any<A>(u, in.grad_y);
   const auto every = hn::Eq(hn::Zero(d), hn::Zero(d));
   out.counts = {every, every};
-  PairMask<A> keep = {every, every};
+  out.used = {every, every};
   if (in.mask != nullptr) {
     if (!in.mask_is_one_value) {
       out.counts = u.load_mask(in.mask);
     } else if (*in.mask == 0) {
       out.counts = {hn::Not(every), hn::Not(every)};
     }
-    keep = {hn::Or(out.counts.lo, hn::Ne(out.g.lo, hn::Zero(d))),
-            hn::Or(out.counts.hi, hn::Ne(out.g.hi, hn::Zero(d)))};
+    out.used = {hn::Or(out.counts.lo, hn::Ne(out.g.lo, hn::Zero(d))),
+                hn::Or(out.counts.hi, hn::Ne(out.g.hi, hn::Zero(d)))};
   }
-  out.centered = {subtract_or_zero<A>(keep.lo, x.lo, center.lo),
-                  subtract_or_zero<A>(keep.hi, x.hi, center.hi)};
+  out.centered = {subtract_or_zero<A>(out.used.lo, x.lo, center.lo),
+                  subtract_or_zero<A>(out.used.hi, x.hi, center.hi)};
   if (in.activation != Activation::kNone) {
     const auto scale = source.get(u, source.c.scale), shift = source.get(u, source.c.shift);
     Pair<A> z = {hn::MulAdd(out.centered.lo, scale.lo, shift.lo),
@@ -112,9 +112,9 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, A>& in,
       const auto r = load_any<A>(u, in.residual);
       z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)};
     }
-    out.g = {hn::IfThenElseZero(keep.lo,
+    out.g = {hn::IfThenElseZero(out.used.lo,
                                 hn::Mul(out.g.lo, activation_derivative<A>(in.activation, z.lo))),
-             hn::IfThenElseZero(keep.hi,
+             hn::IfThenElseZero(out.used.hi,
                                 hn::Mul(out.g.hi, activation_derivative<A>(in.activation, z.hi)))};
   }
   return out;
@@ -249,6 +249,9 @@ HWY_INLINE void gradient_of_run(const GradientArgs<A>& args, const Operands<T, A
                      hn::IfThenElseZero(v.counts.hi, through.hi)};
         }
         dx = {hn::MulAdd(v.g.lo, scale.lo, through.lo), hn::MulAdd(v.g.hi, scale.hi, through.hi)};
+        if constexpr (kEpilogue == Epilogue::kGeneral) {  // scale is NaN where no value counts
+          dx = {hn::IfThenElseZero(v.used.lo, dx.lo), hn::IfThenElseZero(v.used.hi, dx.hi)};
+        }
       }
       u.store(dx, static_cast<T*>(grad_x.data));
     }

@@ -27,13 +27,13 @@ struct ForwardCall {
 template <class A, class Statistics>
 class PlanesForward {
  public:
+  static constexpr bool kPrepares = false;
+
   PlanesForward(const ForwardCall<A, Statistics>& call, const Problem& problem)
       : call_(call), geometry_(problem) {}
 
   std::int64_t pieces(std::int64_t tile) const { return geometry_.pieces(tile); }
   std::int64_t chunk_grain() const { return 2; }
-
-  void prepare(std::int64_t, char*) const {}
 
   void reduce(std::int64_t tile, std::int64_t index, char*, void* partial) const {
     const RunChunk chunk = geometry_.chunk(tile, index);
@@ -88,6 +88,8 @@ class PlanesForward {
 template <class A, class Statistics>
 class RowsForward {
  public:
+  static constexpr bool kPrepares = false;
+
   RowsForward(const ForwardCall<A, Statistics>& call, const Problem& problem)
       : call_(call),
         geometry_(problem),
@@ -95,8 +97,6 @@ class RowsForward {
 
   std::int64_t pieces(std::int64_t) const { return geometry_.chunks(); }
   std::int64_t chunk_grain() const { return 1; }
-
-  void prepare(std::int64_t, char*) const {}
 
   void reduce(std::int64_t tile, std::int64_t index, char*, void* partial) const {
     const RowChunk chunk = geometry_.chunk(index);
@@ -172,7 +172,7 @@ class RowsForward {
       const double weight = added / std::max(count, 1.0);
       const double delta = part.mean[at + i] - total.mean[i];
       total.mean[i] += delta * weight;
-      total.m2[i] += part.m2[at + i] + delta * delta * (total.count[i] * weight);
+      total.m2[i] += part.m2[at + i] + delta * weight * (delta * total.count[i]);
       total.count[i] = count;
     }
   }

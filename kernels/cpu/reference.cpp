@@ -196,7 +196,9 @@ class Backward {
         const double xhat = (input_.x(n, c, s) - mean) * rstd;
         grad_xhat -= static_cast<double>((h_sum + xhat * hx_sum) / count);
       }
-      if (grad_.x) store(grad_.x, input_.index(n, c, s), rstd * grad_xhat);
+      // Where no gradient comes in, none goes out: not even 0 * NaN of a slice without valid values.
+      const bool unused = batch_statistics && !counts && grad_z == 0.0;
+      if (grad_.x) store(grad_.x, input_.index(n, c, s), unused ? 0.0 : rstd * grad_xhat);
       if (grad_.residual) store(grad_.residual, input_.index(n, c, s), grad_z);
     });
   }

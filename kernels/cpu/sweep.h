@@ -1,5 +1,5 @@
 // The order in which a norm is computed, for any layout and pass. A driver offers, for each tile,
-//   prepare(tile, state)                 coefficients that the reduction needs
+//   prepare(tile, state)                 coefficients that the reduction needs, if kPrepares
 //   reduce(tile, chunk, state, partial)  one leaf of the reduction tree
 //   finish(tile, state, partials)        merges the leaves in order, stores statistics, completes
 //                                        the coefficients
@@ -49,7 +49,7 @@ void run_tiles(const Driver& driver, const Problem& problem, const CpuPlan& plan
         const std::int64_t first = task * groups / plan.tasks * group;
         const std::int64_t last = std::min((task + 1) * groups / plan.tasks * group, plan.tiles);
         for (std::int64_t tile = first; tile < last; ++tile) {
-          driver.prepare(tile, own);
+          if constexpr (Driver::kPrepares) driver.prepare(tile, own);
           for (std::int64_t k = 0; k < chunks; ++k) driver.reduce(tile, k, own, partials(task)[k]);
           driver.finish(tile, own, partials(task));
           // backwards: the end of the tile is what the cache still holds
@@ -60,9 +60,11 @@ void run_tiles(const Driver& driver, const Problem& problem, const CpuPlan& plan
     return;
   }
 
-  executor.parallel_for(plan.tiles, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t tile = begin; tile < end; ++tile) driver.prepare(tile, state(tile));
-  });
+  if constexpr (Driver::kPrepares) {
+    executor.parallel_for(plan.tiles, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t tile = begin; tile < end; ++tile) driver.prepare(tile, state(tile));
+    });
+  }
   executor.parallel_for(plan.tiles * chunks, driver.chunk_grain(),
                         [&](std::int64_t begin, std::int64_t end) {
                           for (std::int64_t i = begin; i < end; ++i) {

@@ -2,7 +2,9 @@
 
 # TorchScript reads the annotations of attributes, so they must not be strings here.
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,6 +13,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 Initializer = Callable[[Tensor], Any]
 NormT = TypeVar("NormT", bound="NormBase")
+
+_ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh")
 
 
 def result_type(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> torch.dtype:
@@ -23,6 +27,20 @@ def result_type(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> torch.d
     if bias is not None:
         dtype = torch.promote_types(dtype, bias.dtype)
     return dtype
+
+
+def _integers(op: str, name: str, value: Any) -> list[int]:
+    """The integers of `value`, which is one or a sequence of them."""
+    try:
+        return [operator.index(item) for item in (value if hasattr(value, "__len__") else (value,))]
+    except TypeError:
+        raise TypeError(
+            f"{op}: expected {name} to be an int or a sequence of ints, got {value!r}"
+        ) from None
+
+
+def _is_floating(dtype: Any) -> bool:
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 class _LazyTensor:
@@ -82,20 +100,39 @@ class NormBase(nn.Module):
         device: torch.device | str | int | None,
     ) -> None:
         super().__init__()
+        op = type(self).__name__
         if sync_weighting not in ("count", "rank"):
             raise ValueError(
-                f"{type(self).__name__}: expected sync_weighting to be 'count' or 'rank', "
-                f"got {sync_weighting!r}"
+                f"{op}: expected sync_weighting to be 'count' or 'rank', got {sync_weighting!r}"
             )
         if axis_index_groups is not None and axis_name is None:
             raise ValueError(
-                f"{type(self).__name__}: expected axis_name to be given with axis_index_groups, "
-                "got None"
+                f"{op}: expected axis_name to be given with axis_index_groups, got None"
             )
-        self.axis = [axis] if isinstance(axis, int) else list(axis)
+        if activation not in _ACTIVATIONS:
+            raise ValueError(
+                f"{op}: expected activation to be None, relu, silu, gelu or gelu_tanh, "
+                f"got {activation}"
+            )
+        if not (math.isfinite(epsilon) and epsilon >= 0):
+            raise ValueError(f"{op}: expected epsilon to be finite and >= 0, got {epsilon}")
+        if dtype is not None and not _is_floating(dtype):
+            raise ValueError(f"{op}: expected dtype to be None or floating point, got {dtype}")
+        if not _is_floating(param_dtype):
+            raise ValueError(f"{op}: expected param_dtype to be floating point, got {param_dtype}")
+        self.axis = _integers(op, "axis", axis)
         if not self.axis:
-            raise ValueError(f"{type(self).__name__}: expected at least one axis, got {axis}")
+            raise ValueError(f"{op}: expected at least one axis, got {axis}")
+        if len(set(self.axis)) != len(self.axis):
+            raise ValueError(f"{op}: expected axis without duplicates, got {self.axis}")
+        if num_features is not None:
+            features = _integers(op, "num_features", num_features)
+            if any(size <= 0 for size in features):
+                raise ValueError(f"{op}: expected num_features to be positive, got {num_features}")
+            num_features = tuple(features)
         self.num_features = num_features
+        self._channels = 0
+        self._op = op  # TorchScript has no type(self).__name__
         self.epsilon = epsilon
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -126,15 +163,17 @@ class NormBase(nn.Module):
         if self.initialized:
             self.reset_parameters()
 
-    def _accept_features(self, sizes: int | Sequence[int]) -> tuple[int, ...]:
+    def _accept_features(self, sizes: Any) -> tuple[int, ...]:
         """Checks the sizes of the feature axes and stores them; returns the shape of the state."""
-        shape = (sizes,) if isinstance(sizes, int) else tuple(sizes)
-        if len(shape) != len(self.axis) or any(size < 0 for size in shape):
+        shape = tuple(sizes)
+        if len(shape) != len(self.axis):
             raise ValueError(
                 f"{type(self).__name__}: expected num_features to hold one size for each axis of "
-                f"{self.axis}, got {sizes}"
+                f"{self.axis}, got {shape[0] if len(shape) == 1 else shape}"
             )
-        self._accept_channels(math.prod(shape))
+        channels = math.prod(shape)
+        self._accept_channels(channels)
+        self._channels = channels
         self.num_features = shape[0] if len(shape) == 1 else shape
         return shape
 
@@ -146,9 +185,8 @@ class NormBase(nn.Module):
         state = {**self._parameters, **self._buffers}
         return {name: tensor for name, tensor in state.items() if tensor is not None}
 
-    @torch.jit.unused
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _materialize_from(self, x: Tensor) -> None:
+    def _feature_sizes(self, x: Tensor) -> list[int]:
+        """The sizes of the feature axes of `x` in ascending order of the axes."""
         rank = x.dim()
         for axis in self.axis:
             if not -rank <= axis < rank:
@@ -161,17 +199,48 @@ class NormBase(nn.Module):
             raise ValueError(
                 f"{type(self).__name__}: expected axis without duplicates, got {self.axis}"
             )
-        self._materialize(
-            [x.shape[axis] for axis in axes], x.device if self.device is None else None
-        )
+        return [x.shape[axis] for axis in axes]
+
+    def _check_features(self, x: Tensor) -> None:
+        """Raises ValueError if `x` has not as many features as the module. TorchScript too."""
+        if torch.jit.is_tracing():  # type: ignore
+            return
+        channels = 1
+        for axis in self.axis:
+            if axis >= x.dim() or axis < -x.dim():
+                return  # the operator reports it
+            channels *= x.size(axis)
+        if channels != self._channels:
+            raise ValueError(
+                f"{self._op}: expected {self._channels} features on axis {self.axis}, "
+                f"got {channels}"
+            )
+
+    @contextmanager
+    def _lazy_if_it_raises(self) -> Iterator[None]:
+        """Makes a lazy module lazy again if the body raises."""
+        former = [(tensor, type(tensor), tensor.data) for tensor in self._state().values()]
+        try:
+            yield
+        except BaseException:
+            for tensor, kind, data in former:
+                tensor.data = data
+                tensor.__class__ = kind
+            self.num_features, self._channels, self.initialized = None, 0, False
+            raise
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _materialize_from(self, x: Tensor) -> None:
+        self._materialize(self._feature_sizes(x), x.device if self.device is None else None)
 
     def _materialize(self, sizes: Sequence[int], device: torch.device | None) -> None:
         """Gives the state its shape and initial values; `device` None keeps the one it has."""
-        shape = self._accept_features(sizes)
-        for tensor in self._state().values():
-            tensor.materialize(shape, device=device)
-        self.initialized = True
-        self.reset_parameters()
+        with self._lazy_if_it_raises():
+            shape = self._accept_features(sizes)
+            for tensor in self._state().values():
+                tensor.materialize(shape, device=device)
+            self.reset_parameters()
+            self.initialized = True
 
     def _read(self, *names: str) -> list[Any]:
         """Parameters and statistics, faster than with the __getattr__ of nn.Module."""
@@ -190,9 +259,15 @@ class NormBase(nn.Module):
                 (self.bias_init or nn.init.zeros_)(self.bias)
 
     def init(self: NormT, x: Tensor) -> NormT:
-        """Takes the number of features from `x`, if it is open yet. Updates no statistics."""
+        """Takes the number of features from `x`, if it is open yet, else checks it.
+
+        Updates no statistics.
+        """
         if not self.initialized:
             self._materialize_from(x)
+        else:
+            self._feature_sizes(x)
+            self._check_features(x)
         return self
 
     def freeze(self: NormT, mode: bool = True, *, affine: bool = True) -> NormT:
@@ -201,7 +276,9 @@ class NormBase(nn.Module):
         It survives :meth:`train`; :meth:`unfreeze` restores the former ``requires_grad``.
         """
         for name, requires_grad in self._former_requires_grad.items():
-            self._state()[name].requires_grad = requires_grad
+            parameter = self._parameters.get(name)
+            if parameter is not None:  # not set to None or parametrized meanwhile
+                parameter.requires_grad = requires_grad
         self._former_requires_grad = {}
         self.frozen = mode
         if mode and affine:
@@ -234,14 +311,27 @@ class NormBase(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if not self.initialized:
-            saved = [state_dict.get(prefix + name) for name in self._state()]
-            known = [tensor for tensor in saved if isinstance(tensor, Tensor)]
-            if known and not is_lazy(known[0]):
+            saved = [(prefix + name, state_dict.get(prefix + name)) for name in self._state()]
+            shapes = {
+                key: None if is_lazy(tensor) else tuple(tensor.shape)
+                for key, tensor in saved
+                if isinstance(tensor, Tensor)
+            }
+            first = next(iter(shapes), None)
+            shape = None if first is None else shapes[first]
+            errors = [
+                f"size mismatch for {key}: expected the shape of {first}, {shape}, got {other}"
+                for key, other in shapes.items()
+                if other != shape
+            ]
+            if shape is not None and not errors:
                 try:
-                    self._materialize(known[0].shape, None)
+                    self._materialize(shape, None)
                 except ValueError as error:
-                    error_msgs.append(f"{prefix.rstrip('.')}: {error}")
-                    return
+                    errors = [f"{prefix.rstrip('.')}: {error}"]
+            if errors:
+                error_msgs.extend(errors)
+                return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

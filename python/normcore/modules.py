@@ -79,7 +79,7 @@ class BatchNorm(NormBase):
     Raises:
         ValueError: a shape or a value does not fit; TypeError: a dtype is unsupported; IndexError:
             ``axis`` is out of range; NotImplementedError: statistics of several ranks would have
-            to be combined. A call that raises leaves the running statistics unchanged.
+            to be combined. A call that raises changes nothing; a lazy module stays lazy.
 
     Example::
 
@@ -160,7 +160,9 @@ class BatchNorm(NormBase):
             residual: tensor of the shape of `x`, added before the activation. Pass it by keyword.
         """
         if not self.initialized:
-            self._materialize_from(x)
+            y: Tensor = self._first_call(x, use_running_average, mask, residual)
+            return y
+        self._check_features(x)
         if use_running_average is None:
             batch = self.training and not self.frozen
         else:
@@ -195,6 +197,20 @@ class BatchNorm(NormBase):
             unbiased=False,
             dtype=None if dtype == x.dtype else dtype,  # None is quicker to pass
         )
+
+    @torch.jit.unused
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _first_call(
+        self,
+        x: Tensor,
+        use_running_average: bool | None,
+        mask: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        with self._lazy_if_it_raises():
+            self._materialize_from(x)
+            # Not self.forward: a subclass may override it and have called this one.
+            return BatchNorm.forward(self, x, use_running_average, mask, residual)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
         mean, var = self.mean, self.var
@@ -308,7 +324,6 @@ class GroupNorm(NormBase):
         self.num_groups = num_groups
         self.group_size = group_size
         self.reduction_axes = None if reduction_axes is None else list(reduction_axes)
-        self._channels = 0
         self._create_state(buffers=())
 
     def _accept_channels(self, channels: int) -> None:
@@ -318,7 +333,6 @@ class GroupNorm(NormBase):
                     f"GroupNorm: expected {name} to divide the number of channels ({channels}), "
                     f"got {divisor}"
                 )
-        self._channels = channels
 
     def forward(
         self,
@@ -335,7 +349,9 @@ class GroupNorm(NormBase):
             residual: tensor of the shape of `x`, added before the activation. Pass it by keyword.
         """
         if not self.initialized:
-            self._materialize_from(x)
+            y: Tensor = self._first_call(x, mask, residual)
+            return y
+        self._check_features(x)
         if self.axis_name is not None:
             if torch.jit.is_scripting():  # type: ignore[attr-defined]
                 raise NotImplementedError("GroupNorm: axis_name needs Python, not TorchScript")
@@ -345,8 +361,6 @@ class GroupNorm(NormBase):
             scale, bias = self.scale, self.bias
         else:
             scale, bias = self._read("scale", "bias")
-        if scale is None and bias is None:
-            self._check_channels(x)  # no other argument of the operator tells it their number
         dtype = self.dtype
         if dtype is None:
             dtype = result_type(x, scale, bias)
@@ -366,21 +380,25 @@ class GroupNorm(NormBase):
             dtype=None if dtype == x.dtype else dtype,  # None is quicker to pass
         )
 
+    @torch.jit.unused
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _first_call(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:
+        with self._lazy_if_it_raises():
+            self._materialize_from(x)
+            # Not self.forward: a subclass may override it and have called this one.
+            return GroupNorm.forward(self, x, mask, residual)
+
     def _num_groups(self) -> int:
         num_groups, group_size = self.num_groups, self.group_size
         if num_groups is not None:
             return num_groups
         assert group_size is not None
         return self._channels // group_size
-
-    def _check_channels(self, x: Tensor) -> None:
-        channels = 1
-        for axis in self.axis:
-            channels *= x.size(axis)
-        if channels != self._channels:
-            raise ValueError(
-                f"GroupNorm: expected {self._channels} features on axis {self.axis}, got {channels}"
-            )
 
     def extra_repr(self) -> str:
         """Options that differ from the default, for ``repr``."""

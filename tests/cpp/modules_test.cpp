@@ -5,6 +5,8 @@
 
 #include <cmath>
 #include <sstream>
+#include <stdexcept>
+#include <string>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 #include "reference.h"
@@ -210,6 +212,74 @@ TEST_F(BatchNormModule, TakesItsFeaturesFromTheFirstInput) {
   expect_error<c10::ValueError>([&] { bn->forward(at::randn({4, 6, 5})); },
                                 "to have shape [6], got [3]");
   EXPECT_TRUE(is_equal(bn->mean, mean));
+}
+
+template <class Module>
+void expect_lazy(const Module& module) {
+  EXPECT_FALSE(module->is_initialized());
+  EXPECT_FALSE(module->options.num_features() || module->options.device());
+  EXPECT_FALSE(module->scale.defined() || module->bias.defined());
+  EXPECT_TRUE(module->parameters().empty() && module->buffers().empty());
+}
+
+TEST_F(BatchNormModule, StaysLazyWhenTheFirstCallThrows) {
+  const auto x = at::randn({4, 3, 5});
+  BatchNorm bn(BatchNormOptions().axis(1));
+  EXPECT_THROW(bn->forward(x, {}, /*mask=*/at::ones({7})), c10::Error);
+  expect_lazy(bn);
+  EXPECT_FALSE(bn->mean.defined() || bn->var.defined());
+
+  const auto other = at::randn({4, 6, 5});  // not bound to the features of x
+  BatchNorm fresh(BatchNormOptions().axis(1));
+  const auto y = bn->forward(other);
+  EXPECT_TRUE(is_equal(y, fresh->forward(other)));
+  EXPECT_TRUE(is_equal(bn->mean, fresh->mean));
+  EXPECT_EQ(bn->named_buffers().keys(), (std::vector<std::string>{"mean", "var"}));
+  EXPECT_TRUE(bn->named_buffers()["mean"].is_same(bn->mean));
+  y.sin().sum().backward();
+  EXPECT_TRUE(bn->named_parameters()["scale"].grad().defined());
+}
+
+TEST_F(GroupNormModule, StaysLazyWhenTheFirstCallThrows) {
+  GroupNorm gn(GroupNormOptions().num_groups(1).axis(1));
+  EXPECT_THROW(gn->forward(at::randn({4, 3, 5}), /*mask=*/at::ones({7})), c10::Error);
+  expect_lazy(gn);
+  gn->forward(at::randn({4, 6, 5}));
+  EXPECT_EQ(gn->parameters().size(), 2);
+}
+
+TEST_F(BatchNormModule, StaysLazyWhenAnInitializerThrows) {
+  bool broken = true;
+  const Initializer initializer = [&](at::Tensor tensor) {
+    tensor.fill_(2.0);
+    if (broken) throw std::runtime_error("broken initializer");
+  };
+  const auto x = at::randn({4, 3});
+  const auto archive = saved(BatchNorm(BatchNormOptions().num_features(3)));
+  for (const auto& options :
+       {BatchNormOptions().scale_init(initializer), BatchNormOptions().bias_init(initializer)}) {
+    broken = true;
+    BatchNorm bn(options);
+    EXPECT_THROW(bn->init(x), std::runtime_error);
+    expect_lazy(bn);
+    EXPECT_THROW(bn->forward(x), std::runtime_error);
+    expect_lazy(bn);
+    EXPECT_THROW(load(bn, archive), std::runtime_error);
+    expect_lazy(bn);
+    EXPECT_FALSE(bn->mean.defined() || bn->var.defined());
+    broken = false;
+    bn->init(x);
+    EXPECT_EQ(bn->parameters().size(), 2);
+
+    bn->to(at::kDouble);
+    at::NoGradGuard no_grad;
+    for (const auto& tensor : {bn->scale, bn->bias, bn->mean}) tensor.fill_(5.0);
+    broken = true;
+    EXPECT_THROW(bn->reset(), std::runtime_error);
+    for (const auto& tensor : {bn->scale, bn->bias, bn->mean}) {
+      EXPECT_TRUE(is_equal(tensor, at::full({3}, 5.0, at::kDouble)));
+    }
+  }
 }
 
 TEST_F(GroupNormModule, ChecksTheNumberOfFeatures) {
@@ -486,28 +556,73 @@ TEST_F(Modules, RefuseWrongOptions) {
                                 "BatchNorm: expected axis without duplicates, got [1, -1]");
 }
 
+// A process group that c10d knows by its name for the lifetime of this.
+class RegisteredGroup {
+ public:
+  RegisteredGroup(std::string name, int size)
+      : name_(std::move(name)), group_(c10::make_intrusive<c10d::ProcessGroup>(/*rank=*/0, size)) {
+    c10d::register_process_group(name_, group_);  // does not own it
+  }
+  RegisteredGroup(const RegisteredGroup&) = delete;
+  RegisteredGroup& operator=(const RegisteredGroup&) = delete;
+  ~RegisteredGroup() { c10d::unregister_process_group(name_); }
+
+ private:
+  std::string name_;
+  c10::intrusive_ptr<c10d::ProcessGroup> group_;
+};
+
+TEST_F(Modules, FindTheProcessGroupOfAxisName) {
+  const auto x = at::randn({4, 6});
+  const auto want = BatchNorm()->forward(x);
+  const auto expect_local = [&](const char* name) {
+    EXPECT_TRUE(is_equal(BatchNorm(BatchNormOptions().axis_name(name))->forward(x), want));
+    GroupNorm(GroupNormOptions().num_groups(2).axis_name(name))->forward(x);
+  };
+  const auto expect_unknown = [&](const char* name) {
+    BatchNorm bn(BatchNormOptions().axis_name(name));
+    GroupNorm gn(GroupNormOptions().num_groups(2).axis_name(name));
+    const char* text = "expected axis_name to be 'world' or the name of a process group, got '";
+    expect_error<c10::ValueError>([&] { bn->forward(x); }, text + std::string(name));
+    expect_error<c10::ValueError>([&] { gn->forward(x); }, text + std::string(name));
+    bn->forward(x, /*use_running_average=*/true);
+  };
+
+  expect_local("data");  // no group at all: one rank
+  expect_local("world");
+  {
+    const RegisteredGroup world("0", 1);
+    expect_unknown("data");
+    expect_local("world");
+    const RegisteredGroup data("data", 1);
+    expect_local("data");
+  }
+  {
+    const RegisteredGroup world("0", 2);
+    expect_unknown("data");
+    const RegisteredGroup data("data", 1);  // this rank alone
+    expect_local("data");
+  }
+}
+
 TEST_F(Modules, RefuseToCombineStatisticsOfSeveralRanks) {
   const auto x = at::randn({4, 6});
-  BatchNorm bn(BatchNormOptions().axis_name("data"));
-  GroupNorm gn(GroupNormOptions().num_groups(2).axis_name("data"));
-  const auto y = bn->forward(x);  // no group of that name: one rank
-  EXPECT_TRUE(is_equal(y, BatchNorm(BatchNormOptions())->forward(x)));
-  gn->forward(x);
-
-  const auto expect_refused = [&](const std::string& group) {
-    const auto two_ranks = c10::make_intrusive<c10d::ProcessGroup>(/*rank=*/0, /*size=*/2);
-    c10d::register_process_group(group, two_ranks);  // does not own it
-    const char* text = "expected axis_name to span one rank, got 2";
+  const auto expect_refused = [&](const char* group, const char* axis_name) {
+    BatchNorm bn(BatchNormOptions().axis_name(axis_name));
+    GroupNorm gn(GroupNormOptions().num_groups(2).axis_name(axis_name));
+    bn->forward(x);
     const auto mean = bn->mean.clone();
+    const RegisteredGroup two_ranks(group, 2);
+    const char* text = "expected axis_name to span one rank, got 2";
     expect_error<c10::NotImplementedError>([&] { bn->forward(x); }, text);
     expect_error<c10::NotImplementedError>([&] { gn->forward(x); }, text);
     EXPECT_TRUE(is_equal(bn->mean, mean));
     bn->forward(x, /*use_running_average=*/true);
     BatchNorm()->forward(x);
-    c10d::unregister_process_group(group);
   };
-  expect_refused("data");
-  expect_refused("0");  // the default group
+  expect_refused("data", "data");
+  expect_refused("0", "world");  // the default group
+  expect_refused("0", "0");
 }
 
 }  // namespace

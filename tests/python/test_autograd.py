@@ -508,3 +508,57 @@ def test_func_grad_updates_running_statistics_once() -> None:
     assert transformed._version == 1
     function(x, plain)
     assert torch.equal(plain, transformed)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("op", ["batch_norm", "group_norm"])
+def test_a_slice_without_valid_values_passes_on_no_nan(
+    op: str, channels_last: bool, create_graph: bool, activation: str | None
+) -> None:
+    """An empty sample (or channel): its outputs are NaN, and nobody has looked at them."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, 2)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    weight, bias = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    mask = torch.ones(x.shape, dtype=torch.bool)
+    if op == "group_norm":
+        mask[1] = False
+        y = torch.ops.normcore.group_norm(x, 2, weight, bias, mask=mask, activation=activation)
+    else:
+        mask[:, 1] = False
+        y = torch.ops.normcore.batch_norm(
+            x, None, None, weight, bias, True, mask=mask, activation=activation
+        )
+    assert torch.equal(y.isnan(), ~mask)
+    loss = torch.where(mask, y, 0.0).pow(3).sum()
+    for grad in torch.autograd.grad(loss, (x, weight, bias), create_graph=create_graph):
+        assert grad.isfinite().all()
+        assert grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mean", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("op", ["batch_norm", "group_norm"])
+def test_formula_keeps_large_means(op: str, mean: float, masked: bool) -> None:
+    """The differentiable formula in float32 is as exact as the kernel on values far from zero."""
+    torch.manual_seed(0)
+    x = (torch.randn(4, 6, 50) + mean).requires_grad_()
+    mask = torch.rand(4, 1, 50) < 0.8 if masked else None
+    grad = torch.randn(4, 6, 50)
+
+    def grad_input(x: Tensor, create_graph: bool) -> Tensor:
+        if op == "group_norm":
+            y = torch.ops.normcore.group_norm(x, 2, mask=mask)
+        else:
+            y = torch.ops.normcore.batch_norm(x, None, None, training=True, mask=mask)
+        (result,) = torch.autograd.grad(y, x, grad.to(y.dtype), create_graph=create_graph)
+        return result.detach()
+
+    expected = grad_input(x.detach().double().requires_grad_(), False)
+    for create_graph in (False, True):
+        actual = grad_input(x, create_graph).double()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=4e-6)

@@ -6,12 +6,15 @@ import copy
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
+import torch._dynamo.testing
 import torch.distributed
 from tolerance import assert_close
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 import normcore
 
@@ -80,8 +83,12 @@ def test_features(axis: Any, features: Any, lazy: bool) -> None:
 def test_another_number_of_features_is_an_error(norm: Any) -> None:
     norm(torch.randn(3, 2, 4))
     for features in (1, 8):
-        with pytest.raises(ValueError, match=rf"expected .*(4.*{features}|{features}.*4)"):
-            norm(torch.randn(3, 2, features))
+        text = rf"{type(norm).__name__}: expected 4 features on axis \[-1\], got {features}$"
+        for call in (norm, norm.init):
+            with pytest.raises(ValueError, match=text):
+                call(torch.randn(3, 2, features))
+        with pytest.raises(torch.jit.Error, match=f"expected 4 features .*, got {features}"):
+            torch.jit.script(norm)(torch.randn(3, 2, features))
     assert norm(torch.randn(3, 2, 4)).shape == (3, 2, 4)
 
 
@@ -114,11 +121,45 @@ def test_wrong_axes_leave_a_module_lazy(
         ({"num_features": (4, 5)}, r"one size for each axis of \[-1\], got \(4, 5\)"),
         ({"num_features": -1}, "got -1"),
         ({"num_features": 4, "axis": (1, 2)}, "got 4"),
+        ({"num_features": 0}, "expected num_features to be positive, got 0"),
+        ({"axis": (1, 1)}, r"expected axis without duplicates, got \[1, 1\]"),
+        ({"activation": "tanh"}, "to be None, relu, silu, gelu or gelu_tanh, got tanh"),
+        ({"epsilon": -1e-5}, "expected epsilon to be finite and >= 0, got -1e-05"),
+        ({"epsilon": float("nan")}, "expected epsilon to be finite and >= 0, got nan"),
+        ({"epsilon": float("inf")}, "expected epsilon to be finite and >= 0, got inf"),
+        ({"dtype": torch.int32}, "expected dtype to be None or floating point, got torch.int32"),
+        ({"dtype": torch.complex64}, "expected dtype to be None or floating point"),
+        ({"param_dtype": torch.int8}, "expected param_dtype to be floating point, got torch.int8"),
+        ({"param_dtype": None}, "expected param_dtype to be floating point, got None"),
     ],
 )
 def test_wrong_options(kind: Any, options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         kind(**{"num_features": None, **options})
+
+
+@pytest.mark.parametrize("kind", [normcore.BatchNorm, normcore.GroupNorm])
+@pytest.mark.parametrize("name", ["axis", "num_features"])
+@pytest.mark.parametrize("value", [1.0, "1", (1, 2.0), ("1",)])
+def test_axes_and_features_are_integers(kind: Any, name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} to be an int or a sequence of ints, got "):
+        kind(**{name: value})
+
+
+def test_integers_of_numpy() -> None:
+    for axis in (np.int64(1), np.array([1]), [np.int32(1)]):
+        norm = normcore.BatchNorm(axis=axis, num_features=np.int64(4))
+        assert (norm.axis, norm.num_features) == ([1], 4)
+        assert all(type(n) is int for n in (*norm.axis, norm.num_features))
+        assert torch.jit.script(norm)(torch.randn(3, 4, 2)).shape == (3, 4, 2)
+
+
+def test_init_checks_the_axes_of_an_initialized_module() -> None:
+    norm = normcore.BatchNorm(num_features=4, axis=2)
+    with pytest.raises(IndexError, match=r"expected axis in \[-2, 1\] for an input of rank 2"):
+        norm.init(torch.randn(4, 4))
+    with pytest.raises(IndexError, match="axis"):
+        norm(torch.randn(4, 4))
 
 
 @pytest.mark.parametrize(
@@ -352,6 +393,15 @@ def test_freeze_without_affine() -> None:
     assert not norm.frozen
 
 
+def test_unfreeze_after_parameters_vanished() -> None:
+    norm = normcore.BatchNorm(num_features=3).freeze()
+    norm.bias = None
+    nn.utils.parametrize.register_parametrization(norm, "scale", nn.Identity())
+    norm.unfreeze()
+    assert not norm.frozen
+    assert norm(torch.randn(4, 3)).shape == (4, 3)
+
+
 def test_freeze_a_model() -> None:
     model = nn.Sequential(
         nn.Linear(3, 8), normcore.BatchNorm(), nn.Sequential(normcore.GroupNorm(num_groups=2))
@@ -385,8 +435,66 @@ def test_activation_and_residual(activation: str | None) -> None:
     ):
         torch.testing.assert_close(fused(x), act(plain(x)))
         torch.testing.assert_close(fused(x, residual=residual), act(plain(x) + residual))
-    with pytest.raises(ValueError, match="tanh"):
-        normcore.BatchNorm(activation="tanh")(x)
+
+
+def lazy(norm: Any) -> bool:
+    state = [*norm.parameters(), *norm.buffers()]
+    return not norm.initialized and norm.num_features is None and all(map(is_lazy, state))
+
+
+def unknown_activation(norm: Any) -> None:
+    norm.activation = "tanh"
+
+
+@pytest.mark.parametrize("kind", [normcore.BatchNorm, normcore.GroupNorm])
+@pytest.mark.parametrize(
+    ("arguments", "change"),
+    [
+        ({"mask": torch.ones(7, 7)}, None),
+        ({"residual": torch.ones(4)}, None),
+        ({"x": torch.zeros(4, 32, dtype=torch.complex64)}, None),
+        ({}, unknown_activation),
+    ],
+    ids=["mask", "residual", "complex", "activation"],
+)
+def test_a_failed_first_call_leaves_a_module_lazy(kind: Any, arguments: Any, change: Any) -> None:
+    norm = kind()
+    norm.scale.requires_grad = False
+    parameters = list(norm.parameters())
+    if change is not None:
+        change(norm)
+    with pytest.raises((ValueError, TypeError), match="expected"):
+        norm(**{"x": torch.randn(4, 32), **arguments})
+    assert lazy(norm)
+    norm.activation = None
+    assert lazy(copy.deepcopy(norm))
+    assert norm(torch.randn(4, 64)).shape == (4, 64)
+    assert norm.num_features == 64
+    assert all(a is b for a, b in zip(norm.parameters(), parameters))
+    assert torch.equal(norm.scale, torch.ones(64))
+    assert not norm.scale.requires_grad
+    assert norm.bias.requires_grad
+
+
+@pytest.mark.parametrize("kind", [normcore.BatchNorm, normcore.GroupNorm])
+def test_a_failed_initializer_leaves_a_module_lazy(kind: Any) -> None:
+    norm = kind(bias_init=nn.init.xavier_uniform_)
+    for call in (norm, norm.init):
+        with pytest.raises(ValueError, match="fewer than 2 dimensions"):
+            call(torch.randn(4, 32))
+        assert lazy(norm)
+    norm.bias_init = None
+    assert norm.init(torch.randn(4, 32)).initialized
+
+
+def test_the_first_call_of_a_subclass() -> None:
+    class Twice(normcore.BatchNorm):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * super().forward(x)
+
+    x = torch.randn(4, 3)
+    norm = Twice(momentum=1.0)
+    assert torch.equal(norm(x), norm(x))
 
 
 def test_a_failed_call_changes_no_statistics() -> None:
@@ -488,6 +596,21 @@ def test_compile(training: bool) -> None:
         torch.testing.assert_close(a, b)
     for p, q in zip(compiled.parameters(), eager.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("kind", [normcore.BatchNorm, normcore.GroupNorm])
+def test_compile_with_another_batch_size(kind: Any) -> None:
+    norm = kind(num_features=32)
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(norm, fullgraph=True, backend=counter, dynamic=True)
+    for batch in (3, 4, 7):
+        assert step(torch.randn(batch, 32)).shape == (batch, 32)
+    assert counter.frame_count == 1
+
+
+def test_trace_without_warnings(recwarn: pytest.WarningsRecorder) -> None:
+    torch.jit.trace(normcore.BatchNorm(num_features=4).eval(), torch.randn(3, 4))
+    assert not [w for w in recwarn if issubclass(w.category, torch.jit.TracerWarning)]
 
 
 def test_functional_call() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 import normcore
 
@@ -106,6 +107,28 @@ def test_wrong_shapes() -> None:
         nn.Sequential(normcore.GroupNorm(num_groups=2)).load_state_dict(
             {f"0.{name}": t for name, t in affine.items()}
         )
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("wrong", ["scale", "var"])
+def test_inconsistent_shapes_leave_a_module_lazy(wrong: str, assign: bool) -> None:
+    state = trained().state_dict()
+    lazy_state = normcore.BatchNorm().state_dict()
+    for tensor in (torch.zeros(3), torch.zeros(5, 1), lazy_state[wrong]):
+        norm = normcore.BatchNorm()
+        with pytest.raises(RuntimeError, match=r"size mismatch for .*: expected the shape of"):
+            norm.load_state_dict({**state, wrong: tensor}, assign=assign)
+        assert not norm.initialized
+        assert norm.num_features is None
+        assert all(is_lazy(t) for t in [*norm.parameters(), *norm.buffers()])
+        assert norm(torch.randn(2, 7)).shape == (2, 7)
+
+
+def test_a_failed_initializer_leaves_a_module_lazy() -> None:
+    norm = normcore.BatchNorm(scale_init=nn.init.xavier_uniform_)
+    with pytest.raises(RuntimeError, match="fewer than 2 dimensions"):
+        norm.load_state_dict(trained().state_dict())
+    assert not norm.initialized
 
 
 def test_state_of_a_lazy_module() -> None:

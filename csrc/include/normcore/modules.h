@@ -30,9 +30,12 @@ template <class Derived, class Options>
 class NORMCORE_API NormImpl : public torch::nn::Cloneable<Derived> {
  public:
   /// Gives parameters and statistics their initial values, in place. Nothing for a lazy module.
+  /// Changes nothing if an initializer throws.
   void reset() override;
 
-  /// Takes the number of features from `x`, if it is open yet. Updates no statistics.
+  /// Takes the number of features from `x`, if it is open yet. Updates no statistics. A module
+  /// without num_features has no parameters before this or its first forward(), so call it before
+  /// making the optimizer.
   void init(const at::Tensor& x);
 
   /// Whether the number of features is known, so that parameters and statistics exist.
@@ -91,6 +94,10 @@ class NORMCORE_API NormImpl : public torch::nn::Cloneable<Derived> {
   /// Creates the state of a module whose number of features is given. Called by the constructors.
   void create();
 
+  /// init(x), then `use()`. If anything throws, a lazy module stays lazy.
+  template <class Use>
+  void init(const at::Tensor& x, const Use& use);
+
   /// x in a floating point dtype, as the operators want it.
   at::Tensor floating_point(const at::Tensor& x) const;
 
@@ -98,7 +105,10 @@ class NORMCORE_API NormImpl : public torch::nn::Cloneable<Derived> {
   at::ScalarType result_dtype(const at::Tensor& x) const;
 
  private:
-  void create(std::vector<std::int64_t> features, c10::Device device);
+  template <class Use>
+  void create(std::vector<std::int64_t> features, c10::Device device, const Use& use);
+  std::vector<at::Tensor> initial_values(const std::vector<State>& state) const;
+  void assign(const std::vector<State>& state, const std::vector<at::Tensor>& values);
   template <class Convert>
   void convert(at::ScalarType dtype, const Convert& convert_all);
 
@@ -121,11 +131,18 @@ class NORMCORE_API NormImpl : public torch::nn::Cloneable<Derived> {
 /// keeps its running statistics, an empty input changes nothing.
 ///
 /// State: parameters `scale`, `bias` in `param_dtype`; buffers `mean` (0 at first) and `var` (1) in
-/// float32, all of the shape of the feature axes. A call never changes their dtype.
+/// float32, all of the shape of the feature axes. A call never changes their dtype. Without
+/// `num_features` the module is lazy: it has no parameters before its first input, so call
+/// `init(x)`, or give `num_features`, before making the optimizer.
 ///
 /// Errors: c10::ValueError, c10::TypeError, c10::IndexError, and c10::NotImplementedError where
-/// statistics of several ranks would have to be combined. A call that throws leaves the running
-/// statistics unchanged.
+/// statistics of several ranks would have to be combined. A call that throws changes nothing: the
+/// running statistics stay as they are, a lazy module stays lazy.
+///
+/// `axis_name` is the name of a process group in c10d, or "world" for the default group. Without
+/// any group the statistics are local. A name that is unknown while torch.distributed's default
+/// group exists is a c10::ValueError; groups that a program without it has registered under other
+/// names cannot be seen, since c10d does not list its groups.
 ///
 /// ```
 /// normcore::BatchNorm norm(normcore::BatchNormOptions().num_features(64).axis(1).momentum(0.9));
@@ -164,10 +181,13 @@ class NORMCORE_API BatchNormImpl : public detail::NormImpl<BatchNormImpl, BatchN
 /// make no difference to the result. One value per group is legal (y = bias), and a group without
 /// a valid element gives NaN.
 ///
-/// State: parameters `scale`, `bias` in `param_dtype`, of the shape of the feature axes.
+/// State: parameters `scale`, `bias` in `param_dtype`, of the shape of the feature axes. Without
+/// `num_features` the module is lazy: it has no parameters before its first input, so call
+/// `init(x)`, or give `num_features`, before making the optimizer.
 ///
 /// Errors: c10::ValueError (also for both num_groups and group_size, or one that does not divide
-/// the channels), c10::TypeError, c10::IndexError, c10::NotImplementedError, as for BatchNorm.
+/// the channels), c10::TypeError, c10::IndexError, c10::NotImplementedError, as for BatchNorm;
+/// so is `axis_name`. A call that throws changes nothing: a lazy module stays lazy.
 ///
 /// ```
 /// normcore::GroupNorm norm(normcore::GroupNormOptions().num_groups(8).axis(1).activation("silu"));
