@@ -242,15 +242,15 @@ def test_constant_float64_of_any_size_gives_the_bias(layout: torch.memory_format
     x = torch.full((4, 6, 5, 5), 1e160, dtype=torch.float64).contiguous(memory_format=layout)
     bias = torch.randn(6, dtype=torch.float64)
     expected = bias[:, None, None].expand_as(x)
-    y = normcore.functional.batch_norm(x, None, None, bias=bias, training=True)
+    y = NF.batch_norm(x, None, None, bias=bias, training=True)
     assert torch.equal(y, expected)
-    assert torch.equal(normcore.functional.group_norm(x, 3, bias=bias), expected)
+    assert torch.equal(NF.group_norm(x, 3, bias=bias), expected)
 
 
 def test_float64_running_statistics_are_computed_in_float64() -> None:
     x = torch.rand(1000, 3) * 1e-3 + 1  # float32
     mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    y = normcore.functional.batch_norm(x, mean, var, training=True, momentum=1.0, unbiased=False)
+    y = NF.batch_norm(x, mean, var, training=True, momentum=1.0, unbiased=False)
     assert y.dtype == torch.float32
     expected = x.double().var(0, correction=0)
     torch.testing.assert_close(var, expected, rtol=1e-12, atol=0)
