@@ -94,6 +94,9 @@ HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> float16_from_float(DF df, V v) {
   return hn::Or(bits, sign);
 }
 
+// The emulated targets of Highway turn what overflows float32 into the largest float, not infinity.
+inline constexpr bool kDemotionSaturates = HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128;
+
 // ---- one vector of A from and to memory
 
 // float32 lanes (as many as D has) from any dtype but float64.
@@ -165,7 +168,8 @@ HWY_INLINE void store_vector(Vector<A> v, T* p) {
   const Tag<A> d;
   if constexpr (std::is_same_v<A, T>) {
     hn::StoreU(v, d, p);
-  } else if constexpr (std::is_same_v<A, double> && std::is_same_v<T, float>) {
+  } else if constexpr (std::is_same_v<A, double> && std::is_same_v<T, float> &&
+                       !kDemotionSaturates) {
     const hn::Rebind<float, Tag<double>> df;
     hn::StoreU(hn::DemoteTo(df, v), df, p);
   } else if constexpr (std::is_same_v<A, double>) {  // rare: one exact rounding matters more than
