@@ -17,6 +17,7 @@ import ctypes
 import json
 import math
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -173,6 +174,20 @@ def measure(shape: dict, dtype: torch.dtype, threads: int, seconds: float) -> li
     return results
 
 
+def commit() -> str:
+    """Of the source tree this file is in, with a mark if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    answer = subprocess.run(command, cwd=SHAPES.parent, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
@@ -226,8 +241,10 @@ def main() -> None:
     if arguments.output:
         facts = {
             "normcore": normcore._C.build_info(),
+            "commit": commit(),
             "torch": torch.__version__,
-            "processor": torch.backends.cpu.get_cpu_capability(),
+            "processor": processor(),
+            "instruction set": torch.backends.cpu.get_cpu_capability(),
             "fresh_pages": arguments.fresh_pages,
         }
         document = {"facts": facts, "results": [asdict(r) for r in results]}

@@ -122,6 +122,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                     has(running_mean)  ? "only running_mean"
                     : has(running_var) ? "only running_var"
                                        : "None");
+  check_ignored_mask(mask, input);
   return std::get<0>(op::batch_norm_eval().call(x, weight, bias, residual, *running_mean,
                                                 *running_var, axis, eps, activation, y_dtype));
 }

@@ -1,5 +1,6 @@
 #include "checks.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/SymBool.h>
 #include <c10/core/SymInt.h>
@@ -167,6 +168,17 @@ Axes group_norm_axes(const Tensor& input, at::IntArrayRef axis,
   return axes;
 }
 
+template <class Int>
+void check_mask(const char* op, const Tensor& mask, const Tensor& input) {
+  check_device(op, "mask", mask, input);
+  const auto sizes = sizes_of<Int>(input), mask_sizes = sizes_of<Int>(mask);
+  const bool ok = mask_sizes.size() <= sizes.size() &&
+                  std::equal(mask_sizes.rbegin(), mask_sizes.rend(), sizes.rbegin(),
+                             [](const Int& m, const Int& x) { return broadcasts(m, x); });
+  TORCH_CHECK_VALUE(ok, op, ": expected mask to broadcast to the input's shape ", sizes, ", got ",
+                    mask_sizes);
+}
+
 // The rules that all norms share; `axes` says which norm it is.
 template <class Int>
 CheckedNorm<Int> check_norm(const char* op, const Operands& operands, Axes axes, double eps,
@@ -216,15 +228,7 @@ CheckedNorm<Int> check_norm(const char* op, const Operands& operands, Axes axes,
     check_not_wider(op, "residual", operands.residual->scalar_type(), input);
     check_shape(op, "residual", *operands.residual, sizes);
   }
-  if (has(operands.mask)) {
-    check_device(op, "mask", *operands.mask, input);
-    const auto mask_sizes = sizes_of<Int>(*operands.mask);
-    const bool ok = mask_sizes.size() <= sizes.size() &&
-                    std::equal(mask_sizes.rbegin(), mask_sizes.rend(), sizes.rbegin(),
-                               [](const Int& m, const Int& x) { return broadcasts(m, x); });
-    TORCH_CHECK_VALUE(ok, op, ": expected mask to broadcast to the input's shape ", sizes, ", got ",
-                      mask_sizes);
-  }
+  if (has(operands.mask)) check_mask<Int>(op, *operands.mask, input);
   return norm;
 }
 
@@ -249,6 +253,12 @@ void check_running(const Tensor& running_mean, const Tensor& running_var, const 
   check_vector<Int>(kBatchNorm, "running_var", running_var, input, shape);
 }
 
+// What is updated in place has a place for every value.
+void check_writable(const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(t) != at::MemOverlap::Yes, kBatchNorm, ": expected ",
+                    name, " not to be expanded, got strides ", t.sym_strides());
+}
+
 }  // namespace
 
 template <class Int>
@@ -262,6 +272,12 @@ CheckedNorm<Int> Check<Int>::batch_norm_train(
                     has(running_mean) ? "running_mean" : "running_var");
   if (has(running_mean)) {
     check_running<Int>(*running_mean, *running_var, operands.input, norm.axes);
+    check_writable("running_mean", *running_mean);
+    check_writable("running_var", *running_var);
+    TORCH_CHECK_VALUE(!running_mean->is_alias_of(*running_var) ||
+                          running_mean->sym_storage_offset() != running_var->sym_storage_offset(),
+                      kBatchNorm,
+                      ": expected running_mean and running_var in different memory, got the same");
     TORCH_CHECK_VALUE(momentum.has_value() || has(num_batches_tracked), kBatchNorm,
                       ": expected num_batches_tracked with momentum None (cumulative average), "
                       "got None");
@@ -341,6 +357,10 @@ CheckedNorm<Int> Check<Int>::group_norm_backward(const Tensor& grad_output,
   check_saved<Int>(kGroupNorm, "mean", mean, input, per_group, at::kDouble);
   check_saved<Int>(kGroupNorm, "rstd", rstd, input, per_group, compute_dtype(input.scalar_type()));
   return norm;
+}
+
+void check_ignored_mask(const OptionalTensor& mask, const Tensor& input) {
+  if (has(mask)) check_mask<c10::SymInt>(kBatchNorm, *mask, input);
 }
 
 void check_no_grad(const char* op, const OptionalTensor& running_mean,

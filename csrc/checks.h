@@ -82,6 +82,9 @@ struct Check {
                                               OptionalString activation);
 };
 
+// The mask of a batch norm with running statistics: it has no effect, but has to fit.
+void check_ignored_mask(const OptionalTensor& mask, const Tensor& input);
+
 // Running statistics are updated in place and have no derivative.
 void check_no_grad(const char* op, const OptionalTensor& running_mean,
                    const OptionalTensor& running_var);

@@ -1,7 +1,5 @@
 #include "staging.h"
 
-#include <ATen/MemoryOverlap.h>
-
 #include "backend.h"
 
 namespace normcore {
@@ -48,7 +46,6 @@ kernels::ConstTensor Staging::read_vector(const Tensor& t) {
 
 kernels::MutableTensor Staging::update_vector(const Tensor& t) {
   if (!t.defined()) return {};
-  at::assert_no_internal_overlap(t);
   auto buffer = t.contiguous();
   const auto view = backend::mutable_view(buffer);
   if (!buffer.is_same(t)) pending_.emplace_back(t, std::move(buffer));

@@ -57,7 +57,8 @@ class BatchNorm(NormBase):
             axes. None takes it from :meth:`init`, a loaded state_dict or the first call.
         axis: the feature axis, or several. All others are reduced, the batch axis too.
         momentum: decay of the old running statistics, a float or a 0-dim tensor; may be changed
-            at any time. ``1 - momentum`` is what :mod:`torch.nn` calls momentum.
+            at any time. ``1 - momentum`` is what :mod:`torch.nn` calls momentum. A tensor is read
+            on the host in each call: it synchronises with its device and breaks a compiled graph.
         epsilon: added to the variance.
         dtype: dtype of the output. None takes the promotion of the dtypes of input, scale and
             bias. Whatever it is, the arithmetic is at least float32 with one rounding at the end.
@@ -65,7 +66,8 @@ class BatchNorm(NormBase):
         use_bias, use_scale: whether there is such a parameter, independently of each other.
         bias_init, scale_init: functions that fill a tensor in place, such as those of
             :mod:`torch.nn.init`; by default zeros and ones.
-        axis_name: name of the dimension of devices over which statistics are combined.
+        axis_name: name of the dimension of devices over which statistics are combined; not yet
+            over more than one, and not in TorchScript while batch statistics are used.
         axis_index_groups: partition of that dimension into independent groups.
         sync_weighting: "count" weighs devices by their number of elements, "rank" equally.
         activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the output.
@@ -251,7 +253,8 @@ class GroupNorm(NormBase):
             :mod:`torch.nn.init`; by default zeros and ones.
         reduction_axes: the axes that a statistic is taken over, the feature axes among them; every
             other axis keeps statistics of its own. By default all axes but axis 0.
-        axis_name: name of the dimension of devices over which statistics are combined.
+        axis_name: name of the dimension of devices over which statistics are combined; not yet
+            over more than one, and not in TorchScript.
         axis_index_groups: partition of that dimension into independent groups.
         sync_weighting: "count" weighs devices by their number of elements, "rank" equally.
         activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the output.

@@ -14,9 +14,13 @@
 
 #include "executors.h"
 #include "norm_checks.h"
+#include "target_test.h"
 
 namespace normcore::kernels::testing {
 namespace {
+
+class Activations : public TargetTest {};
+INSTANTIATE_TEST_SUITE_P(All, Activations, all_targets(), name_of_target);
 
 constexpr double kArgumentUlps = 4.0;
 
@@ -61,7 +65,7 @@ double second_derivative(Activation activation, double z) {
          (2.0 * h);
 }
 
-TEST(Activation, OfEveryArgument) {
+TEST_P(Activations, OfEveryArgument) {
   for (const Activation activation : kAllActivations) {
     for (const Layout layout : kBothLayouts) {
       for (const DType x : {DType::kFloat64, DType::kFloat32}) {
@@ -88,7 +92,7 @@ TEST(Activation, OfEveryArgument) {
   }
 }
 
-TEST(Activation, DerivativeOfEveryArgument) {
+TEST_P(Activations, DerivativeOfEveryArgument) {
   std::vector<double> values;
   for (const double value : arguments()) {
     if (std::abs(value) < 1e5) values.push_back(value);
@@ -120,7 +124,7 @@ TEST(Activation, DerivativeOfEveryArgument) {
   }
 }
 
-TEST(Activation, OfNaNAndInfinity) {
+TEST_P(Activations, OfNaNAndInfinity) {
   for (const Activation activation : kAllActivations) {
     for (const Layout layout : kBothLayouts) {
       for (const DType x : kAllDTypes) {

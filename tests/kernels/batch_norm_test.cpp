@@ -5,53 +5,33 @@
 #include <cmath>
 #include <limits>
 #include <string>
-#include <tuple>
 
 #include "executors.h"
 #include "norm_checks.h"
 #include "positions.h"
+#include "shape_test.h"
 
 namespace normcore::kernels::testing {
 namespace {
 
-class BatchNormShapes : public ::testing::TestWithParam<std::tuple<Shape, Layout>> {
- protected:
-  template <class Check>
-  void for_each_variant(Check check) {
-    const auto& [shape, layout] = GetParam();
-    for (const DType x : kAllDTypes) {
-      for (const NormCase& c : variants(shape, layout, x, false)) {
-        Inputs inputs(c);
-        check(inputs);
-      }
-    }
-  }
-};
+class BatchNormShapes : public ShapeTest {};
 
-std::string name_of_parameter(
-    const ::testing::TestParamInfo<std::tuple<Shape, Layout>>& parameter) {
-  return std::get<0>(parameter.param).name + "_" + name_of(std::get<1>(parameter.param));
-}
-
-INSTANTIATE_TEST_SUITE_P(All, BatchNormShapes,
-                         ::testing::Combine(::testing::ValuesIn(shapes()),
-                                            ::testing::ValuesIn(kBothLayouts)),
-                         name_of_parameter);
+INSTANTIATE_TEST_SUITE_P(All, BatchNormShapes, all_shapes(), name_of_shape);
 
 TEST_P(BatchNormShapes, Forward) {
-  for_each_variant([](Inputs& inputs) { check_forward(inputs); });
+  for_each_variant(false, [](Inputs& inputs) { check_forward(inputs); });
 }
 
 TEST_P(BatchNormShapes, Inference) {
-  for_each_variant([](Inputs& inputs) { check_inference(inputs); });
+  for_each_variant(false, [](Inputs& inputs) { check_inference(inputs); });
 }
 
 TEST_P(BatchNormShapes, Backward) {
-  for_each_variant([](Inputs& inputs) { check_backward(inputs); });
+  for_each_variant(false, [](Inputs& inputs) { check_backward(inputs); });
 }
 
 TEST_P(BatchNormShapes, BackwardOfRunningStatistics) {
-  for_each_variant([](Inputs& inputs) { check_backward(inputs, false); });
+  for_each_variant(false, [](Inputs& inputs) { check_backward(inputs, false); });
 }
 
 NormCase small_case(Layout layout, DType x = DType::kFloat32) {

@@ -11,9 +11,13 @@
 #include "cpu/reference.h"
 #include "executors.h"
 #include "norm_checks.h"
+#include "target_test.h"
 
 namespace normcore::kernels::testing {
 namespace {
+
+class Convert : public TargetTest {};
+INSTANTIATE_TEST_SUITE_P(All, Convert, all_targets(), name_of_target);
 
 Inputs identity_norm(std::int64_t count, Layout layout, DType x, DType y) {
   NormCase c;
@@ -49,7 +53,7 @@ void expect_rounded(const Inputs& inputs) {
   EXPECT_EQ(failures, 0);
 }
 
-TEST(Convert, EverySixteenBitValue) {
+TEST_P(Convert, EverySixteenBitValue) {
   for (const Layout layout : kBothLayouts) {
     for (const DType x : {DType::kBFloat16, DType::kFloat16}) {
       for (const DType y : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
@@ -66,7 +70,7 @@ TEST(Convert, EverySixteenBitValue) {
 
 // float32 bit patterns: every sign, exponent and upper mantissa with the lower bits just below, at
 // and above a tie.
-TEST(Convert, Float32TiesToBFloat16) {
+TEST_P(Convert, Float32TiesToBFloat16) {
   std::vector<std::uint32_t> patterns;
   for (std::uint32_t upper = 0; upper < 0x10000u; ++upper) {
     for (const std::uint32_t lower : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
@@ -103,7 +107,7 @@ std::vector<float> float16_ties() {
   return values;
 }
 
-TEST(Convert, Float32TiesToFloat16) {
+TEST_P(Convert, Float32TiesToFloat16) {
   const std::vector<float> values = float16_ties();
   for (const Layout layout : kBothLayouts) {
     const Inputs inputs = identity_norm(static_cast<std::int64_t>(values.size()), layout,
@@ -114,7 +118,7 @@ TEST(Convert, Float32TiesToFloat16) {
 }
 
 // float64 values a little beside a tie: rounding to float32 first would make them ties.
-TEST(Convert, Float64RoundsOnce) {
+TEST_P(Convert, Float64RoundsOnce) {
   std::vector<double> values;
   for (const float tie : float16_ties()) {
     if (!std::isfinite(tie)) continue;
@@ -137,7 +141,7 @@ TEST(Convert, Float64RoundsOnce) {
   }
 }
 
-TEST(Convert, NaNOfAnyPayloadStaysNaN) {
+TEST_P(Convert, NaNOfAnyPayloadStaysNaN) {
   std::vector<std::uint32_t> patterns;
   for (const std::uint32_t payload :
        {1u, 0x1fffu, 0x2000u, 0xffffu, 0x10000u, 0x400000u, 0x7fffffu}) {

@@ -5,45 +5,25 @@
 #include <cmath>
 #include <cstring>
 #include <string>
-#include <tuple>
 
 #include "executors.h"
 #include "norm_checks.h"
 #include "positions.h"
+#include "shape_test.h"
 
 namespace normcore::kernels::testing {
 namespace {
 
-class GroupNormShapes : public ::testing::TestWithParam<std::tuple<Shape, Layout>> {
- protected:
-  template <class Check>
-  void for_each_variant(Check check) {
-    const auto& [shape, layout] = GetParam();
-    for (const DType x : kAllDTypes) {
-      for (const NormCase& c : variants(shape, layout, x, true)) {
-        Inputs inputs(c);
-        check(inputs);
-      }
-    }
-  }
-};
+class GroupNormShapes : public ShapeTest {};
 
-std::string name_of_parameter(
-    const ::testing::TestParamInfo<std::tuple<Shape, Layout>>& parameter) {
-  return std::get<0>(parameter.param).name + "_" + name_of(std::get<1>(parameter.param));
-}
-
-INSTANTIATE_TEST_SUITE_P(All, GroupNormShapes,
-                         ::testing::Combine(::testing::ValuesIn(shapes()),
-                                            ::testing::ValuesIn(kBothLayouts)),
-                         name_of_parameter);
+INSTANTIATE_TEST_SUITE_P(All, GroupNormShapes, all_shapes(), name_of_shape);
 
 TEST_P(GroupNormShapes, Forward) {
-  for_each_variant([](Inputs& inputs) { check_forward(inputs); });
+  for_each_variant(true, [](Inputs& inputs) { check_forward(inputs); });
 }
 
 TEST_P(GroupNormShapes, Backward) {
-  for_each_variant([](Inputs& inputs) { check_backward(inputs); });
+  for_each_variant(true, [](Inputs& inputs) { check_backward(inputs); });
 }
 
 NormCase small_case(Layout layout, DType x = DType::kFloat32) {

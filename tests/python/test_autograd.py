@@ -58,14 +58,15 @@ def test_layouts(mode: str, layout: str) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", ["train", "eval", "group"])
-def test_epilogues(mode: str, with_residual: bool, activation: str | None) -> None:
+def test_epilogues(mode: str, layout: str, with_residual: bool, activation: str | None) -> None:
     if activation == "relu" and not with_residual:
         pytest.skip("nothing keeps the pre-activation away from the kink")
-    x, w, b = leaf(3, 4, 3), leaf(4), leaf(4)
-    residual = away_from_kink(x) if activation == "relu" else leaf(3, 4, 3)
-    mask = torch.rand(3, 1, 3) < 0.7
-    mask[:, :, 0] = True
+    x, w, b = LAYOUTS[layout]().requires_grad_(), leaf(4), leaf(4)
+    residual = away_from_kink(x) if activation == "relu" else leaf(*x.shape)
+    mask = torch.rand(3, 1, 2, 3) < 0.7
+    mask[..., 0] = True
     mean, var = torch.randn(4), torch.rand(4) + 0.5
 
     def function(x: Tensor, w: Tensor, b: Tensor, *residual: Tensor) -> Tensor:

@@ -269,6 +269,21 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "group_norm: expected activation to be None, relu, silu, gelu or gelu_tanh, got tanh",
     ),
     (
+        train(running_mean=torch.zeros(1).expand(4)),
+        ValueError,
+        "batch_norm: expected running_mean not to be expanded, got strides [0]",
+    ),
+    (
+        train(**dict.fromkeys(("running_mean", "running_var"), torch.ones(4))),
+        ValueError,
+        "batch_norm: expected running_mean and running_var in different memory, got the same",
+    ),
+    (
+        evaluate(mask=torch.ones(3, 3)),
+        ValueError,
+        "batch_norm: expected mask to broadcast to the input's shape [3, 4, 5], got [3, 3]",
+    ),
+    (
         train(running_var=None),
         ValueError,
         "batch_norm: expected both or none of running_mean and running_var, got only running_mean",
@@ -350,6 +365,7 @@ def test_rules_hold_for_symbolic_shapes() -> None:
         {"mask": torch.ones(7)},
         {"activation": "tanh"},
         {"running_var": torch.ones(5)},
+        {"running_var": torch.ones(1).expand(4)},
         {"num_batches_tracked": torch.tensor(0.0)},
     ],
     ids=lambda w: next(iter(w)),

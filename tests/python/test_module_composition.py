@@ -1,0 +1,107 @@
+"""normcore's modules inside models: compile, trace, functional calls, parametrizations, ranks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.distributed
+from torch import Tensor, nn
+
+import normcore
+
+
+def model() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        normcore.BatchNorm(num_features=8, axis=1, activation="relu"),
+        nn.Conv2d(8, 8, 3),
+        normcore.GroupNorm(num_features=8, num_groups=2, axis=1, dtype=None),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compile(training: bool) -> None:
+    eager = model().train(training)
+    compiled = copy.deepcopy(eager)
+    step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 8, 8)
+    for _ in range(2):
+        want, got = eager(x), step(x)
+        torch.testing.assert_close(got, want)
+        want.square().sum().backward()
+        got.square().sum().backward()
+    for a, b in zip(compiled.state_dict().values(), eager.state_dict().values()):
+        torch.testing.assert_close(a, b)
+    for p, q in zip(compiled.parameters(), eager.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("kind", [normcore.BatchNorm, normcore.GroupNorm])
+def test_compile_with_another_batch_size(kind: Any) -> None:
+    norm = kind(num_features=32)
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(norm, fullgraph=True, backend=counter, dynamic=True)
+    for batch in (3, 4, 7):
+        assert step(torch.randn(batch, 32)).shape == (batch, 32)
+    assert counter.frame_count == 1
+
+
+def test_trace_without_warnings(recwarn: pytest.WarningsRecorder) -> None:
+    torch.jit.trace(normcore.BatchNorm(num_features=4).eval(), torch.randn(3, 4))
+    assert not [w for w in recwarn if issubclass(w.category, torch.jit.TracerWarning)]
+
+
+def test_functional_call() -> None:
+    norm = normcore.BatchNorm(num_features=3)
+    state = {name: t.clone() for name, t in norm.state_dict().items()}
+    state["bias"] += 2
+    y = torch.func.functional_call(norm, state, torch.randn(8, 3))
+    torch.testing.assert_close(y.mean(0), torch.full((3,), 2.0))
+    assert not torch.equal(state["mean"], torch.zeros(3))
+    assert torch.equal(norm.mean, torch.zeros(3))
+
+
+def test_parametrization() -> None:
+    class Double(nn.Module):
+        def forward(self, t: Tensor) -> Tensor:
+            return 2 * t
+
+    x = torch.randn(8, 3)
+    norm = normcore.BatchNorm(num_features=3)
+    plain = norm(x)
+    nn.utils.parametrize.register_parametrization(norm, "scale", Double())
+    assert torch.equal(norm(x), 2 * plain)
+
+
+@pytest.fixture
+def process_group() -> Any:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("initialized", [False, True])
+def test_axis_name_on_one_rank(initialized: bool, request: pytest.FixtureRequest) -> None:
+    if initialized:
+        request.getfixturevalue("process_group")
+    x = torch.randn(8, 6)
+    options = {"axis_name": "world", "axis_index_groups": [[0]], "sync_weighting": "rank"}
+    for kind, own in ((normcore.BatchNorm, {}), (normcore.GroupNorm, {"num_groups": 2})):
+        assert torch.equal(kind(**own, **options)(x), kind(**own)(x))
+
+
+def test_axis_name_on_several_ranks(process_group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    norm = normcore.BatchNorm(num_features=6, axis_name="world")
+    x = torch.randn(8, 6)
+    with pytest.raises(NotImplementedError, match="expected axis_name to span one rank, got 2"):
+        norm(x)
+    assert torch.equal(norm.mean, torch.zeros(6))
+    assert norm.eval()(x).shape == x.shape
+    with pytest.raises(NotImplementedError, match="GroupNorm: expected axis_name"):
+        normcore.GroupNorm(num_groups=2, axis_name="world")(x)
