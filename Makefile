@@ -3,6 +3,7 @@
 #   TORCH_VERSION=2.11.0   another torch than the newest one, in an environment and build folder of its own
 #   PYTHON=python3.12      the Python to make the environment with
 #   WERROR=ON              compiler warnings are errors
+#   CUDA=ON                with CUDA kernels: needs nvcc, takes some minutes more; pip install has them where nvcc is
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -10,6 +11,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH_VERSION ?=
 WERROR ?= OFF
+CUDA ?= OFF
 
 variant := $(addprefix -,$(TORCH_VERSION))
 venv := .venv$(variant)
@@ -26,7 +28,8 @@ export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
 # Stamps carry a hash of what they depend on: they survive touched files and notice deleted ones.
 hash = $(shell find $(1) -type f -not -path '*/__pycache__/*' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c -16)
 environment := $(stamps)/environment-$(call hash,pyproject.toml .ci/system_packages)
-installed = $(stamps)/installed-$(WERROR)-$(call hash,$(sources))
+installed = $(stamps)/installed-$(WERROR)-$(CUDA)-$(call hash,$(sources))
+cmake_args = -DNORMCORE_TESTS=ON -DNORMCORE_WERROR=$(WERROR) -DNORMCORE_CUDA=$(CUDA)
 sources := CMakeLists.txt cmake csrc kernels pyproject.toml python setup.py
 
 .PHONY: help
@@ -45,7 +48,7 @@ $(environment):
 # setuptools' own build folder may hold files of another version.
 $(installed): $(environment)
 	rm -rf build/lib* build/bdist*
-	NORMCORE_BUILD_DIR=$(build) CMAKE_ARGS="-DNORMCORE_TESTS=ON -DNORMCORE_WERROR=$(WERROR)" \
+	NORMCORE_BUILD_DIR=$(build) CMAKE_ARGS="$(cmake_args)" \
 	  python -m pip install --verbose --no-build-isolation --no-deps --force-reinstall .
 	@rm -f $(stamps)/installed-* && touch $@
 
@@ -79,7 +82,7 @@ bench: $(installed) ## speed of the CPU kernels alone, and beside torch, as JSON
 
 .PHONY: lint
 lint: $(environment) ## formatting, style, types and layering
-	find kernels csrc python tests benchmarks examples -name '*.cpp' -o -name '*.h' | \
+	find kernels csrc python tests benchmarks examples -name '*.cpp' -o -name '*.h' -o -name '*.cu*' | \
 	  xargs clang-format --dry-run --Werror
 	ruff check .
 	ruff format --check .
@@ -88,7 +91,7 @@ lint: $(environment) ## formatting, style, types and layering
 
 .PHONY: format
 format: $(environment) ## what `make lint` would complain about, as far as tools can mend it
-	find kernels csrc python tests benchmarks examples -name '*.cpp' -o -name '*.h' | \
+	find kernels csrc python tests benchmarks examples -name '*.cpp' -o -name '*.h' -o -name '*.cu*' | \
 	  xargs clang-format -i
 	ruff check --fix .
 	ruff format .
@@ -97,7 +100,8 @@ format: $(environment) ## what `make lint` would complain about, as far as tools
 .PHONY: wheel
 wheel: $(installed) ## the wheel for this Python and torch, in dist/
 	rm -rf build/lib* build/bdist* dist
-	NORMCORE_BUILD_DIR=$(build) python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	NORMCORE_BUILD_DIR=$(build) CMAKE_ARGS="$(cmake_args)" \
+	  python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 .PHONY: clean
 clean: ## remove builds (rm -r .venv* removes the environments too)

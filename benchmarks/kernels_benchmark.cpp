@@ -41,6 +41,10 @@ const char* name_of(Operation operation) {
   return "";
 }
 
+bool is_backward(Operation operation) {
+  return operation == Operation::kBatchNormBackward || operation == Operation::kGroupNormBackward;
+}
+
 struct Case {
   std::string name;
   Extent extent;
@@ -105,50 +109,43 @@ void measure(benchmark::State& state, Operation operation, const Case& c, Layout
   input.bias = {bias.data()};
   const MutableTensor y{out.get(), dtype}, saved_rstd{rstd.data()};
   const NormGradients grad{y, {grad_scale.data()}, {grad_bias.data()}, {}};
-  const bool is_group_norm =
-      operation == Operation::kGroupNormForward || operation == Operation::kGroupNormBackward;
-  const bool is_backward =
-      operation == Operation::kBatchNormBackward || operation == Operation::kGroupNormBackward;
-  const Pass pass = is_backward                                   ? Pass::kBackward
-                    : operation == Operation::kBatchNormInference ? Pass::kInference
-                                                                  : Pass::kForward;
-  const CpuPlan plan = plan_cpu({input, is_group_norm ? c.groups : 0, pass}, 1);
-  const Memory workspace = allocate(plan.workspace_bytes);
-  const auto run = [&]() -> Status {
+  // Calls body(args) with the args of the operation.
+  const auto with_args = [&](const auto& body) {
     switch (operation) {
       case Operation::kBatchNormForward:
-        return batch_norm_forward({input, {}, y, mean.data(), saved_rstd}, plan, workspace.get(),
-                                  executor);
+        return body(BatchNormForwardArgs{input, {}, y, mean.data(), saved_rstd});
       case Operation::kBatchNormInference:
-        return batch_norm_inference({input, {zeros.data()}, {scale.data()}, y, saved_rstd}, plan,
-                                    workspace.get(), executor);
+        return body(BatchNormInferenceArgs{input, {zeros.data()}, {scale.data()}, y, saved_rstd});
       case Operation::kBatchNormBackward:
-        return batch_norm_backward({input,
-                                    {grad_y.get(), dtype},
-                                    {mean.data(), DType::kFloat64},
-                                    {rstd.data()},
-                                    true,
-                                    grad},
-                                   plan, workspace.get(), executor);
+        return body(BatchNormBackwardArgs{input,
+                                          {grad_y.get(), dtype},
+                                          {mean.data(), DType::kFloat64},
+                                          {rstd.data()},
+                                          true,
+                                          grad});
       case Operation::kGroupNormForward:
-        return group_norm_forward({input, c.groups, y, mean.data(), saved_rstd}, plan,
-                                  workspace.get(), executor);
+        return body(GroupNormForwardArgs{input, c.groups, y, mean.data(), saved_rstd});
       case Operation::kGroupNormBackward:
-        return group_norm_backward(
-            {input, c.groups, {grad_y.get(), dtype}, mean.data(), {rstd.data()}, grad}, plan,
-            workspace.get(), executor);
+        break;
     }
-    return Status::invalid("unknown operation");
+    return body(GroupNormBackwardArgs{
+        input, c.groups, {grad_y.get(), dtype}, mean.data(), {rstd.data()}, grad});
   };
+  CpuPlan plan;
+  with_args([&](const auto& args) { plan = plan_cpu(problem_of(args), 1); });
+  const Memory workspace = allocate(plan.workspace_bytes);
+  Status status;
   for (auto _ : state) {
-    if (const Status status = run(); !status.ok()) {
+    with_args(
+        [&](const auto& args) { status = kernels::run(args, plan, workspace.get(), executor); });
+    if (!status.ok()) {
       state.SkipWithError(status.message);
       break;
     }
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * size * static_cast<std::int64_t>(size_of(dtype)) *
-                          (is_backward ? 3 : 2));
+                          (is_backward(operation) ? 3 : 2));
   state.SetLabel(describe(plan));
 }
 

@@ -4,8 +4,20 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
+#include <normcore/settings.h>
 
 #include <algorithm>
+
+#if defined(NORMCORE_CUDA)
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <normcore/kernels/cuda.h>
+
+#include <mutex>
+#include <unordered_map>
+#endif
 
 namespace normcore::backend {
 namespace {
@@ -41,21 +53,82 @@ void check(const kernels::Status& status, const char* op) {
 }
 
 template <class Args>
-using CpuEntry = kernels::Status (*)(const Args&, const kernels::CpuPlan&, void*,
-                                     const kernels::CpuExecutor&);
-
-template <class Args>
-void run(const char* op, CpuEntry<Args> entry, const Args& args, std::int64_t num_groups,
-         kernels::Pass pass, c10::Device device) {
-  TORCH_CHECK_NOT_IMPLEMENTED(device.is_cpu(), op, ": no kernels for device ", device,
-                              " in this build; move the tensors to the CPU");
+void run_on_cpu(const char* op, const Args& args) {
   const auto executor = cpu_executor();
-  const auto plan = kernels::plan_cpu({args.input, num_groups, pass}, executor.num_threads);
+  const auto plan = kernels::plan_cpu(problem_of(args), executor.num_threads);
   const auto workspace = c10::GetCPUAllocator()->allocate(plan.workspace_bytes);
-  check(entry(args, plan, workspace.get(), executor), op);
+  check(kernels::run(args, plan, workspace.get(), executor), op);
 }
 
-constexpr std::int64_t kOneSlicePerChannel = 0;
+#if defined(NORMCORE_CUDA)
+
+at::Tensor device_bytes(std::size_t count, c10::Device device) {
+  return at::empty({static_cast<std::int64_t>(count)}, at::device(device).dtype(at::kByte));
+}
+
+// Zeroed counters of a stream. Kernels leave them zero, so that the next call of the stream may use
+// them; calls that are recorded for a graph, and run who knows where, get their own.
+class Counters {
+ public:
+  at::Tensor of(const c10::Stream& stream, std::int64_t count, bool is_capturing) {
+    const auto make = [&](std::int64_t size) {
+      return at::zeros({size}, at::device(stream.device()).dtype(at::kInt));
+    };
+    if (is_capturing) return make(count);
+    const std::lock_guard lock(mutex_);
+    at::Tensor& counters = by_stream_[stream];
+    if (!counters.defined() || counters.numel() < count) {
+      constexpr std::int64_t kAtLeast = 1024;
+      counters = make(std::max(kAtLeast, 2 * count));
+    }
+    return counters;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<c10::Stream, at::Tensor> by_stream_;
+};
+
+template <class Args>
+void run_on_cuda(const char* op, const Args& args, c10::Device device) {
+  // Never destroyed: at exit the device may be gone before it.
+  static auto& counters = *new Counters;
+  const c10::DeviceGuard guard(device);
+  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+  const kernels::CudaStream handle{stream.native_handle()};
+  kernels::CudaDevice facts;
+  check(kernels::query_device(device.index(), facts), op);
+  kernels::CudaOptions options;
+  options.batch_invariant = batch_invariant();
+  const auto plan = kernels::plan_cuda(problem_of(args), facts, options);
+  TORCH_CHECK(plan, op, ": the input is too large for a CUDA grid");
+  at::Tensor workspace, zeros;
+  kernels::CudaWorkspace memory;
+  if (plan->workspace_bytes != 0) {
+    workspace = device_bytes(plan->workspace_bytes, device);
+    memory.data = workspace.mutable_data_ptr();
+  }
+  if (plan->counters != 0) {
+    bool is_capturing = false;
+    check(kernels::query_capture(handle, is_capturing), op);
+    zeros = counters.of(stream, plan->counters, is_capturing);
+    memory.counters = reinterpret_cast<unsigned*>(zeros.mutable_data_ptr<std::int32_t>());
+  }
+  check(kernels::run(args, *plan, memory, handle), op);
+}
+
+#endif
+
+template <class Args>
+void run_on(const char* op, const Args& args, c10::Device device) {
+  if (device.is_cpu()) return run_on_cpu(op, args);
+#if defined(NORMCORE_CUDA)
+  if (device.is_cuda()) return run_on_cuda(op, args, device);
+#endif
+  TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": no kernels for device ", device,
+                              " in this build; move the tensors to the CPU",
+                              device.is_cuda() ? ", or build normcore with nvcc" : "");
+}
 
 }  // namespace
 
@@ -70,28 +143,19 @@ kernels::MutableTensor mutable_view(const at::Tensor& t) {
 }
 
 void run(const kernels::BatchNormForwardArgs& args, c10::Device device) {
-  run("batch_norm", kernels::batch_norm_forward, args, kOneSlicePerChannel, kernels::Pass::kForward,
-      device);
+  run_on("batch_norm", args, device);
 }
-
 void run(const kernels::BatchNormInferenceArgs& args, c10::Device device) {
-  run("batch_norm", kernels::batch_norm_inference, args, kOneSlicePerChannel,
-      kernels::Pass::kInference, device);
+  run_on("batch_norm", args, device);
 }
-
 void run(const kernels::BatchNormBackwardArgs& args, c10::Device device) {
-  run("batch_norm", kernels::batch_norm_backward, args, kOneSlicePerChannel,
-      kernels::Pass::kBackward, device);
+  run_on("batch_norm", args, device);
 }
-
 void run(const kernels::GroupNormForwardArgs& args, c10::Device device) {
-  run("group_norm", kernels::group_norm_forward, args, args.num_groups, kernels::Pass::kForward,
-      device);
+  run_on("group_norm", args, device);
 }
-
 void run(const kernels::GroupNormBackwardArgs& args, c10::Device device) {
-  run("group_norm", kernels::group_norm_backward, args, args.num_groups, kernels::Pass::kBackward,
-      device);
+  run_on("group_norm", args, device);
 }
 
 }  // namespace normcore::backend

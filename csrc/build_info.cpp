@@ -15,7 +15,11 @@ BuildInfo build_info() {
       .cxx_compiler = "GCC " __VERSION__,
 #endif
       .simd_target = kernels::simd_target(),
+#if defined(NORMCORE_CUDA)
+      .cuda = true,
+#else
       .cuda = false,
+#endif
   };
 }
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/check.h"
+#include "check.h"
 #include "cpu/coefficients.h"
 #include "cpu/sweep.h"
 

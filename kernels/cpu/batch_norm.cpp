@@ -1,7 +1,7 @@
 #include "normcore/kernels/batch_norm.h"
 
+#include "check.h"
 #include "cpu/backward.h"
-#include "cpu/check.h"
 #include "cpu/forward.h"
 
 namespace normcore::kernels {
@@ -25,17 +25,10 @@ void inference(const BatchNormInferenceArgs& args, const CpuPlan& plan, void* wo
 
 }  // namespace
 
-Status batch_norm_forward(const BatchNormForwardArgs& args, const CpuPlan& plan, void* workspace,
-                          const CpuExecutor& executor) {
+Status run(const BatchNormForwardArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor) {
   if (args.input.extent.numel() == 0) return Status::success();
-  if (const Status status = check_input(args.input, args.y); !status.ok()) return status;
-  if (args.mean == nullptr || !args.rstd) return Status::invalid("mean and rstd must be given");
-  if (static_cast<bool>(args.running.mean) != static_cast<bool>(args.running.var)) {
-    return Status::invalid("running mean and variance come together");
-  }
-  if (args.running.cumulative && args.running.num_batches_tracked == nullptr) {
-    return Status::invalid("a cumulative average needs num_batches_tracked");
-  }
+  if (const Status status = check_args(args); !status.ok()) return status;
   if (compute_type(args.input.x.dtype) == DType::kFloat64) {
     forward<double>(args, plan, workspace, executor);
   } else {
@@ -45,13 +38,10 @@ Status batch_norm_forward(const BatchNormForwardArgs& args, const CpuPlan& plan,
   return Status::success();
 }
 
-Status batch_norm_inference(const BatchNormInferenceArgs& args, const CpuPlan& plan,
-                            void* workspace, const CpuExecutor& executor) {
+Status run(const BatchNormInferenceArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor) {
   if (args.input.extent.numel() == 0) return Status::success();
-  if (const Status status = check_input(args.input, args.y); !status.ok()) return status;
-  if (!args.running_mean || !args.running_var || !args.rstd) {
-    return Status::invalid("running mean, running variance and rstd must be given");
-  }
+  if (const Status status = check_args(args); !status.ok()) return status;
   if (compute_type(args.input.x.dtype) == DType::kFloat64) {
     inference<double>(args, plan, workspace, executor);
   } else {
@@ -60,8 +50,8 @@ Status batch_norm_inference(const BatchNormInferenceArgs& args, const CpuPlan& p
   return Status::success();
 }
 
-Status batch_norm_backward(const BatchNormBackwardArgs& args, const CpuPlan& plan, void* workspace,
-                           const CpuExecutor& executor) {
+Status run(const BatchNormBackwardArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor) {
   return run_backward(
       {args.input, 0, args.grad_y, args.mean, args.rstd, args.batch_statistics, args.grad}, plan,
       workspace, executor);

@@ -28,6 +28,7 @@ _require_torch_version(_built_for, torch.__version__)
 
 from . import _C, functional  # noqa: E402  (the native library needs the right torch)
 from .modules import BatchNorm, GroupNorm, freeze, unfreeze  # noqa: E402
+from .settings import batch_invariant, set_batch_invariant  # noqa: E402
 
 #: Folder for CMAKE_PREFIX_PATH of C++ projects that use this installation.
 cmake_prefix_path = str(Path(__file__).parent)
@@ -36,10 +37,12 @@ __all__ = [
     "BatchNorm",
     "GroupNorm",
     "__version__",
+    "batch_invariant",
     "build_info",
     "cmake_prefix_path",
     "freeze",
     "functional",
+    "set_batch_invariant",
     "unfreeze",
 ]
 

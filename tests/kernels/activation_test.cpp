@@ -12,7 +12,6 @@
 #include <cmath>
 #include <vector>
 
-#include "executors.h"
 #include "norm_checks.h"
 #include "target_test.h"
 
@@ -73,7 +72,7 @@ TEST_P(Activations, OfEveryArgument) {
           SCOPED_TRACE(std::string(name_of(activation)) + " " + name_of(x) + " to " + name_of(y));
           const double u = unit_roundoff(x);
           const Inputs inputs = identity_norm(arguments(), activation, layout, x, y);
-          const Outputs out = run_inference(inputs, serial_executor());
+          const Outputs out = run_inference(inputs);
           std::vector<double> expected, bound;
           for (const double z : inputs.x.values()) {
             expected.push_back(activate(activation, z));
@@ -105,8 +104,7 @@ TEST_P(Activations, DerivativeOfEveryArgument) {
         const double u = unit_roundoff(x);
         const Inputs inputs = identity_norm(values, activation, layout, x, x);
         const Statistics statistics{0, {0.0}, {1.0}, false};
-        const Outputs out =
-            run_backward(inputs, statistics, {false, false, false, true}, serial_executor());
+        const Outputs out = run_backward(inputs, statistics, {false, false, false, true});
         std::vector<double> expected, bound;
         for (const double z : inputs.x.values()) {
           const double value = activate_derivative(activation, z);
@@ -133,7 +131,7 @@ TEST_P(Activations, OfNaNAndInfinity) {
         values[1] = values[40] = HUGE_VAL;
         values[2] = values[65] = -HUGE_VAL;
         const Inputs inputs = identity_norm(values, activation, layout, x, x);
-        const Outputs out = run_inference(inputs, serial_executor());
+        const Outputs out = run_inference(inputs);
         const Tensor& y = find(out, "y");
         for (const int i : {0, 66}) EXPECT_TRUE(std::isnan(y.get(i))) << name_of(activation);
         for (const int i : {1, 40}) EXPECT_EQ(y.get(i), HUGE_VAL) << name_of(activation);

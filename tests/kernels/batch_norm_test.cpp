@@ -6,7 +6,6 @@
 #include <limits>
 #include <string>
 
-#include "executors.h"
 #include "norm_checks.h"
 #include "positions.h"
 #include "shape_test.h"
@@ -75,9 +74,7 @@ TEST(BatchNorm, CumulativeAverageOfTheFirstBatchIsTheBatch) {
   args.y = y.view();
   args.mean = mean.data();
   args.rstd = rstd.view();
-  const CpuPlan plan = plan_cpu(Problem(args.input, 0, Pass::kForward), 1);
-  const GuardedBuffer workspace(plan.workspace_bytes, 64, Placement::kBegin);
-  ASSERT_TRUE(batch_norm_forward(args, plan, workspace.data(), serial_executor()).ok());
+  ASSERT_TRUE(default_runner().run(args));
   EXPECT_EQ(counter, 1);
   EXPECT_EQ(inputs.running_mean.values(), mean);
 }
@@ -92,7 +89,7 @@ TEST(BatchNorm, ConstantInputGivesExactlyBias) {
           c.scale = c.bias = dtype;
           Inputs inputs(c);
           inputs.x.fill(value);
-          const Outputs out = run_forward(inputs, serial_executor());
+          const Outputs out = run_forward(inputs);
           const Tensor& y = find(out, "y");
           std::int64_t failures = 0;
           for_each_position(extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
@@ -115,7 +112,7 @@ TEST(BatchNorm, OneValuePerChannelGivesActivationOfBias) {
       c.activation = Activation::kReLU;
       c.scale = c.bias = dtype;
       const Inputs inputs(c);
-      const Outputs out = run_forward(inputs, serial_executor());
+      const Outputs out = run_forward(inputs);
       for (std::int64_t i = 0; i < 37; ++i) {
         EXPECT_EQ(find(out, "y").get(i), std::max(0.0, inputs.bias.get(i))) << to_string(c);
       }
@@ -136,7 +133,7 @@ TEST(BatchNorm, ChannelWithoutValidValueIsNaNAndKeepsItsRunningStatistics) {
       });
       check_forward(inputs);
       check_backward(inputs);
-      const Outputs out = run_forward(inputs, serial_executor());
+      const Outputs out = run_forward(inputs);
       const Tensor& y = find(out, "y");
       for_each_position(c.extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
         const double value = y.get(index_of(c.extent, layout, n, channel, s));
@@ -171,12 +168,12 @@ TEST(BatchNorm, LargeMeans) {
         check_forward(inputs);
         check_backward(inputs);
         const Outputs expected = reference_forward(inputs);
-        const Outputs actual = run_forward(inputs, serial_executor());
+        const Outputs actual = run_forward(inputs);
         EXPECT_LE(relative_norm_error(find(actual, "y").values(), find(expected, "y").values()),
                   1e-6)
             << to_string(c);
         const Statistics statistics = batch_statistics(inputs, true);
-        const Outputs gradients = run_backward(inputs, statistics, {}, serial_executor());
+        const Outputs gradients = run_backward(inputs, statistics);
         for (const Output& output : reference_backward(inputs, statistics, {})) {
           EXPECT_LE(
               relative_norm_error(find(gradients, output.name).values(), output.tensor.values()),
@@ -197,10 +194,10 @@ TEST(BatchNorm, GradientsNobodyAskedForChangeNothing) {
       const Inputs inputs(c);
       const Statistics statistics =
           from_batch ? batch_statistics(inputs, true) : running_statistics(inputs, true);
-      const Outputs all = run_backward(inputs, statistics, {}, serial_executor());
+      const Outputs all = run_backward(inputs, statistics);
       for (int bits = 0; bits < 16; ++bits) {
         const Wanted wanted{(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
-        for (const Output& output : run_backward(inputs, statistics, wanted, serial_executor())) {
+        for (const Output& output : run_backward(inputs, statistics, wanted)) {
           EXPECT_TRUE(output.tensor.buffer().same_bytes(find(all, output.name).buffer()))
               << output.name << " with gradients " << bits;
         }
@@ -217,9 +214,9 @@ TEST(BatchNorm, NonFiniteValuesStayInTheirChannel) {
         for (const std::int64_t position : {0, 18, 36}) {
           const NormCase c = small_case(layout, dtype);
           Inputs inputs(c);
-          const Outputs clean = run_forward(inputs, serial_executor());
+          const Outputs clean = run_forward(inputs);
           inputs.x.set(index_of(c.extent, layout, 2, 1, position), value);
-          const Outputs dirty = run_forward(inputs, serial_executor());
+          const Outputs dirty = run_forward(inputs);
           for_each_position(c.extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
             const std::int64_t i = index_of(c.extent, layout, n, channel, s);
             const double y = find(dirty, "y").get(i);
@@ -241,13 +238,13 @@ TEST(BatchNorm, EmptyInputChangesNothingAndHasZeroParameterGradients) {
       NormCase c = small_case(layout);
       c.extent = extent;
       const Inputs inputs(c);
-      const Outputs out = run_forward(inputs, serial_executor());
+      const Outputs out = run_forward(inputs);
       EXPECT_EQ(find(out, "running_mean").values(), inputs.running_mean.values());
       EXPECT_EQ(find(out, "running_var").values(), inputs.running_var.values());
-      run_inference(inputs, serial_executor());
+      run_inference(inputs);
       const Statistics statistics{0, inputs.running_mean.values(), inputs.running_var.values(),
                                   true};
-      const Outputs gradients = run_backward(inputs, statistics, {}, serial_executor());
+      const Outputs gradients = run_backward(inputs, statistics);
       const std::vector<double> zeros(static_cast<std::size_t>(extent.c));
       EXPECT_EQ(find(gradients, "grad_scale").values(), zeros);
       EXPECT_EQ(find(gradients, "grad_bias").values(), zeros);
@@ -256,8 +253,7 @@ TEST(BatchNorm, EmptyInputChangesNothingAndHasZeroParameterGradients) {
       BatchNormForwardArgs args;
       args.input.extent = extent;
       args.input.layout = layout;
-      const CpuPlan plan = plan_cpu(Problem(args.input, 0, Pass::kForward), 2);
-      EXPECT_TRUE(batch_norm_forward(args, plan, nullptr, thread_executor()).ok());
+      EXPECT_TRUE(other_runner().run(args));
     }
   }
 }
@@ -271,7 +267,7 @@ TEST(BatchNorm, InferenceDoesNotDependOnTheBatchSize) {
         c.extent = extent;
         c.activation = Activation::kGelu;
         const Inputs batch(c);
-        const Outputs together = run_inference(batch, thread_executor());
+        const Outputs together = run_inference(batch, other_runner());
         NormCase one = c;
         one.extent.n = 1;
         Inputs sample(one);
@@ -284,7 +280,7 @@ TEST(BatchNorm, InferenceDoesNotDependOnTheBatchSize) {
         for (std::int64_t n = 0; n < extent.n; ++n) {
           const std::int64_t size = one.extent.numel();
           for (std::int64_t i = 0; i < size; ++i) sample.x.set(i, batch.x.get(n * size + i));
-          const Outputs alone = run_inference(sample, serial_executor());
+          const Outputs alone = run_inference(sample);
           const auto bytes = static_cast<std::size_t>(size) * size_of(dtype);
           EXPECT_EQ(
               std::memcmp(find(alone, "y").buffer().data(),

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "cpu/reference.h"
-#include "executors.h"
 #include "norm_checks.h"
 #include "target_test.h"
 
@@ -37,7 +36,7 @@ Inputs identity_norm(std::int64_t count, Layout layout, DType x, DType y) {
 // + 0 may lose it).
 void expect_rounded(const Inputs& inputs) {
   const NormCase& c = inputs.norm_case;
-  const Outputs out = run_inference(inputs, serial_executor());
+  const Outputs out = run_inference(inputs);
   const Tensor& y = find(out, "y");
   Tensor expected(c.y, 1, Placement::kEnd);
   std::int64_t failures = 0;
@@ -151,7 +150,7 @@ TEST_P(Convert, NaNOfAnyPayloadStaysNaN) {
     const Inputs inputs =
         identity_norm(static_cast<std::int64_t>(patterns.size()), Layout::kNCS, DType::kFloat32, y);
     std::memcpy(inputs.x.buffer().data(), patterns.data(), 4 * patterns.size());
-    const Outputs out = run_inference(inputs, serial_executor());
+    const Outputs out = run_inference(inputs);
     for (const double value : find(out, "y").values()) EXPECT_TRUE(std::isnan(value));
   }
 }

@@ -6,7 +6,6 @@
 #include <cstring>
 #include <string>
 
-#include "executors.h"
 #include "norm_checks.h"
 #include "positions.h"
 #include "shape_test.h"
@@ -66,7 +65,7 @@ TEST(GroupNorm, ConstantInputGivesExactlyBias) {
           c.affine_per_sample = value > 0.0;
           Inputs inputs(c);
           inputs.x.fill(value);
-          const Outputs out = run_forward(inputs, serial_executor());
+          const Outputs out = run_forward(inputs);
           std::int64_t failures = 0;
           for_each_position(extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
             const double bias =
@@ -89,7 +88,7 @@ TEST(GroupNorm, OneValuePerGroupGivesBias) {
       c.num_groups = 37;
       c.scale = c.bias = dtype;
       const Inputs inputs(c);
-      const Outputs out = run_forward(inputs, serial_executor());
+      const Outputs out = run_forward(inputs);
       for (std::int64_t i = 0; i < 3 * 37; ++i) {
         EXPECT_EQ(find(out, "y").get(i), inputs.bias.get(i % 37)) << to_string(c);
       }
@@ -114,7 +113,7 @@ TEST(GroupNorm, SampleWithoutValidValue) {
           std::memset(inputs.mask.data() + sample, 0, sample);
           check_forward(inputs);
           check_backward(inputs);
-          const Outputs out = run_forward(inputs, serial_executor());
+          const Outputs out = run_forward(inputs);
           for_each_position(c.extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
             if (n != 1) return;
             const double y = find(out, "y").get(index_of(c.extent, layout, n, channel, s));
@@ -138,12 +137,12 @@ TEST(GroupNorm, LargeMeans) {
         check_forward(inputs);
         check_backward(inputs);
         const Outputs expected = reference_forward(inputs);
-        const Outputs actual = run_forward(inputs, serial_executor());
+        const Outputs actual = run_forward(inputs);
         EXPECT_LE(relative_norm_error(find(actual, "y").values(), find(expected, "y").values()),
                   1e-6)
             << to_string(c);
         const Statistics statistics = batch_statistics(inputs, true);
-        const Outputs gradients = run_backward(inputs, statistics, {}, serial_executor());
+        const Outputs gradients = run_backward(inputs, statistics);
         for (const Output& output : reference_backward(inputs, statistics, {})) {
           EXPECT_LE(
               relative_norm_error(find(gradients, output.name).values(), output.tensor.values()),
@@ -164,10 +163,10 @@ TEST(GroupNorm, GradientsNobodyAskedForChangeNothing) {
       c.affine_per_sample = affine_per_sample;
       const Inputs inputs(c);
       const Statistics statistics = batch_statistics(inputs, true);
-      const Outputs all = run_backward(inputs, statistics, {}, serial_executor());
+      const Outputs all = run_backward(inputs, statistics);
       for (int bits = 0; bits < 16; ++bits) {
         const Wanted wanted{(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
-        for (const Output& output : run_backward(inputs, statistics, wanted, serial_executor())) {
+        for (const Output& output : run_backward(inputs, statistics, wanted)) {
           EXPECT_TRUE(output.tensor.buffer().same_bytes(find(all, output.name).buffer()))
               << output.name << " with gradients " << bits;
         }
@@ -183,9 +182,9 @@ TEST(GroupNorm, NonFiniteValuesStayInTheirGroup) {
         for (const std::int64_t position : {0, 18, 36}) {
           const NormCase c = small_case(layout, dtype);
           Inputs inputs(c);
-          const Outputs clean = run_forward(inputs, serial_executor());
+          const Outputs clean = run_forward(inputs);
           inputs.x.set(index_of(c.extent, layout, 2, 3, position), value);
-          const Outputs dirty = run_forward(inputs, serial_executor());
+          const Outputs dirty = run_forward(inputs);
           for_each_position(c.extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
             const std::int64_t i = index_of(c.extent, layout, n, channel, s);
             const double y = find(dirty, "y").get(i);
@@ -210,7 +209,7 @@ TEST(GroupNorm, EmptyInputHasZeroParameterGradients) {
       const auto slices = static_cast<std::size_t>(c.slice_count());
       const Statistics statistics{c.num_groups, std::vector<double>(slices),
                                   std::vector<double>(slices), true};
-      const Outputs out = run_backward(inputs, statistics, {}, serial_executor());
+      const Outputs out = run_backward(inputs, statistics);
       const std::vector<double> zeros(static_cast<std::size_t>(extent.c));
       EXPECT_EQ(find(out, "grad_scale").values(), zeros);
       EXPECT_EQ(find(out, "grad_bias").values(), zeros);
@@ -220,8 +219,7 @@ TEST(GroupNorm, EmptyInputHasZeroParameterGradients) {
       args.input.extent = extent;
       args.input.layout = layout;
       args.num_groups = c.num_groups;
-      const CpuPlan plan = plan_cpu(Problem(args.input, c.num_groups, Pass::kForward), 2);
-      EXPECT_TRUE(group_norm_forward(args, plan, nullptr, thread_executor()).ok());
+      EXPECT_TRUE(other_runner().run(args));
     }
   }
 }
@@ -235,9 +233,9 @@ TEST(GroupNorm, DoesNotDependOnTheBatchSize) {
         c.extent = extent;
         c.activation = Activation::kSiLU;
         const Inputs batch(c);
-        const Outputs together = run_forward(batch, thread_executor());
+        const Outputs together = run_forward(batch, other_runner());
         const Statistics statistics = batch_statistics(batch, true);
-        const Outputs gradients = run_backward(batch, statistics, {}, thread_executor());
+        const Outputs gradients = run_backward(batch, statistics, {}, other_runner());
 
         NormCase one = c;
         one.extent.n = 1;
@@ -261,10 +259,9 @@ TEST(GroupNorm, DoesNotDependOnTheBatchSize) {
             sample.x.set(i, batch.x.get(n * size + i));
             sample.grad_y.set(i, batch.grad_y.get(n * size + i));
           }
-          const Outputs alone = run_forward(sample, serial_executor());
+          const Outputs alone = run_forward(sample);
           for (const char* name : {"y", "mean", "rstd"}) expect_part(alone, together, name, n);
-          const Outputs alone_gradients =
-              run_backward(sample, batch_statistics(sample, true), {}, serial_executor());
+          const Outputs alone_gradients = run_backward(sample, batch_statistics(sample, true));
           expect_part(alone_gradients, gradients, "grad_x", n);
         }
       }

@@ -114,31 +114,26 @@ Statistics run(Operation operation, const Extent& extent, Layout layout, const v
   const MutableTensor y{out, DType::kBFloat16}, rstd{saved.rstd};
   const NormGradients grad{y, {saved.grad_scale}, {saved.grad_bias}, {}};
   const CpuExecutor executor = thread_executor();
-  const auto call = [&](std::int64_t num_groups, Pass pass, const auto& entry, const auto& args) {
-    const CpuPlan plan = plan_cpu(Problem(input, num_groups, pass), executor.num_threads);
+  const auto call = [&](const auto& args) {
+    const CpuPlan plan = plan_cpu(problem_of(args), executor.num_threads);
     const GuardedBuffer workspace(plan.workspace_bytes, 64, Placement::kEnd);
-    EXPECT_TRUE(entry(args, plan, workspace.data(), executor).ok());
+    EXPECT_TRUE(kernels::run(args, plan, workspace.data(), executor).ok());
   };
   switch (operation) {
     case Operation::kBatchNormForward:
-      call(0, Pass::kForward, batch_norm_forward,
-           BatchNormForwardArgs{input, {}, y, saved.mean, rstd});
+      call(BatchNormForwardArgs{input, {}, y, saved.mean, rstd});
       break;
     case Operation::kBatchNormInference:
-      call(0, Pass::kInference, batch_norm_inference,
-           BatchNormInferenceArgs{input, {kRunningMean}, {kRunningVar}, y, rstd});
+      call(BatchNormInferenceArgs{input, {kRunningMean}, {kRunningVar}, y, rstd});
       break;
     case Operation::kBatchNormBackward:
-      call(0, Pass::kBackward, batch_norm_backward,
-           BatchNormBackwardArgs{input, dy, {saved.mean, DType::kFloat64}, rstd, true, grad});
+      call(BatchNormBackwardArgs{input, dy, {saved.mean, DType::kFloat64}, rstd, true, grad});
       break;
     case Operation::kGroupNormForward:
-      call(kChannels, Pass::kForward, group_norm_forward,
-           GroupNormForwardArgs{input, kChannels, y, saved.mean, rstd});
+      call(GroupNormForwardArgs{input, kChannels, y, saved.mean, rstd});
       break;
     case Operation::kGroupNormBackward:
-      call(kChannels, Pass::kBackward, group_norm_backward,
-           GroupNormBackwardArgs{input, kChannels, dy, saved.mean, rstd, grad});
+      call(GroupNormBackwardArgs{input, kChannels, dy, saved.mean, rstd, grad});
       break;
   }
   return saved;

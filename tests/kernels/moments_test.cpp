@@ -5,7 +5,6 @@
 #include <cmath>
 #include <vector>
 
-#include "executors.h"
 #include "norm_checks.h"
 #include "positions.h"
 
@@ -75,7 +74,7 @@ TEST(Moments, OfLongSlicesWithLargeMeans) {
         c.eps = 0.0;
         const Inputs inputs(c);
         const Statistics expected = batch_statistics(inputs, false);
-        const Outputs actual = run_forward(inputs, thread_executor());
+        const Outputs actual = run_forward(inputs, other_runner());
         for (std::size_t i = 0; i < expected.mean.size(); ++i) {
           const auto slice = static_cast<std::int64_t>(i);
           EXPECT_NEAR(find(actual, "mean").get(slice), expected.mean[i], 1e-7 / expected.rstd[i])
@@ -99,7 +98,7 @@ TEST(Moments, OfDataWithAnOutlier) {
       Inputs inputs(c);
       inputs.x.set(position, 1e6);
       const Statistics expected = batch_statistics(inputs, false);
-      const Outputs actual = run_forward(inputs, serial_executor());
+      const Outputs actual = run_forward(inputs);
       const double bound = 0.5 * 9.0 * sum_error(c.x, 5000.0);
       EXPECT_NEAR(find(actual, "rstd").get(0) / expected.rstd[0], 1.0, bound)
           << "at " << position << " " << name_of(layout);

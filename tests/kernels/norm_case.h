@@ -53,7 +53,7 @@ struct NormCase {
   bool running_statistics = true;
   bool cumulative = false;
   bool unbiased = true;
-  bool many_executors = true;
+  bool many_runners = true;
   Placement placement = Placement::kEnd;
 
   std::int64_t affine_count() const { return affine_per_sample ? extent.n * extent.c : extent.c; }

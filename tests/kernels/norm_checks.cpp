@@ -9,7 +9,6 @@
 #include <stdexcept>
 
 #include "cpu/reference.h"
-#include "executors.h"
 #include "positions.h"
 
 namespace normcore::kernels::testing {
@@ -22,22 +21,6 @@ Tensor clone(const Tensor& tensor, Placement placement) {
   for (std::int64_t i = 0; i < tensor.count(); ++i) copy.set(i, tensor.get(i));
   return copy;
 }
-
-// A workspace of exactly the planned size.
-class Workspace {
- public:
-  explicit Workspace(const CpuPlan& plan)
-      : buffer_(plan.workspace_bytes, 64, Placement::kEnd), plan_(plan) {}
-
-  void* data() const { return plan_.workspace_bytes == 0 ? nullptr : buffer_.data(); }
-  void check() const { EXPECT_TRUE(buffer_.intact()) << "workspace overrun: " << describe(plan_); }
-
- private:
-  GuardedBuffer buffer_;
-  const CpuPlan& plan_;
-};
-
-void expect_ok(const Status& status) { EXPECT_TRUE(status.ok()) << status.message; }
 
 void expect_intact(const Outputs& outputs) {
   for (const Output& output : outputs) {
@@ -68,21 +51,25 @@ class Snapshot {
   std::vector<std::vector<unsigned char>> bytes_;
 };
 
-// The same call with every executor.
+// The same call with every runner: what those of each kind agree on.
 template <class Run>
-Outputs run_everywhere(const Inputs& inputs, Run run) {
+std::vector<Outputs> run_everywhere(const Inputs& inputs, Run run) {
   const Snapshot snapshot(inputs);
-  Outputs outputs = run(serial_executor());
-  expect_intact(outputs);
-  if (inputs.norm_case.many_executors) {
-    for (const NamedExecutor& other : other_executors()) {
-      const Outputs others = run(other.executor);
+  std::vector<Outputs> results;
+  for (const EqualRunners& runners : all_runners()) {
+    Outputs first = run(*runners.front());
+    if (first.empty()) continue;
+    SCOPED_TRACE(runners.front()->name());
+    expect_intact(first);
+    for (std::size_t i = 1; inputs.norm_case.many_runners && i < runners.size(); ++i) {
+      const Outputs others = run(*runners[i]);
       expect_intact(others);
-      expect_same_bits(other.name, others, outputs);
+      expect_same_bits(runners[i]->name(), others, first);
     }
+    results.push_back(std::move(first));
   }
   snapshot.check();
-  return outputs;
+  return results;
 }
 
 // Which elements belong to a slice without any valid value.
@@ -149,11 +136,8 @@ const Tensor& find(const Outputs& outputs, const std::string& name) {
   throw std::runtime_error("no output " + name);
 }
 
-Outputs run_forward(const Inputs& inputs, const CpuExecutor& executor) {
+Outputs run_forward(const Inputs& inputs, const Runner& runner) {
   const NormCase& c = inputs.norm_case;
-  const CpuPlan plan =
-      plan_cpu(Problem(inputs.norm_input(), c.num_groups, Pass::kForward), executor.num_threads);
-  const Workspace workspace(plan);
   Outputs out;
   out.push_back({"y", Tensor(c.y, c.extent.numel(), c.placement)});
   out.push_back({"mean", Tensor(DType::kFloat64, c.slice_count(), c.placement)});
@@ -162,7 +146,7 @@ Outputs run_forward(const Inputs& inputs, const CpuExecutor& executor) {
   if (c.num_groups != 0) {
     const GroupNormForwardArgs args{inputs.norm_input(), c.num_groups, out[0].tensor.view(), mean,
                                     out[2].tensor.view()};
-    expect_ok(group_norm_forward(args, plan, workspace.data(), executor));
+    if (!runner.run(args)) return {};
   } else {
     std::int64_t counter = 3;
     BatchNormForwardArgs args;
@@ -176,28 +160,22 @@ Outputs run_forward(const Inputs& inputs, const CpuExecutor& executor) {
       args.running = {
           out[3].tensor.view(), out[4].tensor.view(), &counter, 0.3, c.cumulative, c.unbiased};
     }
-    expect_ok(batch_norm_forward(args, plan, workspace.data(), executor));
+    if (!runner.run(args)) return {};
     const bool counted = c.running_statistics && c.extent.numel() > 0;
     EXPECT_EQ(counter, counted ? 4 : 3);
   }
-  workspace.check();
   return out;
 }
 
-Outputs run_inference(const Inputs& inputs, const CpuExecutor& executor) {
+Outputs run_inference(const Inputs& inputs, const Runner& runner) {
   const NormCase& c = inputs.norm_case;
-  const CpuPlan plan =
-      plan_cpu(Problem(inputs.norm_input(), 0, Pass::kInference), executor.num_threads);
-  const Workspace workspace(plan);
   Outputs out;
   out.push_back({"y", Tensor(c.y, c.extent.numel(), c.placement)});
   out.push_back({"rstd", Tensor(compute_type(c.x), c.extent.c, c.placement)});
   const BatchNormInferenceArgs args{inputs.norm_input(), inputs.running_mean.view(),
                                     inputs.running_var.view(), out[0].tensor.view(),
                                     out[1].tensor.view()};
-  expect_ok(batch_norm_inference(args, plan, workspace.data(), executor));
-  workspace.check();
-  return out;
+  return runner.run(args) ? std::move(out) : Outputs();
 }
 
 namespace {
@@ -235,11 +213,8 @@ struct SavedStatistics {
 }  // namespace
 
 Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const Wanted& wanted,
-                     const CpuExecutor& executor) {
+                     const Runner& runner) {
   const NormCase& c = inputs.norm_case;
-  const CpuPlan plan =
-      plan_cpu(Problem(inputs.norm_input(), c.num_groups, Pass::kBackward), executor.num_threads);
-  const Workspace workspace(plan);
   const SavedStatistics saved(inputs, statistics);
   Outputs out;
   const NormGradients grad = make_gradients(c, wanted, c.x, c.y, out);
@@ -248,14 +223,13 @@ Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const W
     const ConstTensor mean = statistics.from_batch ? saved.mean.view() : inputs.running_mean.view();
     const BatchNormBackwardArgs args{inputs.norm_input(), inputs.grad_y.view(),  mean,
                                      saved.rstd.view(),   statistics.from_batch, grad};
-    expect_ok(batch_norm_backward(args, plan, workspace.data(), executor));
+    if (!runner.run(args)) return {};
   } else {
     const GroupNormBackwardArgs args{inputs.norm_input(),  c.num_groups,
                                      inputs.grad_y.view(), static_cast<double*>(saved.mean.data()),
                                      saved.rstd.view(),    grad};
-    expect_ok(group_norm_backward(args, plan, workspace.data(), executor));
+    if (!runner.run(args)) return {};
   }
-  workspace.check();
   return out;
 }
 
@@ -321,34 +295,36 @@ Statistics running_statistics(const Inputs& inputs, bool rounded) {
 void check_forward(const Inputs& inputs) {
   const NormCase& c = inputs.norm_case;
   SCOPED_TRACE("forward " + to_string(c));
-  const Outputs actual = run_everywhere(
-      inputs, [&](const CpuExecutor& executor) { return run_forward(inputs, executor); });
+  const std::vector<Outputs> results =
+      run_everywhere(inputs, [&](const Runner& runner) { return run_forward(inputs, runner); });
   if (c.extent.numel() == 0) return;
   const Outputs expected = reference_forward(inputs);
   const Statistics statistics{c.num_groups, find(expected, "mean").values(),
                               find(expected, "rstd").values(), true};
   const ForwardBounds bounds = forward_bounds(inputs.norm_input(), statistics, c.y);
-  const auto compare = [&](const char* name, const std::vector<double>& bound) {
-    expect_near(name, find(actual, name).values(), find(expected, name).values(), bound);
-  };
-  compare("y", bounds.y);
-  compare("rstd", bounds.rstd);
-  // The mean of an empty slice is not defined; its rstd is NaN.
-  std::vector<double> mean = find(actual, "mean").values();
-  for (std::size_t i = 0; i < mean.size(); ++i) {
-    if (std::isnan(statistics.mean[i])) mean[i] = kNaN;
-  }
-  expect_near("mean", mean, statistics.mean, bounds.mean);
-  if (c.num_groups == 0 && c.running_statistics) {
-    check_running(inputs, actual, statistics, bounds);
+  for (const Outputs& actual : results) {
+    const auto compare = [&](const char* name, const std::vector<double>& bound) {
+      expect_near(name, find(actual, name).values(), find(expected, name).values(), bound);
+    };
+    compare("y", bounds.y);
+    compare("rstd", bounds.rstd);
+    // The mean of an empty slice is not defined; its rstd is NaN.
+    std::vector<double> mean = find(actual, "mean").values();
+    for (std::size_t i = 0; i < mean.size(); ++i) {
+      if (std::isnan(statistics.mean[i])) mean[i] = kNaN;
+    }
+    expect_near("mean", mean, statistics.mean, bounds.mean);
+    if (c.num_groups == 0 && c.running_statistics) {
+      check_running(inputs, actual, statistics, bounds);
+    }
   }
 }
 
 void check_inference(const Inputs& inputs) {
   const NormCase& c = inputs.norm_case;
   SCOPED_TRACE("inference " + to_string(c));
-  const Outputs actual = run_everywhere(
-      inputs, [&](const CpuExecutor& executor) { return run_inference(inputs, executor); });
+  const std::vector<Outputs> results =
+      run_everywhere(inputs, [&](const Runner& runner) { return run_inference(inputs, runner); });
   if (c.extent.numel() == 0) return;
   const Statistics statistics = running_statistics(inputs, false);
   const Tensor y(DType::kFloat64, c.extent.numel(), Placement::kEnd);
@@ -356,8 +332,10 @@ void check_inference(const Inputs& inputs) {
   reference::batch_norm_inference({inputs.norm_input(), inputs.running_mean.view(),
                                    inputs.running_var.view(), y.view(), rstd.view()});
   const ForwardBounds bounds = forward_bounds(inputs.norm_input(), statistics, c.y);
-  expect_near("y", find(actual, "y").values(), y.values(), bounds.y);
-  expect_near("rstd", find(actual, "rstd").values(), rstd.values(), bounds.rstd);
+  for (const Outputs& actual : results) {
+    expect_near("y", find(actual, "y").values(), y.values(), bounds.y);
+    expect_near("rstd", find(actual, "rstd").values(), rstd.values(), bounds.rstd);
+  }
 }
 
 void check_backward(Inputs& inputs, bool from_batch, const Wanted& wanted) {
@@ -375,8 +353,8 @@ void check_backward(Inputs& inputs, bool from_batch, const Wanted& wanted) {
   for (std::size_t i = 0; from_batch && i < is_empty.size(); ++i) {
     if (is_empty[i]) inputs.grad_y.set(static_cast<std::int64_t>(i), 0.0);
   }
-  const Outputs actual = run_everywhere(inputs, [&](const CpuExecutor& executor) {
-    return run_backward(inputs, statistics, wanted, executor);
+  const std::vector<Outputs> results = run_everywhere(inputs, [&](const Runner& runner) {
+    return run_backward(inputs, statistics, wanted, runner);
   });
 
   const Outputs expected = reference_backward(inputs, statistics, wanted);
@@ -389,7 +367,9 @@ void check_backward(Inputs& inputs, bool from_batch, const Wanted& wanted) {
                                        : output.name == "grad_scale" ? bounds.scale
                                        : output.name == "grad_bias"  ? bounds.bias
                                                                      : bounds.residual;
-    expect_near(output.name, find(actual, output.name).values(), output.tensor.values(), bound);
+    for (const Outputs& actual : results) {
+      expect_near(output.name, find(actual, output.name).values(), output.tensor.values(), bound);
+    }
   }
 }
 

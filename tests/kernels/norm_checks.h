@@ -1,7 +1,7 @@
 // The checks that every call of a norm must pass. check_*() runs the kernel and the reference on
 // the same tensors and expects that
 //   - every output lies within the bound of tolerance.h, NaN where the reference has NaN;
-//   - every executor and thread count gives the same bits;
+//   - runners that must not differ (executors, schedules) give the same bits;
 //   - nothing outside of an output, and no input, is written (guarded_buffer.h).
 #pragma once
 
@@ -9,8 +9,7 @@
 #include <vector>
 
 #include "norm_case.h"
-#include "normcore/kernels/batch_norm.h"
-#include "normcore/kernels/group_norm.h"
+#include "runner.h"
 #include "tolerance.h"
 
 namespace normcore::kernels::testing {
@@ -27,13 +26,12 @@ struct Wanted {
   bool x = true, scale = true, bias = true, residual = true;
 };
 
-// The kernels: plan for the executor's thread count, guarded workspace of exactly the planned size,
-// NaN-filled outputs. Forward: y, mean, rstd and, for batch norm, running_mean, running_var.
-// Inference: y, rstd.
-Outputs run_forward(const Inputs& inputs, const CpuExecutor& executor);
-Outputs run_inference(const Inputs& inputs, const CpuExecutor& executor);
-Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const Wanted& wanted,
-                     const CpuExecutor& executor);
+// The kernels, with NaN-filled outputs; none if the runner cannot run the call. Forward: y, mean,
+// rstd and, for batch norm, running_mean, running_var. Inference: y, rstd.
+Outputs run_forward(const Inputs& inputs, const Runner& runner = default_runner());
+Outputs run_inference(const Inputs& inputs, const Runner& runner = default_runner());
+Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const Wanted& wanted = {},
+                     const Runner& runner = default_runner());
 
 // The reference on the same tensors, with every output in float64.
 Outputs reference_forward(const Inputs& inputs);

@@ -7,47 +7,12 @@
 #include <string>
 
 #include "norm_case.h"
+#include "problems.h"
 
 namespace normcore::kernels::testing {
 namespace {
 
 constexpr int kThreadCounts[] = {1, 2, 3, 8, 64, 256};
-
-std::string to_string(const Problem& p) {
-  std::ostringstream text;
-  text << "{" << p.extent.n << ", " << p.extent.c << ", " << p.extent.s << "} " << name_of(p.layout)
-       << " " << name_of(p.dtype) << " groups=" << p.num_groups
-       << " mask=" << static_cast<int>(p.mask) << " pass=" << static_cast<int>(p.pass);
-  return text.str();
-}
-
-// Calls body(problem) for some thousand problems, tiny to beyond 2^31 elements.
-template <class Body>
-void for_each_problem(Body body) {
-  constexpr std::int64_t kSizes[] = {1, 2, 7, 64, 65, 1000, 4096, 4097, 70000};
-  for (const std::int64_t n : kSizes) {
-    for (const std::int64_t c : {1, 3, 64, 65, 320, 2048, 5000}) {
-      for (const std::int64_t s : kSizes) {
-        for (const Layout layout : kBothLayouts) {
-          for (const std::int64_t num_groups : {std::int64_t{0}, std::int64_t{1}, c}) {
-            for (const Pass pass : {Pass::kForward, Pass::kInference, Pass::kBackward}) {
-              if (num_groups != 0 && pass == Pass::kInference) continue;
-              Problem problem;
-              problem.extent = {n, c, s};
-              problem.layout = layout;
-              problem.num_groups = num_groups;
-              problem.pass = pass;
-              problem.mask = static_cast<MaskKind>((n + s) % 3);
-              problem.dtype = kAllDTypes[(n + c) % 4];
-              problem.affine_per_sample = num_groups != 0 && s % 2 == 1;
-              body(problem);
-            }
-          }
-        }
-      }
-    }
-  }
-}
 
 TEST(Plan, IsLegalForEveryShape) {
   for_each_problem([](const Problem& p) {

@@ -46,20 +46,11 @@ class StatusTest : public ::testing::Test {
     return args;
   }
 
-  Status run(const BatchNormForwardArgs& args) {
-    return call(batch_norm_forward, args, 0, Pass::kForward);
-  }
-  Status run(const BatchNormInferenceArgs& args) {
-    return call(batch_norm_inference, args, 0, Pass::kInference);
-  }
-  Status run(const BatchNormBackwardArgs& args) {
-    return call(batch_norm_backward, args, 0, Pass::kBackward);
-  }
-  Status run(const GroupNormForwardArgs& args) {
-    return call(group_norm_forward, args, 2, Pass::kForward);
-  }
-  Status run(const GroupNormBackwardArgs& args) {
-    return call(group_norm_backward, args, 2, Pass::kBackward);
+  template <class Args>
+  Status run(const Args& args) {
+    const CpuPlan plan = plan_cpu(problem_of(args), 1);
+    const GuardedBuffer workspace(plan.workspace_bytes, 64, Placement::kEnd);
+    return kernels::run(args, plan, workspace.data(), serial_executor());
   }
 
   template <class Args>
@@ -76,14 +67,6 @@ class StatusTest : public ::testing::Test {
   Tensor y_ = make(24), rstd_ = make(4), running_mean_ = make(4), running_var_ = make(4);
   double mean_[4] = {};
   std::int64_t counter_ = 7;
-
- private:
-  template <class Entry, class Args>
-  static Status call(Entry entry, const Args& args, std::int64_t num_groups, Pass pass) {
-    const CpuPlan plan = plan_cpu(Problem(args.input, num_groups, pass), 1);
-    const GuardedBuffer workspace(plan.workspace_bytes, 64, Placement::kEnd);
-    return entry(args, plan, workspace.data(), serial_executor());
-  }
 };
 
 TEST_F(StatusTest, ValidCallsSucceed) {

@@ -34,7 +34,7 @@ def test_wheel_pins_the_torch_it_was_built_for() -> None:
 
 def test_build_info() -> None:
     info = normcore.build_info()
-    assert info["cuda"] is False
+    assert isinstance(info["cuda"], bool)
     assert info["cxx_compiler"]
     assert info["simd_target"]
 

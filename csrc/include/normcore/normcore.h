@@ -1,5 +1,6 @@
 // The public C++ interface of normcore: functions (ops.h), modules (modules.h) and their options
-// (options.h). Including this header in any translation unit is also what makes the operators
+// (options.h), settings
+// (settings.h). Including this header in any translation unit is also what makes the operators
 // torch.ops.normcore.* available to a program that only loads TorchScript files.
 #pragma once
 
@@ -7,6 +8,7 @@
 #include "normcore/modules.h"
 #include "normcore/ops.h"
 #include "normcore/options.h"
+#include "normcore/settings.h"
 
 namespace normcore::detail {
 

@@ -4,11 +4,14 @@
 //   kGelu      z * Phi(z), Phi the standard normal distribution function
 //   kGeluTanh  0.5 * z * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3)))
 // The last two are torch's gelu with approximate="none" and "tanh". The functions below are the
-// float64 definitions; vector versions are tested against them.
+// definitions: in float64 for the CPU, whose vector versions are tested against them, in float64 or
+// float32 on CUDA devices.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+
+#include "normcore/kernels/host_device.h"
 
 namespace normcore::kernels {
 
@@ -19,45 +22,48 @@ inline constexpr double kInvSqrtTwoPi = 0.39894228040143267794;   // 1 / sqrt(2 
 inline constexpr double kSqrtTwoOverPi = 0.79788456080286535588;  // sqrt(2 / pi)
 inline constexpr double kGeluTanhCubic = 0.044715;
 
-inline double activate(Activation activation, double z) {
+template <class A>
+NORMCORE_HOST_DEVICE A activate(Activation activation, A z) {
   switch (activation) {
     case Activation::kNone:
       return z;
     case Activation::kReLU:
-      return z <= 0.0 ? 0.0 : z;
+      return z <= A{0} ? A{0} : z;
     case Activation::kSiLU:
-      return z / (1.0 + std::exp(-z));
+      return z / (A{1} + std::exp(-z));
     case Activation::kGelu:
-      return z * 0.5 * std::erfc(-z * kSqrtHalf);
+      return z * A{0.5} * std::erfc(-z * static_cast<A>(kSqrtHalf));
     case Activation::kGeluTanh: {
-      const double u = kSqrtTwoOverPi * (z + kGeluTanhCubic * z * z * z);
-      return z / (1.0 + std::exp(-2.0 * u));
+      const A u = static_cast<A>(kSqrtTwoOverPi) * (z + static_cast<A>(kGeluTanhCubic) * z * z * z);
+      return z / (A{1} + std::exp(A{-2} * u));
     }
   }
   return z;
 }
 
-inline double activate_derivative(Activation activation, double z) {
+template <class A>
+NORMCORE_HOST_DEVICE A activate_derivative(Activation activation, A z) {
   switch (activation) {
     case Activation::kNone:
-      return 1.0;
+      return A{1};
     case Activation::kReLU:
-      return z <= 0.0 ? 0.0 : 1.0;
+      return z <= A{0} ? A{0} : A{1};
     case Activation::kSiLU: {
-      const double sigmoid = 1.0 / (1.0 + std::exp(-z)), complement = 1.0 / (1.0 + std::exp(z));
-      return sigmoid * (1.0 + z * complement);
+      const A sigmoid = A{1} / (A{1} + std::exp(-z)), complement = A{1} / (A{1} + std::exp(z));
+      return sigmoid * (A{1} + z * complement);
     }
     case Activation::kGelu:
-      return 0.5 * std::erfc(-z * kSqrtHalf) + z * kInvSqrtTwoPi * std::exp(-0.5 * z * z);
+      return A{0.5} * std::erfc(-z * static_cast<A>(kSqrtHalf)) +
+             z * static_cast<A>(kInvSqrtTwoPi) * std::exp(A{-0.5} * z * z);
     case Activation::kGeluTanh: {
-      const double u = kSqrtTwoOverPi * (z + kGeluTanhCubic * z * z * z);
-      const double du = kSqrtTwoOverPi * (1.0 + 3.0 * kGeluTanhCubic * z * z);
-      const double sigmoid = 1.0 / (1.0 + std::exp(-2.0 * u)),
-                   complement = 1.0 / (1.0 + std::exp(2.0 * u));
-      return sigmoid + z * sigmoid * complement * 2.0 * du;
+      const A cubic = static_cast<A>(kGeluTanhCubic), scale = static_cast<A>(kSqrtTwoOverPi);
+      const A u = scale * (z + cubic * z * z * z), du = scale * (A{1} + A{3} * cubic * z * z);
+      const A sigmoid = A{1} / (A{1} + std::exp(A{-2} * u)),
+              complement = A{1} / (A{1} + std::exp(A{2} * u));
+      return sigmoid + z * sigmoid * complement * A{2} * du;
     }
   }
-  return 1.0;
+  return A{1};
 }
 
 }  // namespace normcore::kernels

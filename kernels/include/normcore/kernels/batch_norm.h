@@ -56,13 +56,17 @@ struct BatchNormBackwardArgs {
   NormGradients grad;
 };
 
-// `workspace` holds plan.workspace_bytes, aligned to 64 bytes. The plan must come from the same
-// input and pass.
-Status batch_norm_forward(const BatchNormForwardArgs& args, const CpuPlan& plan, void* workspace,
-                          const CpuExecutor& executor);
-Status batch_norm_inference(const BatchNormInferenceArgs& args, const CpuPlan& plan,
-                            void* workspace, const CpuExecutor& executor);
-Status batch_norm_backward(const BatchNormBackwardArgs& args, const CpuPlan& plan, void* workspace,
-                           const CpuExecutor& executor);
+Problem problem_of(const BatchNormForwardArgs& args);
+Problem problem_of(const BatchNormInferenceArgs& args);
+Problem problem_of(const BatchNormBackwardArgs& args);
+
+// On the CPU. The plan is that of problem_of(args); `workspace` holds plan.workspace_bytes, aligned
+// to 64 bytes.
+Status run(const BatchNormForwardArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor);
+Status run(const BatchNormInferenceArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor);
+Status run(const BatchNormBackwardArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor);
 
 }  // namespace normcore::kernels

@@ -35,11 +35,14 @@ struct GroupNormBackwardArgs {
   NormGradients grad;
 };
 
-// `workspace` holds plan.workspace_bytes, aligned to 64 bytes. The plan must come from the same
-// input and pass.
-Status group_norm_forward(const GroupNormForwardArgs& args, const CpuPlan& plan, void* workspace,
-                          const CpuExecutor& executor);
-Status group_norm_backward(const GroupNormBackwardArgs& args, const CpuPlan& plan, void* workspace,
-                           const CpuExecutor& executor);
+Problem problem_of(const GroupNormForwardArgs& args);
+Problem problem_of(const GroupNormBackwardArgs& args);
+
+// On the CPU. The plan is that of problem_of(args); `workspace` holds plan.workspace_bytes, aligned
+// to 64 bytes.
+Status run(const GroupNormForwardArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor);
+Status run(const GroupNormBackwardArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor);
 
 }  // namespace normcore::kernels

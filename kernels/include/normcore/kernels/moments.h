@@ -5,19 +5,22 @@
 // fixed order. An empty set is {0, 0, 0}. Source: Chan, Golub and LeVeque 1983.
 #pragma once
 
+#include "normcore/kernels/host_device.h"
+
 namespace normcore::kernels {
 
 struct Moments {
   double count = 0.0, mean = 0.0, m2 = 0.0;
 
   // The values of a chunk, given sum(x - pivot) and sum((x - pivot)^2).
-  static Moments from_shifted_sums(double count, double pivot, double sum, double sum_of_squares) {
+  NORMCORE_HOST_DEVICE static Moments from_shifted_sums(double count, double pivot, double sum,
+                                                        double sum_of_squares) {
     if (count == 0.0) return {};
     const double m2 = sum_of_squares - sum * sum / count;
     return {count, pivot + sum / count, m2 < 0.0 ? 0.0 : m2};
   }
 
-  void merge(const Moments& other) {
+  NORMCORE_HOST_DEVICE void merge(const Moments& other) {
     if (other.count == 0.0) return;
     if (count == 0.0) {
       *this = other;
@@ -31,7 +34,9 @@ struct Moments {
     count = total;
   }
 
-  double variance() const { return m2 / count; }  // biased; NaN for an empty set
+  NORMCORE_HOST_DEVICE double variance() const {
+    return m2 / count;
+  }  // biased; NaN for an empty set
 };
 
 }  // namespace normcore::kernels

@@ -1,8 +1,8 @@
 // Rules of the args structs that a caller may break by mistake; they cost nothing beside a kernel.
 #pragma once
 
-#include "normcore/kernels/norm_input.h"
-#include "normcore/kernels/status.h"
+#include "normcore/kernels/batch_norm.h"
+#include "normcore/kernels/group_norm.h"
 
 namespace normcore::kernels {
 
@@ -39,6 +39,35 @@ inline Status check_gradients(const NormInput& input, ConstTensor grad_y, ConstT
     return Status::invalid("a float64 grad_residual needs a float64 x");
   }
   return check_operands(input);
+}
+
+inline Status check_groups(const NormInput& input, std::int64_t num_groups) {
+  const bool ok = num_groups > 0 && input.extent.c % num_groups == 0;
+  return ok ? Status::success() : Status::invalid("num_groups must divide c");
+}
+
+inline Status check_args(const BatchNormForwardArgs& args) {
+  if (args.mean == nullptr || !args.rstd) return Status::invalid("mean and rstd must be given");
+  if (static_cast<bool>(args.running.mean) != static_cast<bool>(args.running.var)) {
+    return Status::invalid("running mean and variance come together");
+  }
+  if (args.running.cumulative && args.running.num_batches_tracked == nullptr) {
+    return Status::invalid("a cumulative average needs num_batches_tracked");
+  }
+  return check_input(args.input, args.y);
+}
+
+inline Status check_args(const BatchNormInferenceArgs& args) {
+  if (!args.running_mean || !args.running_var || !args.rstd) {
+    return Status::invalid("running mean, running variance and rstd must be given");
+  }
+  return check_input(args.input, args.y);
+}
+
+inline Status check_args(const GroupNormForwardArgs& args) {
+  if (args.mean == nullptr || !args.rstd) return Status::invalid("mean and rstd must be given");
+  if (const Status status = check_groups(args.input, args.num_groups); !status.ok()) return status;
+  return check_input(args.input, args.y);
 }
 
 }  // namespace normcore::kernels

@@ -1,0 +1,15 @@
+// Settings of the library, for the whole process.
+#pragma once
+
+#include "normcore/export.h"
+
+namespace normcore {
+
+// Whether CUDA kernels may look at the number of samples to fill the device: by default they do.
+// With `enabled` the results of group norm, and of batch norm with running statistics, have the same
+// bits for every batch size, which may cost speed for few samples. On the CPU that is so anyway.
+// Results are the same from run to run either way.
+NORMCORE_API void set_batch_invariant(bool enabled);
+NORMCORE_API bool batch_invariant();
+
+}  // namespace normcore

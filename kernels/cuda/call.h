@@ -1,0 +1,59 @@
+// The arguments of the CUDA kernels of every norm: what the public args structs say, with the
+// workspace of the call. Passed by value; pointers are device pointers. Internal to kernels/cuda.
+#pragma once
+
+#include "normcore/kernels/cuda.h"
+#include "normcore/kernels/norm_input.h"
+#include "normcore/kernels/types.h"
+
+namespace normcore::kernels::cuda {
+
+// kResident: one launch, what is reduced stays in registers. kReduce and kApply: the two launches of
+// kSplit; kApply alone is kStream.
+enum class Stage : std::uint8_t { kResident, kReduce, kApply };
+
+// Of a set of values: how many count, sum (x - pivot) and sum (x - pivot)^2 over them.
+struct ShiftedSums {
+  double count, pivot, sum, square;
+};
+
+// Over values of a channel: g, g * (x - center), and how many values count.
+struct ChannelSums {
+  double g, g_centered, count;
+};
+
+// Gradients of a channel's scale and bias.
+struct ParameterSums {
+  double scale, bias;
+};
+
+struct ForwardCall {
+  NormInput input;
+  std::int64_t num_groups = 0;  // 0: batch norm
+  MutableTensor y;
+  double* mean = nullptr;  // saved; null with given statistics
+  MutableTensor rstd;      // saved
+  RunningStatistics running;
+  ConstTensor given_mean, given_var;  // of batch norm with running statistics
+  void* records = nullptr;  // workspace: ShiftedSums of every chunk, ColumnSums of its channels
+  unsigned* counters = nullptr;
+};
+
+struct BackwardCall {
+  NormInput input;
+  std::int64_t num_groups = 0;
+  ConstTensor grad_y;
+  ConstTensor mean, rstd;
+  bool batch_statistics = true;
+  NormGradients grad;
+  std::int64_t samples_per_block = 1;
+  void* slice_gradients = nullptr;      // workspace: SliceGradient of every slice; null where
+                                        // nothing flows through the statistics, or one launch does
+  ParameterSums* parameters = nullptr;  // workspace: per block of samples and channel; null where
+                                        // nothing is left to be summed
+  ChannelSums* records = nullptr;       // workspace: per chunk and channel in it
+  ChannelSums* channel_sums = nullptr;  // workspace: per sample and channel
+  unsigned* counters = nullptr;
+};
+
+}  // namespace normcore::kernels::cuda

@@ -1,0 +1,170 @@
+// Elements as the CUDA kernels see them: conversion to and from the arithmetic type, and vectors of
+// kWidth neighbouring elements. A vector of x holds 16 bytes; the tensors beside it may have other
+// dtypes, whose vectors of as many elements are narrower or wider. At the ends of a run only a part
+// of a vector exists: a Span says which, and what lies outside of it is neither read nor written.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/launch.cuh"
+#include "normcore/kernels/host_device.h"
+#include "normcore/kernels/types.h"
+
+namespace normcore::kernels::cuda {
+
+template <class T>
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls f(TypeTag<T>) with the element type of `dtype`.
+template <class F>
+NORMCORE_HOST_DEVICE decltype(auto) visit_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(TypeTag<double>{});
+    case DType::kBFloat16:
+      return f(TypeTag<__nv_bfloat16>{});
+    case DType::kFloat16:
+      return f(TypeTag<__half>{});
+    case DType::kFloat32:
+      break;
+  }
+  return f(TypeTag<float>{});
+}
+
+template <class A, class T>
+__device__ A convert_from(T value) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return static_cast<A>(__bfloat162float(value));
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return static_cast<A>(__half2float(value));
+  } else {
+    return static_cast<A>(value);
+  }
+}
+
+// Rounds once, to nearest, ties to even.
+template <class T, class A>
+__device__ T convert_to(A value) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (std::is_same_v<A, double>) return __double2bfloat16(value);
+    return __float2bfloat16_rn(static_cast<float>(value));
+  } else if constexpr (std::is_same_v<T, __half>) {
+    if constexpr (std::is_same_v<A, double>) return __double2half(value);
+    return __float2half_rn(static_cast<float>(value));
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+template <class A>
+__device__ A load_element(ConstTensor tensor, std::int64_t index) {
+  return visit_dtype(tensor.dtype, [&](auto tag) {
+    return convert_from<A>(static_cast<const typename decltype(tag)::type*>(tensor.data)[index]);
+  });
+}
+
+template <class A>
+__device__ void store_element(MutableTensor tensor, std::int64_t index, A value) {
+  visit_dtype(tensor.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    static_cast<T*>(tensor.data)[index] = convert_to<T>(value);
+  });
+}
+
+// Which elements of a vector exist: [begin, end).
+struct Span {
+  int begin, end;
+  __device__ bool contains(int i) const { return begin <= i && i < end; }
+  __device__ bool is_empty() const { return begin >= end; }
+};
+
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Vector {
+  T values[kWidth];
+};
+
+// `index` is that of the vector's first element, which may lie before the span. Whole vectors are
+// aligned; elements outside of the span are 0.
+template <class T, int kWidth>
+__device__ Vector<T, kWidth> load_vector(const T* data, std::int64_t index, Span span) {
+  if (span.begin == 0 && span.end == kWidth) {
+    return *reinterpret_cast<const Vector<T, kWidth>*>(data + index);
+  }
+  Vector<T, kWidth> out;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    out.values[i] = span.contains(i) ? data[index + i] : convert_to<T>(0.0f);
+  }
+  return out;
+}
+
+template <class A, int kWidth>
+__device__ void load_values(ConstTensor tensor, std::int64_t index, Span span, A (&out)[kWidth]) {
+  visit_dtype(tensor.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto vector = load_vector<T, kWidth>(static_cast<const T*>(tensor.data), index, span);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) out[i] = convert_from<A>(vector.values[i]);
+  });
+}
+
+template <class A, int kWidth>
+__device__ void store_values(MutableTensor tensor, std::int64_t index, Span span,
+                             const A (&values)[kWidth]) {
+  visit_dtype(tensor.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    T* const data = static_cast<T*>(tensor.data);
+    if (span.begin == 0 && span.end == kWidth) {
+      Vector<T, kWidth> vector;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) vector.values[i] = convert_to<T>(values[i]);
+      *reinterpret_cast<Vector<T, kWidth>*>(data + index) = vector;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (span.contains(i)) data[index + i] = convert_to<T>(values[i]);
+    }
+  });
+}
+
+// Forbids the compiler to keep converted copies of the values in registers: what was loaded is
+// converted again by its next user, which costs less than the registers.
+template <class T, int kWidth>
+__device__ void keep_packed(Vector<T, kWidth>& vector) {
+  if constexpr (sizeof(vector) % sizeof(unsigned) == 0) {
+    auto* const words = reinterpret_cast<unsigned*>(&vector);
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(vector) / sizeof(unsigned); ++i) keep(words[i]);
+  }
+}
+
+// Bit i is set if element i of the vector exists and counts for the statistics. `row` indexes a mask
+// [n][s], `index` one of the extent of x; both are those of the vector's first element.
+template <int kWidth>
+__device__ unsigned counting_elements(const Mask& mask, std::int64_t index, std::int64_t row,
+                                      bool row_per_element, Span span) {
+  if (span.is_empty()) return 0;
+  const unsigned existing = (1u << span.end) - (1u << span.begin);
+  if (!mask) return existing;
+  unsigned counting = 0;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    if (!span.contains(i)) continue;
+    const std::int64_t at =
+        mask.kind == MaskKind::kElement ? index + i : row + (row_per_element ? i : 0);
+    counting |= mask.data[at] != 0 ? 1u << i : 0u;
+  }
+  return counting;
+}
+
+}  // namespace normcore::kernels::cuda

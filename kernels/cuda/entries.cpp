@@ -1,0 +1,147 @@
+// The entries: checks of the args, the problem they pose, and the passes over its layout.
+#include <cstdint>
+
+#include "check.h"
+#include "cuda/call.h"
+#include "cuda/passes.h"
+#include "normcore/kernels/cuda.h"
+#include "plan/cuda_tiling.h"
+
+namespace normcore::kernels {
+namespace {
+
+Status check_plan(const Problem& problem, const CudaPlan& plan, const CudaWorkspace& workspace) {
+  if (plan.width > 1 && !problem.aligned) {
+    return Status::invalid("vectors need tensors that are aligned to 16 bytes");
+  }
+  if (plan.workspace_bytes != 0 && workspace.data == nullptr) {
+    return Status::invalid("the plan needs a workspace");
+  }
+  if (plan.counters != 0 && workspace.counters == nullptr) {
+    return Status::invalid("the plan needs counters");
+  }
+  return Status::success();
+}
+
+template <class T>
+T* part(const CudaWorkspace& workspace, std::size_t offset) {
+  return reinterpret_cast<T*>(static_cast<unsigned char*>(workspace.data) + offset);
+}
+
+Status start(cuda::ForwardCall call, const Problem& problem, const CudaPlan& plan,
+             const CudaWorkspace& workspace, CudaStream stream) {
+  if (const Status status = check_plan(problem, plan, workspace); !status.ok()) return status;
+  const CudaWorkspaceLayout layout = cuda_workspace_layout(problem, plan);
+  call.records = part<void>(workspace, layout.records);
+  call.counters = workspace.counters;
+  return plan.layout == Layout::kNCS
+             ? cuda::planes_forward(call, planes_tiling(problem, plan), plan, stream)
+             : cuda::rows_forward(call, rows_tiling(problem, plan), plan, stream);
+}
+
+Status start(cuda::BackwardCall call, const Problem& problem, const CudaPlan& plan,
+             const CudaWorkspace& workspace, CudaStream stream) {
+  const bool wants_parameters = call.grad.scale || call.grad.bias;
+  if (problem.extent.numel() == 0) {
+    const std::int64_t samples = call.input.affine_per_sample ? call.input.extent.n : 1;
+    if (!wants_parameters || samples * call.input.extent.c == 0) return Status::success();
+    return cuda::sum_parameters(call, samples * call.input.extent.c, 0, stream);
+  }
+  if (!problem.reduces && !problem.applies) return Status::success();
+  if (const Status status = check_plan(problem, plan, workspace); !status.ok()) return status;
+  const CudaWorkspaceLayout layout = cuda_workspace_layout(problem, plan);
+  call.samples_per_block = plan.samples_per_block;
+  if (plan.path == CudaPath::kSplit) {
+    call.slice_gradients = part<void>(workspace, layout.slice_gradients);
+  }
+  call.records = part<cuda::ChannelSums>(workspace, layout.records);
+  call.channel_sums = part<cuda::ChannelSums>(workspace, layout.channel_sums);
+  call.counters = workspace.counters;
+  const bool sums_parameters = layout.sample_blocks != 0 && wants_parameters;
+  if (sums_parameters) call.parameters = part<cuda::ParameterSums>(workspace, layout.parameters);
+  const Status status =
+      plan.layout == Layout::kNCS
+          ? cuda::planes_backward(call, planes_tiling(problem, plan), plan, stream)
+          : cuda::rows_backward(call, rows_tiling(problem, plan), plan, stream);
+  if (!status.ok() || !sums_parameters) return status;
+  return cuda::sum_parameters(call, call.input.extent.c, layout.sample_blocks, stream);
+}
+
+}  // namespace
+
+Status run(const BatchNormForwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream) {
+  if (args.input.extent.numel() == 0) return Status::success();
+  if (const Status status = check_args(args); !status.ok()) return status;
+  cuda::ForwardCall call;
+  call.input = args.input;
+  call.y = args.y;
+  call.mean = args.mean;
+  call.rstd = args.rstd;
+  call.running = args.running;
+  return start(call, problem_of(args), plan, workspace, stream);
+}
+
+Status run(const BatchNormInferenceArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream) {
+  if (args.input.extent.numel() == 0) return Status::success();
+  if (const Status status = check_args(args); !status.ok()) return status;
+  cuda::ForwardCall call;
+  call.input = args.input;
+  call.input.mask = {};
+  call.y = args.y;
+  call.rstd = args.rstd;
+  call.given_mean = args.running_mean;
+  call.given_var = args.running_var;
+  return start(call, problem_of(args), plan, workspace, stream);
+}
+
+Status run(const BatchNormBackwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream) {
+  cuda::BackwardCall call;
+  call.input = args.input;
+  call.grad_y = args.grad_y;
+  call.mean = args.mean;
+  call.rstd = args.rstd;
+  call.batch_statistics = args.batch_statistics;
+  call.grad = args.grad;
+  const Problem problem = problem_of(args);
+  if (problem.extent.numel() != 0) {
+    const Status status = check_gradients(args.input, args.grad_y, args.mean, args.rstd, args.grad);
+    if (!status.ok()) return status;
+  }
+  return start(call, problem, plan, workspace, stream);
+}
+
+Status run(const GroupNormForwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream) {
+  if (args.input.extent.numel() == 0) return Status::success();
+  if (const Status status = check_args(args); !status.ok()) return status;
+  cuda::ForwardCall call;
+  call.input = args.input;
+  call.num_groups = args.num_groups;
+  call.y = args.y;
+  call.mean = args.mean;
+  call.rstd = args.rstd;
+  return start(call, problem_of(args), plan, workspace, stream);
+}
+
+Status run(const GroupNormBackwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream) {
+  if (const Status status = check_groups(args.input, args.num_groups); !status.ok()) return status;
+  cuda::BackwardCall call;
+  call.input = args.input;
+  call.num_groups = args.num_groups;
+  call.grad_y = args.grad_y;
+  call.mean = {args.mean, DType::kFloat64};
+  call.rstd = args.rstd;
+  call.grad = args.grad;
+  const Problem problem = problem_of(args);
+  if (problem.extent.numel() != 0) {
+    const Status status = check_gradients(args.input, args.grad_y, call.mean, args.rstd, args.grad);
+    if (!status.ok()) return status;
+  }
+  return start(call, problem, plan, workspace, stream);
+}
+
+}  // namespace normcore::kernels

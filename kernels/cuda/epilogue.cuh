@@ -1,0 +1,109 @@
+// What happens to one vector once its statistics are known: y = activation(z + residual) with
+// z = (x - center) * gain + shift on the way forward; on the way back the gradient g behind the
+// activation, and grad_x = gain * g + slope * (x - center) + offset. Coefficients are per vector
+// (planes) or per element of it (rows); the templates take either through operator[].
+#pragma once
+
+#include <cmath>
+
+#include "cuda/call.h"
+#include "cuda/elements.cuh"
+#include "cuda/statistics.cuh"
+
+namespace normcore::kernels::cuda {
+
+// Of one channel. What the rounding of the mean lost is put back through shift.
+template <class A>
+struct Affine {
+  A center, gain, shift;
+
+  __device__ static Affine of(const NormInput& input, const SliceStatistics<A>& statistics,
+                              std::int64_t sample, std::int64_t channel) {
+    const std::int64_t i = input.affine_per_sample ? sample * input.extent.c + channel : channel;
+    const A scale = input.scale ? load_element<A>(input.scale, i) : A{1};
+    const A bias = input.bias ? load_element<A>(input.bias, i) : A{0};
+    const A gain = statistics.rstd * scale;
+    return {statistics.center, gain, std::fma(-statistics.rounding, gain, bias)};
+  }
+  __device__ const Affine& operator[](int) const { return *this; }
+};
+
+template <class A>
+__device__ A normalise(A x, const Affine<A>& affine) {
+  return std::fma(x - affine.center, affine.gain, affine.shift);
+}
+
+// What the activation is applied to: the normalised vector and the residual.
+template <class T, int kWidth, class Affines>
+__device__ void pre_activation(const NormInput& input, const Vector<T, kWidth>& x,
+                               std::int64_t index, Span span, const Affines& affine,
+                               Arithmetic<T> (&z)[kWidth]) {
+  using A = Arithmetic<T>;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) z[i] = normalise(convert_from<A>(x.values[i]), affine[i]);
+  if (!input.residual) return;
+  A residual[kWidth];
+  load_values(input.residual, index, span, residual);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) z[i] += residual[i];
+}
+
+template <class T, int kWidth, class Affines>
+__device__ void apply_forward(const ForwardCall& call, const Vector<T, kWidth>& x,
+                              std::int64_t index, Span span, const Affines& affine) {
+  Arithmetic<T> z[kWidth];
+  pre_activation(call.input, x, index, span, affine, z);
+  if (call.input.activation != Activation::kNone) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) z[i] = activate(call.input.activation, z[i]);
+  }
+  store_values(call.y, index, span, z);
+}
+
+// The gradient behind the activation. A masked-out value whose grad_y is 0 passes nothing on, not
+// even a NaN: its g is 0, and what has g = 0 and does not count is taken out of every sum.
+template <class T, int kWidth, class Affines>
+__device__ void output_gradient(const BackwardCall& call, const Vector<T, kWidth>& x,
+                                std::int64_t index, Span span, unsigned counting,
+                                const Affines& affine, Arithmetic<T> (&g)[kWidth]) {
+  using A = Arithmetic<T>;
+  load_values(call.grad_y, index, span, g);
+  if (call.input.activation == Activation::kNone) return;
+  A z[kWidth];
+  pre_activation(call.input, x, index, span, affine, z);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const bool is_used = (counting >> i & 1) != 0 || g[i] != A{0};
+    g[i] = is_used ? g[i] * activate_derivative(call.input.activation, z[i]) : A{0};
+  }
+}
+
+// How grad_x of a slice depends on x through the statistics. All 0 if they are given.
+template <class A>
+struct SliceGradient {
+  A slope, offset;
+  A is_constant;  // 1 for a slice of one value: y does not depend on x, grad_x is exactly 0
+  __device__ const SliceGradient& operator[](int) const { return *this; }
+};
+
+template <class T, int kWidth, class Affines, class SliceGradients>
+__device__ void apply_backward(const BackwardCall& call, const Vector<T, kWidth>& x,
+                               const Arithmetic<T> (&g)[kWidth], std::int64_t index, Span span,
+                               unsigned counting, const Affines& affine,
+                               const SliceGradients& slice) {
+  using A = Arithmetic<T>;
+  if (call.grad.residual) store_values(call.grad.residual, index, span, g);
+  if (!call.grad.x) return;
+  A dx[kWidth];
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    const bool counts = (counting >> i & 1) != 0, is_used = counts || g[i] != A{0};
+    const A centered = convert_from<A>(x.values[i]) - affine[i].center;
+    const A through = std::fma(slice[i].slope, centered, slice[i].offset);
+    const A direct = slice[i].is_constant != A{0} ? A{0} : g[i] * affine[i].gain;
+    dx[i] = !is_used ? A{0} : call.batch_statistics && counts ? direct + through : direct;
+  }
+  store_values(call.grad.x, index, span, dx);
+}
+
+}  // namespace normcore::kernels::cuda

@@ -1,0 +1,51 @@
+// Gradients of scale and bias of group norm: sums over blocks of samples, in an order that depends
+// on their number only.
+#include <cuda_runtime.h>
+
+#include "cuda/dispatch.cuh"
+#include "cuda/passes.h"
+#include "cuda/reduce.cuh"
+
+namespace normcore::kernels::cuda {
+namespace {
+
+constexpr unsigned kChannels = 32, kLanes = 8;  // a block: neighbouring channels, lanes over blocks
+
+struct LaneSums {
+  ParameterSums of[kLanes][kChannels];
+};
+
+__global__ void __launch_bounds__(kChannels* kLanes)
+    sum_parameters_kernel(BackwardCall call, std::int64_t count, std::int64_t blocks) {
+  const unsigned lane = threadIdx.x / kChannels, column = threadIdx.x % kChannels;
+  const std::int64_t channel = static_cast<std::int64_t>(blockIdx.x) * kChannels + column;
+  ParameterSums sums{0.0, 0.0};
+  for (std::int64_t block = lane; channel < count && block < blocks; block += kLanes) {
+    const ParameterSums part = call.parameters[block * count + channel];
+    sums.scale += part.scale;
+    sums.bias += part.bias;
+  }
+  auto& shared = block_shared<LaneSums>();
+  shared.of[lane][column] = sums;
+  __syncthreads();
+  if (lane != 0 || channel >= count) return;
+  for (unsigned other = 1; other < kLanes; ++other) {
+    sums.scale += shared.of[other][column].scale;
+    sums.bias += shared.of[other][column].bias;
+  }
+  if (call.grad.scale) store_element(call.grad.scale, channel, sums.scale);
+  if (call.grad.bias) store_element(call.grad.bias, channel, sums.bias);
+}
+
+}  // namespace
+
+Status sum_parameters(const BackwardCall& call, std::int64_t count, std::int64_t blocks,
+                      CudaStream stream) {
+  LaunchConfig config;
+  config.grid = dim3(static_cast<unsigned>((count + kChannels - 1) / kChannels));
+  config.block = dim3(kChannels * kLanes);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  return to_status(launch(sum_parameters_kernel, config, call, count, blocks));
+}
+
+}  // namespace normcore::kernels::cuda

@@ -1,0 +1,23 @@
+// The passes over the two layouts. Each launches the stages of plan.path. Internal to kernels/cuda.
+#pragma once
+
+#include "cuda/call.h"
+#include "plan/cuda_tiling.h"
+
+namespace normcore::kernels::cuda {
+
+Status planes_forward(const ForwardCall& call, const PlanesTiling& tiling, const CudaPlan& plan,
+                      CudaStream stream);
+Status planes_backward(const BackwardCall& call, const PlanesTiling& tiling, const CudaPlan& plan,
+                       CudaStream stream);
+Status rows_forward(const ForwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
+                    CudaStream stream);
+Status rows_backward(const BackwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
+                     CudaStream stream);
+
+// Stores `count` gradients of scale and bias: sums of call.parameters over `blocks` blocks of
+// samples, in order. Without a block they are 0.
+Status sum_parameters(const BackwardCall& call, std::int64_t count, std::int64_t blocks,
+                      CudaStream stream);
+
+}  // namespace normcore::kernels::cuda

@@ -1,0 +1,92 @@
+// Where the vectors of a chunk lie in a kNCS tensor. A chunk's vectors are numbered segment by
+// segment: its slots, which the lanes take in turns so that neighbours read neighbouring memory.
+#pragma once
+
+#include "cuda/elements.cuh"
+#include "normcore/kernels/norm_input.h"
+#include "plan/cuda_tiling.h"
+
+namespace normcore::kernels::cuda {
+
+struct PlanesPosition {
+  std::uint32_t segment;  // of the slice
+  std::int64_t index;     // of the vector's first element, in the tensor
+  std::int64_t position;  // of the same, in the segment; negative if the segment starts behind it
+  Span span;
+};
+
+template <int kWidth>
+class PlanesChunk {
+ public:
+  __device__ PlanesChunk(const NormInput& input, std::int64_t num_groups,
+                         const PlanesTiling& tiling, std::int64_t slice, std::uint32_t chunk)
+      : tiling_(tiling),
+        extent_(input.extent),
+        num_groups_(num_groups),
+        slice_(slice),
+        offset_(slice * input.extent.s * (num_groups == 0 ? 1 : input.extent.c / num_groups)),
+        first_segment_(tiling.first_segment(chunk)),
+        first_granule_(tiling.first_granule(chunk)),
+        segments_(tiling.segments_of(chunk)) {
+    const std::uint32_t left = tiling.granules - first_granule_;
+    granules_ = left < tiling.granules_per_piece ? left : tiling.granules_per_piece;
+  }
+
+  __device__ std::uint32_t slots() const { return segments_ * granules_; }
+  __device__ std::uint32_t segments() const { return segments_; }
+  __device__ std::uint32_t first_segment() const { return first_segment_; }
+
+  __device__ PlanesPosition at(std::uint32_t slot) const {
+    // granules_ is granules_per_piece wherever a chunk has more than one segment
+    const std::uint32_t local = segments_ > 1 ? tiling_.by_granules.quotient(slot) : 0;
+    return at(local, slot - local * granules_);
+  }
+
+  // The first element of the chunk.
+  __device__ std::int64_t first_index() const {
+    const PlanesPosition first = at(0, 0);
+    return first.index + first.span.begin;
+  }
+
+  // Elements in the chunk.
+  __device__ std::int64_t size() const {
+    if (tiling_.pieces == 1) return segments_ * extent_.s;
+    const PlanesPosition first = at(0, 0), last = at(0, granules_ - 1);
+    return last.index + last.span.end - first.index - first.span.begin;
+  }
+
+  __device__ std::int64_t channel(std::uint32_t segment) const {
+    if (num_groups_ == 0) return slice_;
+    return slice_ % num_groups_ * tiling_.segments + segment;
+  }
+  __device__ std::int64_t sample(std::uint32_t segment) const {
+    return num_groups_ == 0 ? segment : slice_ / num_groups_;
+  }
+
+  // Bits of the elements that count for the statistics.
+  __device__ unsigned counting(const Mask& mask, const PlanesPosition& p) const {
+    const std::int64_t row = sample(p.segment) * extent_.s + p.position;
+    return counting_elements<kWidth>(mask, p.index, row, true, p.span);
+  }
+
+ private:
+  __device__ PlanesPosition at(std::uint32_t local_segment, std::uint32_t granule) const {
+    PlanesPosition p;
+    p.segment = first_segment_ + local_segment;
+    const std::int64_t start = offset_ + p.segment * tiling_.segment_stride;
+    p.position =
+        static_cast<std::int64_t>(first_granule_ + granule) * kWidth - (start & (kWidth - 1));
+    p.index = start + p.position;
+    const std::int64_t left = extent_.s - p.position;
+    p.span.begin = p.position < 0 ? static_cast<int>(-p.position) : 0;
+    p.span.end = left < kWidth ? (left < 0 ? 0 : static_cast<int>(left)) : kWidth;
+    return p;
+  }
+
+  const PlanesTiling& tiling_;
+  const Extent& extent_;
+  std::int64_t num_groups_, slice_, offset_;
+  std::uint32_t first_segment_, first_granule_, segments_, granules_;
+};
+
+}  // namespace normcore::kernels::cuda

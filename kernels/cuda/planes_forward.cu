@@ -1,0 +1,146 @@
+// Forward pass over kNCS tensors: every stage of every path is this one kernel.
+#include <cuda_runtime.h>
+
+#include <cmath>
+
+#include "cuda/dispatch.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/passes.h"
+#include "cuda/planes.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/statistics.cuh"
+
+namespace normcore::kernels::cuda {
+namespace {
+
+// What the leading lane of each group of lanes tells the others.
+template <class A>
+struct PlanesStatistics {
+  SliceStatistics<A> of_unit[kMaxForwardThreads];
+};
+
+template <class T, int kWidth, int kVectors, Stage kStage>
+__global__ void __launch_bounds__(kMaxForwardThreads, 1)
+    planes_forward_kernel(ForwardCall call, PlanesTiling tiling) {
+  using A = Arithmetic<T>;
+  const unsigned lanes = tiling.lanes, lane = threadIdx.x % lanes, unit = threadIdx.x / lanes;
+  const std::int64_t units = tiling.slices * tiling.chunks;
+  std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / lanes) + unit;
+  const bool is_active = index < units;
+  if (!is_active) index = 0;
+  // What the first launch read last may still be in the cache.
+  if constexpr (kStage == Stage::kApply) index = units - 1 - index;
+  const std::int64_t slice = index / tiling.chunks;
+  const auto chunk_index = static_cast<std::uint32_t>(index - slice * tiling.chunks);
+  const PlanesChunk<kWidth> chunk(call.input, call.num_groups, tiling, slice, chunk_index);
+  const std::uint32_t slots = is_active ? chunk.slots() : 0;
+  const T* const data = static_cast<const T*>(call.input.x.data);
+  const Mask& mask = call.input.mask;
+
+  Vector<T, kWidth> x[kVectors];
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const std::uint32_t slot = lane + k * lanes;
+    if (slot >= slots) continue;
+    const PlanesPosition p = chunk.at(slot);
+    x[k] = load_vector<T, kWidth>(data, p.index, p.span);
+  }
+
+  SliceStatistics<A> statistics;
+  if constexpr (kStage != Stage::kApply) {
+    // Calls f(vector, bits of the elements that count) for every vector that this thread holds.
+    const auto for_each_vector = [&](auto f) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const std::uint32_t slot = lane + k * lanes;
+        if (slot >= slots) continue;
+        keep_packed(x[k]);
+        f(x[k], chunk.counting(mask, chunk.at(slot)));
+      }
+    };
+    // The mean about `reference`, and how many values count.
+    const auto mean_about = [&](A reference, double& count) {
+      A total[2] = {A{0}, A{0}};
+      for_each_vector([&](const Vector<T, kWidth>& vector, unsigned counting) {
+        total[1] += static_cast<A>(__popc(counting));
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          const A value = convert_from<A>(vector.values[i]);
+          total[0] += (counting >> i & 1) != 0 ? value - reference : A{0};
+        }
+      });
+      double sums[2];
+      sum_over_lanes(total, lanes, sums);
+      count = sums[1];
+      return count == 0.0 ? A{0} : reference + static_cast<A>(sums[0]) / static_cast<A>(count);
+    };
+    // About a value of the slice itself, so that equal values give exactly themselves. Under a mask
+    // no value is known to count: the mean about 0 stands in.
+    double count = 0.0;
+    A reference = is_active && !mask ? convert_from<A>(data[chunk.first_index()]) : A{0};
+    if (mask) reference = mean_about(A{0}, count);
+    const A pivot = mean_about(reference, count);
+    A total[2] = {A{0}, A{0}};
+    for_each_vector([&](const Vector<T, kWidth>& vector, unsigned counting) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const A value = convert_from<A>(vector.values[i]);
+        const A centered = (counting >> i & 1) != 0 ? value - pivot : A{0};
+        total[0] += centered;
+        total[1] = std::fma(centered, centered, total[1]);
+      }
+    });
+    double sums[2];
+    sum_over_lanes(total, lanes, sums);
+    const ShiftedSums own{count, static_cast<double>(pivot), sums[0], sums[1]};
+
+    if constexpr (kStage == Stage::kReduce) {
+      auto* const records = static_cast<ShiftedSums*>(call.records) + slice * tiling.chunks;
+      if (lane == 0) records[chunk_index] = own;
+      if (!is_last_block(call.counters + slice, tiling.chunks)) return;
+      const ShiftedSums all =
+          merge_records(tiling.chunks, lane, lanes, [&](std::uint64_t i) { return records[i]; });
+      if (lane == 0) save_statistics<A>(call, slice, to_moments(all));
+      return;
+    }
+    auto& shared = block_shared<PlanesStatistics<A>>();
+    if (lane == 0 && is_active) {
+      shared.of_unit[unit] = save_statistics<A>(call, slice, to_moments(own));
+    }
+    __syncthreads();
+    statistics = shared.of_unit[unit];
+    count_batch(call.running, call.counters);
+  } else {
+    statistics = load_statistics<A>(call, slice);
+    if (call.given_mean && is_active && lane == 0 && chunk_index == 0) {
+      static_cast<A*>(call.rstd.data)[slice] = statistics.rstd;
+    }
+    count_batch(call.running, nullptr);
+  }
+
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const std::uint32_t slot = lane + k * lanes;
+    if (slot >= slots) continue;
+    const PlanesPosition p = chunk.at(slot);
+    if (p.span.is_empty()) continue;
+    keep_packed(x[k]);
+    const auto affine =
+        Affine<A>::of(call.input, statistics, chunk.sample(p.segment), chunk.channel(p.segment));
+    apply_forward(call, x[k], p.index, p.span, affine);
+  }
+}
+
+}  // namespace
+
+Status planes_forward(const ForwardCall& call, const PlanesTiling& tiling, const CudaPlan& plan,
+                      CudaStream stream) {
+  return for_each_stage<kForwardFewVectors, kForwardVectors>(
+      call.input.x.dtype, plan,
+      [&]<class T, int kWidth, int kVectors, Stage kStage>(std::int64_t blocks) {
+        return launch_blocks(planes_forward_kernel<T, kWidth, kVectors, kStage>, plan, blocks,
+                             stream, call, tiling);
+      });
+}
+
+}  // namespace normcore::kernels::cuda

@@ -1,0 +1,117 @@
+// Where the vectors of a chunk lie in a kNSC tensor, and which slices its columns belong to. A unit
+// of column_lanes x row_lanes threads holds up to kVectors rows of a vector per thread: a batch. A
+// chunk is one batch, or several that are read one after the other.
+#pragma once
+
+#include "cuda/elements.cuh"
+#include "cuda/reduce.cuh"
+#include "normcore/kernels/norm_input.h"
+#include "plan/cuda_tiling.h"
+
+namespace normcore::kernels::cuda {
+
+// What belongs to each element of a vector of neighbouring columns.
+template <class Value, int kWidth>
+struct PerColumn {
+  Value values[kWidth];
+  __device__ const Value& operator[](int i) const { return values[i]; }
+};
+
+template <int kWidth, int kVectors>
+class RowsChunk {
+ public:
+  // `index` counts chunks: column tiles first, then chunks of a tile, then tiles. A thread without a
+  // unit, or a unit without a chunk, has no rows.
+  __device__ RowsChunk(const NormInput& input, std::int64_t num_groups, const RowsTiling& tiling,
+                       std::int64_t index, bool is_active)
+      : tiling_(tiling), extent_(input.extent), groups_(num_groups) {
+    column_tile_ = static_cast<std::uint32_t>(index % tiling.column_tiles);
+    index /= tiling.column_tiles;
+    chunk_ = static_cast<std::uint32_t>(index % tiling.chunks);
+    tile_ = index / tiling.chunks;
+    const unsigned lane = threadIdx.x % unit_threads();
+    column_ = static_cast<std::int64_t>(column_tile_) * tiling.columns +
+              lane % tiling.column_lanes * kWidth;
+    row_lane_ = lane / tiling.column_lanes;
+    first_row_ = chunk_ * tiling.rows_per_chunk;
+    const std::int64_t left = tiling.rows - first_row_;
+    rows_ = left < tiling.rows_per_chunk ? left : tiling.rows_per_chunk;
+    if (!is_active || column_ >= extent_.c || threadIdx.x / unit_threads() >= tiling.units) {
+      rows_ = 0;
+    }
+  }
+
+  __device__ std::int64_t tile() const { return tile_; }
+  __device__ std::uint32_t chunk() const { return chunk_; }
+  __device__ std::uint32_t column_tile() const { return column_tile_; }
+  __device__ std::int64_t column() const { return column_; }  // of the thread's first element
+
+  __device__ std::uint32_t batches() const {
+    return static_cast<std::uint32_t>(tiling_.rows_per_chunk / (tiling_.row_lanes * kVectors));
+  }
+  // The k-th row of this thread in a batch, in the tile; whether it exists.
+  __device__ bool row(std::uint32_t batch, int k, std::int64_t& row) const {
+    const std::int64_t local =
+        static_cast<std::int64_t>(batch * kVectors + k) * tiling_.row_lanes + row_lane_;
+    row = first_row_ + local;
+    return local < rows_;
+  }
+  __device__ std::int64_t index(std::int64_t row, std::int64_t column) const {
+    return (tile_ * tiling_.rows + row) * extent_.c + column;
+  }
+  __device__ std::int64_t index(std::int64_t row) const { return index(row, column_); }
+  __device__ std::int64_t first_row() const { return first_row_; }
+
+  __device__ unsigned counting(const Mask& mask, std::int64_t row) const {
+    return counting_elements<kWidth>(mask, index(row), tile_ * tiling_.rows + row, false,
+                                     {0, kWidth});
+  }
+
+  // Slices. Those of a column tile are numbered from its first column's on.
+  __device__ std::int64_t channels_per_slice() const {
+    return groups_ == 0 ? 1 : extent_.c / groups_;
+  }
+  __device__ std::int64_t slices_per_tile() const { return groups_ == 0 ? extent_.c : groups_; }
+  __device__ std::int64_t first_slice() const {
+    return static_cast<std::int64_t>(column_tile_) * tiling_.columns / channels_per_slice();
+  }
+  __device__ std::uint32_t slices() const {
+    const std::int64_t end = static_cast<std::int64_t>(column_tile_ + 1) * tiling_.columns;
+    const std::int64_t last = (end < extent_.c ? end : extent_.c) - 1;
+    return static_cast<std::uint32_t>(last / channels_per_slice() - first_slice() + 1);
+  }
+  __device__ std::uint32_t local_slice(std::int64_t column) const {
+    return static_cast<std::uint32_t>(column / channels_per_slice() - first_slice());
+  }
+
+ private:
+  __device__ unsigned unit_threads() const { return tiling_.column_lanes * tiling_.row_lanes; }
+
+  const RowsTiling& tiling_;
+  const Extent& extent_;
+  std::int64_t groups_, tile_, column_, first_row_, rows_;
+  std::uint32_t column_tile_, chunk_, row_lane_;
+};
+
+// The column tiles that the last block to arrive finishes together: whole slices.
+struct RowsFinish {
+  std::int64_t counter, first_channel, channels;
+  std::uint32_t blocks;
+
+  __device__ RowsFinish(const RowsTiling& tiling, std::int64_t channels_in_all, std::int64_t tile,
+                        std::uint32_t column_tile) {
+    const std::uint32_t unit = column_tile / tiling.columns_per_slices;
+    const std::uint32_t units =
+        (tiling.column_tiles + tiling.columns_per_slices - 1) / tiling.columns_per_slices;
+    const std::uint32_t first = unit * tiling.columns_per_slices;
+    const std::uint32_t left = tiling.column_tiles - first;
+    counter = tile * units + unit;
+    blocks = tiling.chunks * (left < tiling.columns_per_slices ? left : tiling.columns_per_slices);
+    first_channel = static_cast<std::int64_t>(first) * tiling.columns;
+    const std::int64_t width =
+        static_cast<std::int64_t>(tiling.columns_per_slices) * tiling.columns;
+    channels = channels_in_all - first_channel < width ? channels_in_all - first_channel : width;
+  }
+};
+
+}  // namespace normcore::kernels::cuda

@@ -1,0 +1,281 @@
+// Backward pass over kNSC tensors: every stage of every path is this one kernel.
+#include <cuda_runtime.h>
+
+#include "cuda/dispatch.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/gradients.cuh"
+#include "cuda/passes.h"
+#include "cuda/reduce.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/statistics.cuh"
+
+namespace normcore::kernels::cuda {
+namespace {
+
+template <class T, int kWidth, int kVectors, Stage kStage>
+class RowsBackward {
+ public:
+  using A = Arithmetic<T>;
+  using Chunk = RowsChunk<kWidth, kVectors>;
+  using Affines = PerColumn<Affine<A>, kWidth>;
+
+  __device__ RowsBackward(const BackwardCall& call, const RowsTiling& tiling)
+      : call_(call),
+        tiling_(tiling),
+        unit_threads_(tiling.column_lanes * tiling.row_lanes),
+        has_unit_(threadIdx.x < unit_threads_ * tiling.units),
+        unit_(has_unit_ ? threadIdx.x / unit_threads_ : 0),
+        all_columns_(tiling.units * tiling.columns) {}
+
+  // The chunks of all units; index(unit) is that of a unit, negative if it has none.
+  template <class Index>
+  __device__ void run(Index index) const {
+    const std::int64_t own = index(unit_);
+    const Chunk chunk(call_.input, call_.num_groups, tiling_, own < 0 ? 0 : own, own >= 0);
+    const Affines affine = affines(chunk);
+    Vector<T, kWidth> x[kVectors];
+    A g[kVectors][kWidth];
+    load(chunk, 0, affine, x, g);
+
+    if constexpr (kStage != Stage::kApply) {
+      sum_columns(chunk, affine, x, g);
+      if constexpr (kStage == Stage::kReduce) {
+        finish_split(chunk);
+        return;
+      }
+      finish_resident(index);
+    }
+    if (!call_.grad.x && !call_.grad.residual) return;
+    const auto gradients = slice_gradients_of(chunk);
+    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
+      if (batch != 0) load(chunk, batch, affine, x, g);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        std::int64_t row;
+        if (!chunk.row(batch, k, row)) continue;
+        keep_packed(x[k]);
+        apply_backward(call_, x[k], g[k], chunk.index(row), {0, kWidth},
+                       chunk.counting(call_.input.mask, row), affine, gradients);
+      }
+    }
+  }
+
+ private:
+  __device__ bool has_column(const Chunk& chunk, int i) const {
+    return has_unit_ && chunk.column() + i < call_.input.extent.c;
+  }
+  __device__ std::int64_t slice_of(const Chunk& chunk, std::int64_t column) const {
+    return chunk.tile() * chunk.slices_per_tile() + column / chunk.channels_per_slice();
+  }
+
+  __device__ Affines affines(const Chunk& chunk) const {
+    Affines out;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      out.values[i] = {A{0}, A{0}, A{0}};
+      if (!has_column(chunk, i)) continue;
+      const std::int64_t column = chunk.column() + i;
+      const auto statistics = load_statistics<A>(call_, slice_of(chunk, column));
+      out.values[i] = Affine<A>::of(call_.input, statistics, chunk.tile(), column);
+    }
+    return out;
+  }
+
+  __device__ void load(const Chunk& chunk, std::uint32_t batch, const Affines& affine,
+                       Vector<T, kWidth> (&x)[kVectors], A (&g)[kVectors][kWidth]) const {
+    const T* const data = static_cast<const T*>(call_.input.x.data);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      std::int64_t row;
+      if (!chunk.row(batch, k, row)) continue;
+      x[k] = load_vector<T, kWidth>(data, chunk.index(row), {0, kWidth});
+      output_gradient(call_, x[k], chunk.index(row), {0, kWidth},
+                      chunk.counting(call_.input.mask, row), affine, g[k]);
+      keep_packed(x[k]);
+    }
+  }
+
+  // Shared memory: the sums of every column in every row of lanes, those of every column, and what
+  // grad_x needs of every slice.
+  __device__ PartialSums<A>* lane_sums() const { return dynamic_shared<PartialSums<A>>(); }
+  __device__ ChannelSums* channel_sums() const {
+    return reinterpret_cast<ChannelSums*>(lane_sums() + all_columns_ * tiling_.row_lanes);
+  }
+  __device__ SliceGradient<A>* slice_gradients() const {
+    return reinterpret_cast<SliceGradient<A>*>(channel_sums() + all_columns_);
+  }
+  __device__ std::uint32_t slices_per_unit(const Chunk& chunk) const {
+    return tiling_.columns / static_cast<std::uint32_t>(chunk.channels_per_slice());
+  }
+
+  // Sums of every column of the block over the rows of its chunk: to shared memory, or to the
+  // workspace (kReduce).
+  __device__ void sum_columns(const Chunk& chunk, const Affines& affine,
+                              Vector<T, kWidth> (&x)[kVectors], A (&g)[kVectors][kWidth]) const {
+    PartialSums<A> sums[kWidth] = {};
+    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
+      if (batch != 0) load(chunk, batch, affine, x, g);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        std::int64_t row;
+        if (!chunk.row(batch, k, row)) continue;
+        keep_packed(x[k]);
+        const unsigned counting = chunk.counting(call_.input.mask, row);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          sums[i].add(x[k], g[k], counting, i, affine);
+          sums[i].count += (counting >> i & 1) != 0 ? A{1} : A{0};
+        }
+      }
+    }
+    if (has_unit_) {
+      const unsigned lane = threadIdx.x % unit_threads_;
+      const unsigned at =
+          (unit_ * tiling_.row_lanes + lane / tiling_.column_lanes) * tiling_.columns +
+          lane % tiling_.column_lanes * kWidth;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) lane_sums()[at + i] = sums[i];
+    }
+    __syncthreads();
+    const std::int64_t c = call_.input.extent.c;
+    sum_terms(
+        all_columns_, tiling_.row_lanes, 1,
+        [&](std::uint32_t column, std::uint32_t row) {
+          const unsigned unit = column / tiling_.columns;
+          return lane_sums()[(unit * tiling_.row_lanes + row) * tiling_.columns +
+                             column % tiling_.columns];
+        },
+        [&](std::uint32_t column, const ChannelSums& total) {
+          if constexpr (kStage == Stage::kReduce) {
+            const std::int64_t channel =
+                static_cast<std::int64_t>(chunk.column_tile()) * tiling_.columns + column;
+            if (channel >= c) return;
+            call_.records[(chunk.tile() * tiling_.chunks + chunk.chunk()) * c + channel] = total;
+          } else {
+            channel_sums()[column] = total;
+          }
+        });
+    __syncthreads();
+  }
+
+  // What grad_x needs of the slices of every unit, each by a few lanes.
+  template <class Index>
+  __device__ void finish_resident(Index index) const {
+    const Chunk first(call_.input, call_.num_groups, tiling_, 0, true);
+    const auto width = static_cast<std::uint32_t>(first.channels_per_slice());
+    const std::uint32_t slices = slices_per_unit(first), items = tiling_.units * slices;
+    const unsigned lanes = lanes_for(width), lane = threadIdx.x % lanes;
+    for (std::uint32_t at = 0; at < items; at += blockDim.x / lanes) {
+      const std::uint32_t item = at + threadIdx.x / lanes;
+      const std::uint32_t unit = item < items ? item / slices : 0, slice = item % slices;
+      const std::int64_t own = index(unit);
+      const Chunk chunk(call_.input, call_.num_groups, tiling_, own < 0 ? 0 : own, true);
+      const bool is_active = item < items && own >= 0 && slice < chunk.slices();
+      const std::int64_t channel =
+          (chunk.first_slice() + (is_active ? slice : 0)) * chunk.channels_per_slice();
+      const auto statistics = load_statistics<A>(call_, slice_of(chunk, channel));
+      const ChannelSums* const sums = channel_sums() + unit * tiling_.columns + slice * width;
+      const auto gradient =
+          finish_slice<A>(call_, is_active, statistics, chunk.tile(), channel, width, lane, lanes,
+                          [&](std::uint32_t i) { return sums[i]; });
+      if (is_active && lane == 0) slice_gradients()[item] = gradient;
+    }
+    __syncthreads();
+  }
+
+  // The last block to arrive sums the records of whole slices, column by column.
+  __device__ void finish_split(const Chunk& chunk) const {
+    const std::int64_t c = call_.input.extent.c;
+    const RowsFinish finish(tiling_, c, chunk.tile(), chunk.column_tile());
+    if (!is_last_block(call_.counters + finish.counter, finish.blocks)) return;
+    const ChannelSums* const records =
+        call_.records + chunk.tile() * tiling_.chunks * c + finish.first_channel;
+    ChannelSums* const sums = call_.channel_sums + chunk.tile() * c + finish.first_channel;
+    sum_terms(
+        static_cast<std::uint32_t>(finish.channels), tiling_.chunks, lanes_for(tiling_.chunks),
+        [&](std::uint32_t column, std::uint32_t term) { return records[term * c + column]; },
+        [&](std::uint32_t column, const ChannelSums& total) { sums[column] = total; });
+    __syncthreads();
+    const auto width = static_cast<std::uint32_t>(chunk.channels_per_slice());
+    const auto slices = static_cast<std::uint32_t>(finish.channels / width);
+    const unsigned lanes = lanes_for(width), lane = threadIdx.x % lanes;
+    for (std::uint32_t at = 0; at < slices; at += blockDim.x / lanes) {
+      const std::uint32_t slice = at + threadIdx.x / lanes;
+      const bool is_active = slice < slices;
+      const std::int64_t local = static_cast<std::int64_t>(is_active ? slice : 0) * width;
+      const std::int64_t channel = finish.first_channel + local;
+      const std::int64_t index = slice_of(chunk, channel);
+      const auto gradient =
+          finish_slice<A>(call_, is_active, load_statistics<A>(call_, index), chunk.tile(), channel,
+                          width, lane, lanes, [&](std::uint32_t i) { return sums[local + i]; });
+      if (is_active && lane == 0) {
+        static_cast<SliceGradient<A>*>(call_.slice_gradients)[index] = gradient;
+      }
+    }
+  }
+
+  __device__ PerColumn<SliceGradient<A>, kWidth> slice_gradients_of(const Chunk& chunk) const {
+    PerColumn<SliceGradient<A>, kWidth> out;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      out.values[i] = {A{0}, A{0}, A{0}};
+      if (!has_column(chunk, i)) continue;
+      const std::int64_t column = chunk.column() + i;
+      if constexpr (kStage == Stage::kResident) {
+        out.values[i] =
+            slice_gradients()[unit_ * slices_per_unit(chunk) + chunk.local_slice(column)];
+      } else if (call_.slice_gradients != nullptr) {
+        out.values[i] =
+            static_cast<const SliceGradient<A>*>(call_.slice_gradients)[slice_of(chunk, column)];
+      }
+    }
+    return out;
+  }
+
+  const BackwardCall& call_;
+  const RowsTiling& tiling_;
+  unsigned unit_threads_;
+  bool has_unit_;  // threads that are left over work for none
+  unsigned unit_, all_columns_;
+};
+
+template <class T, int kWidth, int kVectors, Stage kStage>
+__global__ void __launch_bounds__(kMaxRowsThreads, 1)
+    rows_backward_kernel(BackwardCall call, RowsTiling tiling) {
+  const RowsBackward<T, kWidth, kVectors, kStage> backward(call, tiling);
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * tiling.units;
+  if constexpr (kStage == Stage::kResident) {
+    // The samples of a block one after the other, for the sums over samples.
+    const std::int64_t per_block = call.samples_per_block;
+    for (std::int64_t i = 0; i < per_block; ++i) {
+      backward.run([&](unsigned unit) -> std::int64_t {
+        const std::int64_t block = (first + unit) / tiling.column_tiles;
+        const std::int64_t sample = block * per_block + i;
+        if (sample >= tiling.tiles) return -1;
+        return sample * tiling.column_tiles + (first + unit) % tiling.column_tiles;
+      });
+    }
+  } else {
+    const std::int64_t chunks = tiling.tiles * tiling.chunks * tiling.column_tiles;
+    backward.run([&](unsigned unit) -> std::int64_t {
+      const std::int64_t index = first + unit;
+      if (index >= chunks) return -1;
+      // What the first launch read last may still be in the cache.
+      return kStage == Stage::kApply ? chunks - 1 - index : index;
+    });
+  }
+}
+
+}  // namespace
+
+Status rows_backward(const BackwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
+                     CudaStream stream) {
+  return for_each_stage<kBackwardFewVectors, kBackwardVectors>(
+      call.input.x.dtype, plan,
+      [&]<class T, int kWidth, int kVectors, Stage kStage>(std::int64_t blocks) {
+        return launch_blocks(rows_backward_kernel<T, kWidth, kVectors, kStage>, plan, blocks,
+                             stream, call, tiling);
+      });
+}
+
+}  // namespace normcore::kernels::cuda

@@ -1,0 +1,311 @@
+// Forward pass over kNSC tensors: every stage of every path is this one kernel.
+#include <cuda_runtime.h>
+
+#include <cmath>
+
+#include "cuda/dispatch.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/gradients.cuh"
+#include "cuda/passes.h"
+#include "cuda/reduce.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/statistics.cuh"
+
+namespace normcore::kernels::cuda {
+namespace {
+
+// ShiftedSums of the rows of a chunk in one column, in the arithmetic type.
+template <class A>
+struct ColumnSums {
+  A count, pivot, sum, square;
+  __device__ ShiftedSums widen() const {
+    return {static_cast<double>(count), static_cast<double>(pivot), static_cast<double>(sum),
+            static_cast<double>(square)};
+  }
+};
+
+template <class T, int kWidth, int kVectors, Stage kStage>
+class RowsForward {
+ public:
+  using A = Arithmetic<T>;
+  using Chunk = RowsChunk<kWidth, kVectors>;
+
+  __device__ RowsForward(const ForwardCall& call, const RowsTiling& tiling)
+      : call_(call),
+        tiling_(tiling),
+        unit_threads_(tiling.column_lanes * tiling.row_lanes),
+        has_unit_(threadIdx.x < unit_threads_ * tiling.units),
+        unit_(has_unit_ ? threadIdx.x / unit_threads_ : 0),
+        units_(tiling.units),
+        all_columns_(units_ * tiling.columns) {}
+
+  // `first` is the index of the block's first chunk, `chunks` their number in all.
+  __device__ void run(std::int64_t first, std::int64_t chunks) const {
+    const std::int64_t index = index_of(first, unit_, chunks);
+    const Chunk chunk(call_.input, call_.num_groups, tiling_, index, first + unit_ < chunks);
+
+    Vector<T, kWidth> x[kVectors];
+    load(chunk, 0, x);
+    if constexpr (kStage != Stage::kApply) {
+      sum_columns(chunk, first, chunks, x);
+      if constexpr (kStage == Stage::kReduce) {
+        finish_split(chunk);
+        return;
+      }
+      finish_resident(first, chunks);
+      count_batch(call_.running, call_.counters);
+    } else {
+      load_statistics_of_slices(first, chunks);
+      count_batch(call_.running, nullptr);
+    }
+
+    const PerColumn<Affine<A>, kWidth> affine = affines(chunk);
+    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
+      if (batch != 0) load(chunk, batch, x);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        std::int64_t row;
+        if (!chunk.row(batch, k, row)) continue;
+        keep_packed(x[k]);
+        apply_forward(call_, x[k], chunk.index(row), {0, kWidth}, affine);
+      }
+    }
+  }
+
+ private:
+  // What the first launch read last may still be in the cache.
+  __device__ static std::int64_t index_of(std::int64_t first, unsigned unit, std::int64_t chunks) {
+    const std::int64_t index = first + unit < chunks ? first + unit : 0;
+    return kStage == Stage::kApply ? chunks - 1 - index : index;
+  }
+  __device__ Chunk chunk_of(std::int64_t first, unsigned unit, std::int64_t chunks) const {
+    return Chunk(call_.input, call_.num_groups, tiling_, index_of(first, unit, chunks), true);
+  }
+
+  __device__ void load(const Chunk& chunk, std::uint32_t batch,
+                       Vector<T, kWidth> (&x)[kVectors]) const {
+    const T* const data = static_cast<const T*>(call_.input.x.data);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      std::int64_t row;
+      if (!chunk.row(batch, k, row)) continue;
+      x[k] = load_vector<T, kWidth>(data, chunk.index(row), {0, kWidth});
+    }
+  }
+
+  // Shared memory: ColumnSums of all columns, then for each of them three values per row of lanes,
+  // or the statistics of all slices.
+  __device__ ColumnSums<A>* column_sums() const { return dynamic_shared<ColumnSums<A>>(); }
+  __device__ A* lane_values(int which) const {
+    return reinterpret_cast<A*>(column_sums() + all_columns_) +
+           which * (all_columns_ * tiling_.row_lanes);
+  }
+  __device__ SliceStatistics<A>* slice_statistics() const {
+    return reinterpret_cast<SliceStatistics<A>*>(lane_values(0));
+  }
+
+  // Sums over the rows of lanes: of every column, store(column, sums). In the end the lane values may
+  // be written again.
+  template <int kValues, class Store>
+  __device__ void sum_lanes(const A (&values)[kValues][kWidth], Store store) const {
+    if (has_unit_) {
+      const unsigned lane = threadIdx.x % unit_threads_;
+      const unsigned at =
+          (unit_ * tiling_.row_lanes + lane / tiling_.column_lanes) * tiling_.columns +
+          lane % tiling_.column_lanes * kWidth;
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) lane_values(v)[at + i] = values[v][i];
+      }
+    }
+    __syncthreads();
+    for (unsigned column = threadIdx.x; column < all_columns_; column += blockDim.x) {
+      const unsigned first =
+          column / tiling_.columns * tiling_.row_lanes * tiling_.columns + column % tiling_.columns;
+      A sums[kValues] = {};
+      for (unsigned row = 0; row < tiling_.row_lanes; ++row) {
+#pragma unroll
+        for (int v = 0; v < kValues; ++v) sums[v] += lane_values(v)[first + row * tiling_.columns];
+      }
+      store(column, sums);
+    }
+    __syncthreads();
+  }
+
+  // ColumnSums of every column of the block, over the rows of its chunk.
+  __device__ void sum_columns(const Chunk& chunk, std::int64_t first, std::int64_t chunks,
+                              Vector<T, kWidth> (&x)[kVectors]) const {
+    const Mask& mask = call_.input.mask;
+    const T* const data = static_cast<const T*>(call_.input.x.data);
+    // About a value of the column itself, so that equal values give exactly themselves. Under a mask
+    // no value is known to count: the mean about 0 stands in.
+    const auto first_value = [&](unsigned column) {
+      const Chunk other = chunk_of(first, column / tiling_.columns, chunks);
+      const std::int64_t at = static_cast<std::int64_t>(other.column_tile()) * tiling_.columns +
+                              column % tiling_.columns;
+      if (at >= call_.input.extent.c) return A{0};
+      return convert_from<A>(data[other.index(other.first_row(), at)]);
+    };
+    A about[kWidth];
+    const auto add_batch = [&](std::uint32_t batch, A(&sum)[kWidth], A(&square)[kWidth],
+                               A(&count)[kWidth]) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        std::int64_t row;
+        if (!chunk.row(batch, k, row)) continue;
+        keep_packed(x[k]);
+        const unsigned counting = chunk.counting(mask, row);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          const bool counts = (counting >> i & 1) != 0;
+          const A centered = counts ? convert_from<A>(x[k].values[i]) - about[i] : A{0};
+          sum[i] += centered;
+          square[i] = std::fma(centered, centered, square[i]);
+          count[i] += counts ? A{1} : A{0};
+        }
+      }
+    };
+    const unsigned own_column =
+        unit_ * tiling_.columns + threadIdx.x % unit_threads_ % tiling_.column_lanes * kWidth;
+    // The pivot: the mean of the first batch, in one step or, under a mask, in two.
+    for (int step = mask ? 0 : 1; step < 2; ++step) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        about[i] = mask ? (step == 0 ? A{0} : column_sums()[own_column + i].pivot)
+                        : first_value(own_column + i);
+      }
+      A values[2][kWidth] = {}, unused[kWidth] = {};
+      add_batch(0, values[0], unused, values[1]);
+      sum_lanes(values, [&](unsigned column, const A(&sums)[2]) {
+        const A base =
+            mask ? (step == 0 ? A{0} : column_sums()[column].pivot) : first_value(column);
+        column_sums()[column].pivot = sums[1] == A{0} ? base : base + sums[0] / sums[1];
+      });
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) about[i] = column_sums()[own_column + i].pivot;
+    A values[3][kWidth] = {};
+    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
+      if (batch != 0) load(chunk, batch, x);
+      add_batch(batch, values[0], values[1], values[2]);
+    }
+    sum_lanes(values, [&](unsigned column, const A(&sums)[3]) {
+      ColumnSums<A>& out = column_sums()[column];
+      out = {sums[2], out.pivot, sums[0], sums[1]};
+    });
+  }
+
+  // Statistics of the slices of every unit, each by a few lanes.
+  __device__ void finish_resident(std::int64_t first, std::int64_t chunks) const {
+    const Chunk own = chunk_of(first, 0, chunks);
+    const auto width = static_cast<std::uint32_t>(own.channels_per_slice());
+    const std::uint32_t slices = tiling_.columns / width, items = units_ * slices;
+    const unsigned lanes = lanes_for(width), lane = threadIdx.x % lanes;
+    for (std::uint32_t at = 0; at < items; at += blockDim.x / lanes) {
+      const std::uint32_t item = at + threadIdx.x / lanes;
+      const std::uint32_t unit = item < items ? item / slices : 0, slice = item % slices;
+      const Chunk chunk = chunk_of(first, unit, chunks);
+      const ColumnSums<A>* const sums = column_sums() + unit * tiling_.columns + slice * width;
+      const ShiftedSums all =
+          merge_records(width, lane, lanes, [&](std::uint64_t i) { return sums[i].widen(); });
+      if (item >= items || lane != 0) continue;
+      if (first + unit >= chunks || slice >= chunk.slices()) continue;
+      slice_statistics()[item] = save_statistics<A>(
+          call_, chunk.tile() * chunk.slices_per_tile() + chunk.first_slice() + slice,
+          to_moments(all));
+    }
+    __syncthreads();
+  }
+
+  // The last block to arrive merges the records of whole slices.
+  __device__ void finish_split(const Chunk& chunk) const {
+    const std::int64_t c = call_.input.extent.c;
+    auto* const records =
+        static_cast<ColumnSums<A>*>(call_.records) + chunk.tile() * tiling_.chunks * c;
+    for (unsigned i = threadIdx.x; i < tiling_.columns; i += blockDim.x) {
+      const std::int64_t channel =
+          static_cast<std::int64_t>(chunk.column_tile()) * tiling_.columns + i;
+      if (channel < c) records[chunk.chunk() * c + channel] = column_sums()[i];
+    }
+    const RowsFinish finish(tiling_, c, chunk.tile(), chunk.column_tile());
+    if (!is_last_block(call_.counters + finish.counter, finish.blocks)) return;
+    const auto width = static_cast<std::uint32_t>(chunk.channels_per_slice());
+    const auto slices = static_cast<std::uint32_t>(finish.channels / width);
+    const std::uint64_t terms = static_cast<std::uint64_t>(tiling_.chunks) * width;
+    const unsigned lanes = lanes_for(terms < kWarp ? static_cast<std::uint32_t>(terms) : kWarp);
+    const unsigned lane = threadIdx.x % lanes;
+    for (std::uint32_t at = 0; at < slices; at += blockDim.x / lanes) {
+      const std::uint32_t slice = at + threadIdx.x / lanes;
+      const std::int64_t channel =
+          finish.first_channel + static_cast<std::int64_t>(slice < slices ? slice : 0) * width;
+      const ShiftedSums all = merge_records(terms, lane, lanes, [&](std::uint64_t i) {
+        return records[static_cast<std::int64_t>(i / width) * c + channel + i % width].widen();
+      });
+      if (slice < slices && lane == 0) {
+        save_statistics<A>(call_, chunk.tile() * chunk.slices_per_tile() + channel / width,
+                           to_moments(all));
+      }
+    }
+  }
+
+  // Statistics that a former launch saved, or that are given.
+  __device__ void load_statistics_of_slices(std::int64_t first, std::int64_t chunks) const {
+    const Chunk chunk = chunk_of(first, 0, chunks);
+    for (unsigned i = threadIdx.x; i < chunk.slices(); i += blockDim.x) {
+      const std::int64_t slice = chunk.tile() * chunk.slices_per_tile() + chunk.first_slice() + i;
+      const auto statistics = load_statistics<A>(call_, slice);
+      if (call_.given_mean && chunk.chunk() == 0) {
+        static_cast<A*>(call_.rstd.data)[slice] = statistics.rstd;
+      }
+      slice_statistics()[i] = statistics;
+    }
+    __syncthreads();
+  }
+
+  __device__ PerColumn<Affine<A>, kWidth> affines(const Chunk& chunk) const {
+    PerColumn<Affine<A>, kWidth> out;
+    const std::uint32_t slices =
+        kStage == Stage::kResident
+            ? tiling_.columns / static_cast<std::uint32_t>(chunk.channels_per_slice())
+            : 0;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const std::int64_t column = chunk.column() + i;
+      out.values[i] = {A{0}, A{0}, A{0}};
+      if (!has_unit_ || column >= call_.input.extent.c) continue;
+      out.values[i] =
+          Affine<A>::of(call_.input, slice_statistics()[unit_ * slices + chunk.local_slice(column)],
+                        chunk.tile(), column);
+    }
+    return out;
+  }
+
+  const ForwardCall& call_;
+  const RowsTiling& tiling_;
+  unsigned unit_threads_;
+  bool has_unit_;  // threads that are left over work for none
+  unsigned unit_, units_, all_columns_;
+};
+
+template <class T, int kWidth, int kVectors, Stage kStage>
+__global__ void __launch_bounds__(kMaxRowsThreads, 1)
+    rows_forward_kernel(ForwardCall call, RowsTiling tiling) {
+  RowsForward<T, kWidth, kVectors, kStage>(call, tiling)
+      .run(static_cast<std::int64_t>(blockIdx.x) * tiling.units,
+           tiling.tiles * tiling.chunks * tiling.column_tiles);
+}
+
+}  // namespace
+
+Status rows_forward(const ForwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
+                    CudaStream stream) {
+  return for_each_stage<kForwardFewVectors, kForwardVectors>(
+      call.input.x.dtype, plan,
+      [&]<class T, int kWidth, int kVectors, Stage kStage>(std::int64_t blocks) {
+        return launch_blocks(rows_forward_kernel<T, kWidth, kVectors, kStage>, plan, blocks, stream,
+                             call, tiling);
+      });
+}
+
+}  // namespace normcore::kernels::cuda

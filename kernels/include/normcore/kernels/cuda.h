@@ -1,0 +1,41 @@
+// The norms on a CUDA device: the args structs of batch_norm.h and group_norm.h with device pointers.
+// A call enqueues one launch, or two to three where the plan splits slices or sums parameter
+// gradients; it neither allocates nor synchronises, and results do not depend on the stream. The
+// plan must be that of the same args. Only in builds with CUDA.
+#pragma once
+
+#include "normcore/kernels/batch_norm.h"
+#include "normcore/kernels/cuda_plan.h"
+#include "normcore/kernels/group_norm.h"
+
+namespace normcore::kernels {
+
+// Memory of one call on the device. `data`: plan.workspace_bytes, aligned to 256 bytes, any content.
+// `counters`: plan.counters zeros, which no other call uses until this one has run; zeros again then.
+struct CudaWorkspace {
+  void* data = nullptr;
+  unsigned* counters = nullptr;
+};
+
+// A cudaStream_t.
+struct CudaStream {
+  void* handle = nullptr;
+};
+
+// Facts about a device of this machine.
+Status query_device(int ordinal, CudaDevice& device);
+// Whether what is enqueued is recorded for a CUDA graph instead of run.
+Status query_capture(CudaStream stream, bool& is_capturing);
+
+Status run(const BatchNormForwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream);
+Status run(const BatchNormInferenceArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream);
+Status run(const BatchNormBackwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream);
+Status run(const GroupNormForwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream);
+Status run(const GroupNormBackwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream);
+
+}  // namespace normcore::kernels

@@ -1,0 +1,63 @@
+// How one call will run on a CUDA device: a pure function of the problem and of facts about the
+// device, so that every choice can be tested and printed on a machine that has none.
+//   kPack    slices of a few vectors: several in a block, in registers; x is read once
+//   kBlock   one slice per block, in registers; x is read once
+//   kSplit   any slice: blocks reduce chunks, the last one to arrive merges them in order, a second
+//            launch applies; x is read twice
+//   kStream  nothing to reduce: one pointwise launch
+// (A slice over a cluster of blocks and over a team of blocks of a cooperative grid will come
+// between kBlock and kSplit.) Results are the same bits from run to run. They do not depend on the
+// number of samples if the plan is batch invariant; otherwise it may look at it to fill the device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "normcore/kernels/plan.h"
+
+namespace normcore::kernels {
+
+struct CudaDevice {
+  int multiprocessors = 132;
+};
+
+enum class CudaPath : std::uint8_t { kPack, kBlock, kSplit, kStream };
+
+struct CudaOptions {
+  bool batch_invariant = false;
+  // For tests and benchmarks: a path that has to be taken (an illegal one gives no plan), and the
+  // largest block, a multiple of 32 up to 512.
+  std::optional<CudaPath> path;
+  int max_threads = 512;
+};
+
+struct CudaPlan {
+  CudaPath path = CudaPath::kStream;
+  Layout layout = Layout::kNCS;  // as which the tensor is treated: some are of both
+  int width = 1;                 // elements per vector: 16 bytes of x, or 1
+  int vectors = 1;               // per thread
+  int threads = 32;              // per block
+  int lanes = 32;   // neighbouring threads that share a chunk of a slice (kNCS) or of a
+                    // tile of columns (kNSC)
+  int columns = 0;  // kNSC: channels of such a tile
+  std::int64_t rows_per_chunk = 0;     // kNSC
+  std::int64_t samples_per_block = 1;  // backward pass of group norm: samples whose parameter
+                                       // gradients are summed by the same threads
+  std::int64_t blocks = 0;             // of the first launch
+  std::int64_t apply_blocks = 0;       // of the second (kSplit)
+  std::size_t shared_bytes = 0;        // dynamic shared memory per block
+  std::size_t workspace_bytes = 0;
+  std::int64_t counters = 0;  // 32-bit counters that are 0 before and after the call
+  const char* reason = "";    // why this path, static storage
+};
+
+// Nothing if options.path cannot run the problem, or the grid were larger than any device takes.
+std::optional<CudaPlan> plan_cuda(const Problem& problem, const CudaDevice& device,
+                                  const CudaOptions& options = {});
+
+// One line for people: path, vectors, grid, workspace and reason.
+std::string describe(const CudaPlan& plan);
+
+}  // namespace normcore::kernels

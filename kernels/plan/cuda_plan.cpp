@@ -1,0 +1,415 @@
+#include "normcore/kernels/cuda_plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <limits>
+#include <numeric>
+
+#include "plan/cpu_geometry.h"
+#include "plan/cuda_tiling.h"
+
+namespace normcore::kernels {
+namespace {
+
+// What the choices below depend on, beside the problem. Not tuned on a device yet.
+struct Constants {
+  std::int64_t vector_bytes = 16;
+  std::int64_t warp = 32;
+  std::int64_t block_threads = 256;       // of kPack, kSplit and kStream
+  std::int64_t row_bytes = 128;           // neighbouring bytes that a tile of columns should have
+  std::int64_t column_lanes = 8;          // of kSplit with vectors: 128 bytes
+  std::int64_t narrow_column_lanes = 32;  // of kSplit without vectors
+  std::int64_t blocks_per_multiprocessor = 8;  // that kSplit aims at before its chunks grow
+  std::int64_t max_batches = 32;               // of a chunk: float32 sums stay short
+  std::int64_t few_slices = 4;       // multiprocessors per slice above which one is left idle
+  std::int64_t sample_blocks = 512;  // that parameter gradients are summed over
+};
+constexpr Constants kConstants;
+
+constexpr std::size_t kAlignment = 256;
+constexpr std::size_t kShiftedSumsBytes = 32, kChannelSumsBytes = 24, kParameterSumsBytes = 16;
+
+std::int64_t round_up(std::int64_t value, std::int64_t to) { return ceil_div(value, to) * to; }
+
+std::int64_t power_of_two(std::int64_t at_least) {
+  std::int64_t value = 1;
+  while (value < at_least) value *= 2;
+  return value;
+}
+
+bool is_group_norm(const Problem& p) { return p.num_groups != 0; }
+bool is_backward(const Problem& p) { return p.pass == Pass::kBackward; }
+std::int64_t channels_per_slice(const Problem& p) {
+  return is_group_norm(p) ? p.extent.c / p.num_groups : 1;
+}
+std::int64_t slice_count(const Problem& p) {
+  return is_group_norm(p) ? p.extent.n * p.num_groups : p.extent.c;
+}
+std::size_t arithmetic_bytes(const Problem& p) { return size_of(compute_type(p.dtype)); }
+
+int few_vectors(const Problem& p) {
+  return is_backward(p) ? kBackwardFewVectors : kForwardFewVectors;
+}
+int many_vectors(const Problem& p) { return is_backward(p) ? kBackwardVectors : kForwardVectors; }
+
+// Whether there are statistics or sums to reduce.
+bool reduces(const Problem& p) { return p.pass == Pass::kForward || (is_backward(p) && p.reduces); }
+
+// With one position per channel, or one channel, both layouts are the same memory.
+Layout layout_of(const Problem& p) {
+  if (p.extent.c == 1) return Layout::kNCS;
+  if (p.extent.s == 1) return Layout::kNSC;
+  return p.layout;
+}
+
+std::int64_t full_width(const Problem& p) {
+  return kConstants.vector_bytes / static_cast<std::int64_t>(size_of(p.dtype));
+}
+
+std::int64_t granules_per_segment(std::int64_t s, std::int64_t width) {
+  return s % width == 0 ? s / width : (s + width - 2) / width + 1;
+}
+
+class Planner {
+ public:
+  Planner(const Problem& problem, const CudaDevice& device, const CudaOptions& options)
+      : problem_(problem), device_(device), options_(options) {}
+
+  std::optional<CudaPlan> plan() {
+    if (problem_.extent.numel() == 0) {
+      plan_.reason = "empty";
+      return plan_;
+    }
+    plan_.layout = layout_of(problem_);
+    const bool is_planned = plan_.layout == Layout::kNCS ? plan_planes() : plan_rows();
+    if (!is_planned) return std::nullopt;
+    const bool fits = plan_.blocks <= std::numeric_limits<std::int32_t>::max() &&
+                      plan_.apply_blocks <= std::numeric_limits<std::int32_t>::max();
+    if (!fits) return std::nullopt;
+    const bool counts_batch = problem_.pass == Pass::kForward && !is_group_norm(problem_);
+    if (plan_.path != CudaPath::kSplit) plan_.counters = counts_batch ? 1 : 0;
+    plan_.workspace_bytes = cuda_workspace_layout(problem_, plan_).total;
+    return plan_;
+  }
+
+ private:
+  bool may_take(CudaPath path) const { return !options_.path || *options_.path == path; }
+
+  // Float64 has no registers to spare; a pass that reduces nothing has nothing to keep.
+  bool may_reside() const { return reduces(problem_) && problem_.dtype != DType::kFloat64; }
+
+  // Slices that leave most of the device idle if a block takes a whole one.
+  bool is_idle(std::int64_t blocks) const {
+    return !options_.batch_invariant && !options_.path &&
+           blocks * kConstants.few_slices < device_.multiprocessors;
+  }
+
+  std::int64_t max_planes_threads() const {
+    return std::min(options_.max_threads,
+                    is_backward(problem_) ? kMaxBackwardThreads : kMaxForwardThreads);
+  }
+
+  std::int64_t block_threads() const {
+    return std::min<std::int64_t>(kConstants.block_threads, options_.max_threads);
+  }
+
+  void set_sample_blocks() {
+    if (is_backward(problem_) && is_group_norm(problem_) && !problem_.affine_per_sample) {
+      plan_.samples_per_block = ceil_div(problem_.extent.n, kConstants.sample_blocks);
+    }
+  }
+  // Groups of lanes that a resident pass needs.
+  std::int64_t resident_units(std::int64_t slices_per_sample) const {
+    if (!is_group_norm(problem_)) return slices_per_sample;
+    return ceil_div(problem_.extent.n, plan_.samples_per_block) * slices_per_sample;
+  }
+
+  bool plan_split_or_stream(const char* split_reason) {
+    plan_.vectors = many_vectors(problem_);
+    plan_.path = reduces(problem_) ? CudaPath::kSplit : CudaPath::kStream;
+    plan_.reason =
+        plan_.path == CudaPath::kSplit ? split_reason : "nothing to reduce: one pointwise sweep";
+    return may_take(plan_.path);
+  }
+
+  // ---- kNCS
+
+  bool plan_planes() {
+    const Extent& e = problem_.extent;
+    plan_.width = problem_.aligned && e.s > 1 ? static_cast<int>(full_width(problem_)) : 1;
+    // Runs much shorter than a vector would leave most of it empty.
+    if (2 * e.s <= plan_.width) plan_.width = 1;
+    const std::int64_t segments = is_group_norm(problem_) ? channels_per_slice(problem_) : e.n;
+    const std::int64_t slots = segments * granules_per_segment(e.s, plan_.width);
+    if (may_reside() && (plan_packed_planes(slots) || plan_block_planes(slots))) {
+      set_shared_planes(plan_.lanes);
+      return true;
+    }
+    if (!plan_split_or_stream("the slice does not fit into the registers of a block")) return false;
+    plan_.threads = plan_.lanes = static_cast<int>(block_threads());
+    const PlanesTiling tiling = planes_tiling(problem_, plan_);
+    plan_.blocks = tiling.slices * tiling.chunks;
+    plan_.apply_blocks = problem_.applies ? plan_.blocks : 0;
+    plan_.counters = tiling.slices;
+    set_shared_planes(plan_.threads);
+    return true;
+  }
+
+  bool plan_packed_planes(std::int64_t slots) {
+    const std::int64_t many = many_vectors(problem_);
+    if (slots > kConstants.warp * many || !may_take(CudaPath::kPack)) return false;
+    const bool is_few = plan_.width > 1 && slots <= kConstants.warp * few_vectors(problem_);
+    plan_.path = CudaPath::kPack;
+    plan_.reason = "slices of a few vectors: several share a block, each is read once";
+    plan_.vectors = is_few ? few_vectors(problem_) : static_cast<int>(many);
+    plan_.lanes = static_cast<int>(power_of_two(ceil_div(slots, plan_.vectors)));
+    set_sample_blocks();
+    const std::int64_t units =
+        resident_units(is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c);
+    plan_.threads =
+        static_cast<int>(std::min(block_threads(), round_up(units * plan_.lanes, kConstants.warp)));
+    plan_.blocks = ceil_div(units, plan_.threads / plan_.lanes);
+    return true;
+  }
+
+  bool plan_block_planes(std::int64_t slots) {
+    const std::int64_t many = many_vectors(problem_), few = few_vectors(problem_);
+    if (slots > max_planes_threads() * many || !may_take(CudaPath::kBlock)) return false;
+    const bool is_few = plan_.width > 1 && slots <= block_threads() * few;
+    plan_.vectors = static_cast<int>(is_few ? few : many);
+    set_sample_blocks();
+    const std::int64_t units =
+        resident_units(is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c);
+    if (slots > block_threads() * many && is_idle(units)) {
+      plan_.samples_per_block = 1;
+      return false;
+    }
+    plan_.path = CudaPath::kBlock;
+    plan_.reason = "the slice fits into the registers of a block: it is read once";
+    plan_.threads = static_cast<int>(round_up(ceil_div(slots, plan_.vectors), kConstants.warp));
+    plan_.lanes = plan_.threads;
+    plan_.blocks = units;
+    return true;
+  }
+
+  // Sums of slots (or lanes), then of channels.
+  void set_shared_planes(std::int64_t lanes) {
+    if (!is_backward(problem_)) return;
+    const PlanesTiling tiling = planes_tiling(problem_, plan_);
+    const bool is_per_segment = is_group_norm(problem_) && tiling.segments > 1;
+    const std::int64_t units = plan_.threads / lanes;
+    const std::int64_t slots = units * lanes * (is_per_segment ? plan_.vectors : 1);
+    const std::int64_t records = units * (is_per_segment ? tiling.segments_per_chunk : 1);
+    plan_.shared_bytes = static_cast<std::size_t>(slots) * 3 * arithmetic_bytes(problem_) +
+                         static_cast<std::size_t>(records) * kChannelSumsBytes;
+  }
+
+  // ---- kNSC
+
+  bool plan_rows() {
+    const std::int64_t c = problem_.extent.c, width = full_width(problem_);
+    plan_.width = problem_.aligned && c % width == 0 ? static_cast<int>(width) : 1;
+    const std::int64_t rows =
+        is_group_norm(problem_) ? problem_.extent.s : problem_.extent.n * problem_.extent.s;
+    if (may_reside() && plan_resident_rows(rows)) return true;
+    if (!plan_split_or_stream("a tile of rows and whole slices does not fit into the registers of "
+                              "a block")) {
+      return false;
+    }
+    plan_.samples_per_block = 1;
+    const std::int64_t column_lanes =
+        std::min(plan_.width > 1 ? kConstants.column_lanes : kConstants.narrow_column_lanes,
+                 c / plan_.width);
+    plan_.threads = static_cast<int>(block_threads());
+    const std::int64_t row_lanes = plan_.threads / column_lanes;
+    plan_.lanes = static_cast<int>(column_lanes * row_lanes);
+    plan_.columns = static_cast<int>(column_lanes * plan_.width);
+    const std::int64_t batch = row_lanes * plan_.vectors;
+    const std::int64_t tiles =
+        is_group_norm(problem_) && !options_.batch_invariant ? problem_.extent.n : 1;
+    const std::int64_t blocks = tiles * ceil_div(c, plan_.columns) * ceil_div(rows, batch);
+    const std::int64_t enough = kConstants.blocks_per_multiprocessor * device_.multiprocessors;
+    const std::int64_t batches =
+        std::clamp<std::int64_t>(blocks / enough, 1, kConstants.max_batches);
+    plan_.rows_per_chunk = batch * std::min(batches, ceil_div(rows, batch));
+    const RowsTiling tiling = rows_tiling(problem_, plan_);
+    plan_.blocks = tiling.tiles * tiling.chunks * tiling.column_tiles;
+    plan_.apply_blocks = problem_.applies ? plan_.blocks : 0;
+    plan_.counters = tiling.tiles * ceil_div(tiling.column_tiles, tiling.columns_per_slices);
+    set_shared_rows(tiling);
+    return true;
+  }
+
+  bool plan_resident_rows(std::int64_t rows) {
+    const std::int64_t c = problem_.extent.c,
+                       max_threads = std::min(kMaxRowsThreads, options_.max_threads);
+    const bool is_few = plan_.width > 1 && rows <= few_vectors(problem_);
+    const std::int64_t vectors = is_few ? few_vectors(problem_) : many_vectors(problem_);
+    const std::int64_t row_lanes = ceil_div(rows, vectors);
+    const std::int64_t whole = std::lcm(channels_per_slice(problem_), plan_.width);
+    if (whole / plan_.width * row_lanes > max_threads) return false;
+    std::int64_t columns = whole;
+    while (columns * static_cast<std::int64_t>(size_of(problem_.dtype)) < kConstants.row_bytes &&
+           columns + whole <= c && (columns + whole) / plan_.width * row_lanes <= max_threads) {
+      columns += whole;
+    }
+    const std::int64_t lanes = columns / plan_.width * row_lanes;
+    set_sample_blocks();
+    const std::int64_t all_units = resident_units(ceil_div(c, columns));
+    const std::int64_t units =
+        std::clamp<std::int64_t>(std::min(block_threads(), max_threads) / lanes, 1, all_units);
+    const bool is_packed = units > 1 && may_take(CudaPath::kPack);
+    if (!is_packed && !may_take(CudaPath::kBlock)) {
+      plan_.samples_per_block = 1;
+      return false;
+    }
+    plan_.path = is_packed ? CudaPath::kPack : CudaPath::kBlock;
+    plan_.reason = is_packed ? "tiles of a few vectors: several share a block, each is read once"
+                             : "a tile of rows and whole slices fits into the registers of a "
+                               "block: it is read once";
+    plan_.vectors = static_cast<int>(vectors);
+    plan_.lanes = static_cast<int>(lanes);
+    plan_.columns = static_cast<int>(columns);
+    plan_.rows_per_chunk = row_lanes * vectors;
+    plan_.threads = static_cast<int>(round_up((is_packed ? units : 1) * lanes, kConstants.warp));
+    plan_.blocks = ceil_div(all_units, is_packed ? units : 1);
+    set_shared_rows(rows_tiling(problem_, plan_));
+    return true;
+  }
+
+  void set_shared_rows(const RowsTiling& tiling) {
+    const std::size_t arithmetic = arithmetic_bytes(problem_);
+    const auto columns = static_cast<std::size_t>(tiling.units * tiling.columns);
+    if (is_backward(problem_)) {
+      plan_.shared_bytes = columns * (tiling.row_lanes * 3 * arithmetic + kChannelSumsBytes) +
+                           columns * 3 * arithmetic;
+    } else {
+      plan_.shared_bytes = columns * (4 + tiling.row_lanes * 3) * arithmetic;
+    }
+  }
+
+  const Problem& problem_;
+  const CudaDevice& device_;
+  const CudaOptions& options_;
+  CudaPlan plan_;
+};
+
+const char* name_of(CudaPath path) {
+  switch (path) {
+    case CudaPath::kPack:
+      return "pack";
+    case CudaPath::kBlock:
+      return "block";
+    case CudaPath::kSplit:
+      return "split";
+    case CudaPath::kStream:
+      break;
+  }
+  return "stream";
+}
+
+}  // namespace
+
+PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan) {
+  const Extent& e = problem.extent;
+  PlanesTiling t;
+  t.slices = slice_count(problem);
+  t.segments =
+      static_cast<std::uint32_t>(is_group_norm(problem) ? channels_per_slice(problem) : e.n);
+  t.segment_stride = is_group_norm(problem) ? e.s : e.c * e.s;
+  const std::int64_t granules = granules_per_segment(e.s, plan.width);
+  t.granules = static_cast<std::uint32_t>(granules);
+  t.lanes = static_cast<std::uint32_t>(plan.lanes);
+  if (plan.path == CudaPath::kPack || plan.path == CudaPath::kBlock) {
+    t.segments_per_chunk = t.segments;
+    t.granules_per_piece = t.granules;
+  } else {
+    const std::int64_t capacity = static_cast<std::int64_t>(plan.threads) * plan.vectors;
+    if (granules <= capacity) {
+      t.segments_per_chunk =
+          static_cast<std::uint32_t>(std::min<std::int64_t>(capacity / granules, t.segments));
+      t.granules_per_piece = t.granules;
+      t.chunks = static_cast<std::uint32_t>(ceil_div(t.segments, t.segments_per_chunk));
+    } else {
+      t.granules_per_piece = static_cast<std::uint32_t>(capacity);
+      t.pieces = static_cast<std::uint32_t>(ceil_div(granules, capacity));
+      t.chunks = t.segments * t.pieces;
+    }
+  }
+  t.by_granules = FastDivide(t.granules_per_piece);
+  return t;
+}
+
+RowsTiling rows_tiling(const Problem& problem, const CudaPlan& plan) {
+  const Extent& e = problem.extent;
+  RowsTiling t;
+  t.tiles = is_group_norm(problem) ? e.n : 1;
+  t.rows = is_group_norm(problem) ? e.s : e.n * e.s;
+  t.columns = static_cast<std::uint32_t>(plan.columns);
+  t.column_tiles = static_cast<std::uint32_t>(ceil_div(e.c, plan.columns));
+  t.column_lanes = static_cast<std::uint32_t>(plan.columns / plan.width);
+  t.row_lanes = static_cast<std::uint32_t>(plan.lanes) / t.column_lanes;
+  t.units =
+      plan.path == CudaPath::kPack ? static_cast<std::uint32_t>(plan.threads / plan.lanes) : 1;
+  t.rows_per_chunk = plan.rows_per_chunk;
+  t.chunks = static_cast<std::uint32_t>(ceil_div(t.rows, plan.rows_per_chunk));
+  const std::int64_t d = channels_per_slice(problem);
+  t.columns_per_slices = static_cast<std::uint32_t>(
+      std::min<std::int64_t>(std::lcm(d, std::int64_t{t.columns}) / t.columns, t.column_tiles));
+  return t;
+}
+
+CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan& plan) {
+  CudaWorkspaceLayout layout;
+  const auto take = [&](std::size_t& offset, std::int64_t count, std::size_t bytes) {
+    offset = layout.total;
+    const std::size_t size = static_cast<std::size_t>(count) * bytes;
+    layout.total += (size + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  const Extent& e = problem.extent;
+  const bool is_rows = plan.layout == Layout::kNSC, is_split = plan.path == CudaPath::kSplit;
+  const std::size_t arithmetic = arithmetic_bytes(problem);
+  if (e.numel() == 0) return layout;
+  if (is_split) {
+    const PlanesTiling planes = is_rows ? PlanesTiling{} : planes_tiling(problem, plan);
+    const RowsTiling rows = is_rows ? rows_tiling(problem, plan) : RowsTiling{};
+    const std::int64_t row_records = rows.tiles * rows.chunks * e.c;
+    const std::int64_t plane_chunks = planes.slices * planes.chunks;
+    if (is_backward(problem)) {
+      const bool is_per_segment = is_group_norm(problem) && planes.segments > 1;
+      take(layout.records,
+           is_rows ? row_records : plane_chunks * (is_per_segment ? planes.segments_per_chunk : 1),
+           kChannelSumsBytes);
+      take(layout.channel_sums, (is_group_norm(problem) ? e.n : 1) * e.c, kChannelSumsBytes);
+      take(layout.slice_gradients, slice_count(problem), 3 * arithmetic);
+    } else {
+      take(layout.records, is_rows ? row_records : plane_chunks,
+           is_rows ? 4 * arithmetic : kShiftedSumsBytes);
+    }
+  }
+  if (is_backward(problem) && is_group_norm(problem) && !problem.affine_per_sample &&
+      plan.path != CudaPath::kStream) {
+    layout.sample_blocks = ceil_div(e.n, plan.samples_per_block);
+    take(layout.parameters, layout.sample_blocks * e.c, kParameterSumsBytes);
+  }
+  return layout;
+}
+
+std::optional<CudaPlan> plan_cuda(const Problem& problem, const CudaDevice& device,
+                                  const CudaOptions& options) {
+  return Planner(problem, device, options).plan();
+}
+
+std::string describe(const CudaPlan& plan) {
+  char text[320];
+  std::snprintf(text, sizeof(text),
+                "%s path, %s: %lld blocks of %d threads, %d vectors of %d elements per thread, "
+                "%zu bytes of shared memory, %zu of workspace, %lld counters: %s",
+                name_of(plan.path), plan.layout == Layout::kNCS ? "planes" : "rows",
+                static_cast<long long>(plan.blocks), plan.threads, plan.vectors, plan.width,
+                plan.shared_bytes, plan.workspace_bytes, static_cast<long long>(plan.counters),
+                plan.reason);
+  return text;
+}
+
+}  // namespace normcore::kernels

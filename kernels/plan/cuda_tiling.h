@@ -1,0 +1,83 @@
+// How a tensor is cut on a CUDA device. Vectors of `width` neighbouring elements are the unit of
+// access. A chunk is what a group of neighbouring threads, the lanes, holds in registers: up to
+// kVectors vectors per thread. Several groups of lanes share a block where chunks are small. Filled
+// by plan_cuda(), passed to the kernels by value. Offsets count elements.
+#pragma once
+
+#include <cstdint>
+
+#include "normcore/kernels/cuda_plan.h"
+#include "normcore/kernels/host_device.h"
+#include "plan/fast_divide.h"
+
+namespace normcore::kernels {
+
+// Vectors that a thread holds, by pass. Forward: x. Backward: x, and the gradient behind the
+// activation in the arithmetic type.
+inline constexpr int kForwardVectors = 8, kForwardFewVectors = 2;
+inline constexpr int kBackwardVectors = 4, kBackwardFewVectors = 1;
+
+// Largest blocks, by layout and pass: what a thread holds leaves registers for no more.
+inline constexpr int kMaxForwardThreads = 512, kMaxBackwardThreads = 384, kMaxRowsThreads = 256;
+
+// kNCS. A slice is `segments` runs of s neighbouring elements: the channels of a group (group norm),
+// or the samples of a channel (batch norm). Each segment is covered by `granules` vectors, aligned
+// in memory, of which the first and the last may be partly outside of the segment. A chunk is a
+// number of whole segments, or a piece of one.
+struct PlanesTiling {
+  std::int64_t slices = 0;
+  std::int64_t segment_stride = 0;
+  std::uint32_t segments = 1;
+  std::uint32_t granules = 1;            // per segment
+  std::uint32_t segments_per_chunk = 1;  // 1 where a segment has several pieces
+  std::uint32_t pieces = 1;              // per segment
+  std::uint32_t granules_per_piece = 1;
+  std::uint32_t chunks = 1;  // per slice
+  std::uint32_t lanes = 32;  // threads per chunk: a power of two up to 32, or the block
+  FastDivide by_granules;    // by granules_per_piece
+
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t first_segment(std::uint32_t chunk) const {
+    return pieces > 1 ? chunk / pieces : chunk * segments_per_chunk;
+  }
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t segments_of(std::uint32_t chunk) const {
+    const std::uint32_t left = segments - first_segment(chunk);
+    return left < segments_per_chunk ? left : segments_per_chunk;
+  }
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t first_granule(std::uint32_t chunk) const {
+    return pieces > 1 ? chunk % pieces * granules_per_piece : 0;
+  }
+};
+
+// kNSC. A tile is a sample of s rows (group norm) or all n * s rows (batch norm); its channels are
+// cut into columns of `columns` channels, its rows into chunks. Lanes are column_lanes x row_lanes.
+// A chunk holds rows_per_chunk rows: row_lanes * kVectors, or a multiple of it that is read batch by
+// batch where nothing has to stay in registers.
+struct RowsTiling {
+  std::int64_t tiles = 0;
+  std::int64_t rows = 0;  // per tile
+  std::uint32_t columns = 1;
+  std::uint32_t column_tiles = 1;
+  std::uint32_t column_lanes = 1;
+  std::uint32_t row_lanes = 1;
+  std::uint32_t units = 1;   // groups of lanes per block
+  std::uint32_t chunks = 1;  // per tile
+  std::int64_t rows_per_chunk = 1;
+  std::uint32_t columns_per_slices = 1;  // column tiles that whole slices need
+};
+
+PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan);
+RowsTiling rows_tiling(const Problem& problem, const CudaPlan& plan);
+
+// The parts of a call's workspace: offsets in bytes, each a multiple of 256.
+struct CudaWorkspaceLayout {
+  std::size_t records = 0;          // partial sums of chunks (kSplit)
+  std::size_t channel_sums = 0;     // backward (kSplit)
+  std::size_t slice_gradients = 0;  // backward (kSplit)
+  std::size_t parameters = 0;       // backward of group norm: per block of samples and channel
+  std::int64_t sample_blocks = 0;   // 0: parameter gradients need no second sum
+  std::size_t total = 0;
+};
+
+CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan& plan);
+
+}  // namespace normcore::kernels

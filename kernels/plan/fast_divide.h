@@ -1,0 +1,32 @@
+// Division of many 31-bit numbers by the same divisor: multiply-high, add and shift instead of a
+// division. Source: Granlund and Montgomery 1994.
+#pragma once
+
+#include <cstdint>
+
+#include "normcore/kernels/host_device.h"
+
+namespace normcore::kernels {
+
+class FastDivide {
+ public:
+  FastDivide() = default;
+  // 1 <= divisor < 2^31
+  explicit constexpr FastDivide(std::uint32_t divisor) : divisor_(divisor) {
+    while ((std::uint64_t{1} << shift_) < divisor) ++shift_;
+    const std::uint64_t excess = (std::uint64_t{1} << shift_) - divisor;
+    multiplier_ = static_cast<std::uint32_t>((excess << 32) / divisor + 1);
+  }
+
+  // value < 2^31
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t quotient(std::uint32_t value) const {
+    const auto high = static_cast<std::uint32_t>((std::uint64_t{value} * multiplier_) >> 32);
+    return (high + value) >> shift_;
+  }
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t divisor() const { return divisor_; }
+
+ private:
+  std::uint32_t divisor_ = 1, multiplier_ = 1, shift_ = 0;
+};
+
+}  // namespace normcore::kernels

@@ -1,0 +1,52 @@
+#include <cstdint>
+#include <initializer_list>
+
+#include "normcore/kernels/batch_norm.h"
+#include "normcore/kernels/group_norm.h"
+
+namespace normcore::kernels {
+namespace {
+
+constexpr std::int64_t kBatchNorm = 0;
+
+bool are_aligned(std::initializer_list<const void*> pointers) {
+  std::uintptr_t bits = 0;
+  for (const void* pointer : pointers) bits |= reinterpret_cast<std::uintptr_t>(pointer);
+  return bits % 16 == 0;
+}
+
+Problem forward(const NormInput& input, std::int64_t num_groups, Pass pass, ConstTensor y) {
+  Problem p(input, num_groups, pass);
+  p.aligned = are_aligned({input.x.data, input.residual.data, y.data});
+  return p;
+}
+
+Problem backward(const NormInput& input, std::int64_t num_groups, ConstTensor grad_y,
+                 const NormGradients& grad, bool batch_statistics) {
+  Problem p(input, num_groups, Pass::kBackward);
+  p.aligned = are_aligned(
+      {input.x.data, input.residual.data, grad_y.data, grad.x.data, grad.residual.data});
+  p.reduces = grad.scale || grad.bias || (grad.x && batch_statistics);
+  p.applies = grad.x || grad.residual;
+  return p;
+}
+
+}  // namespace
+
+Problem problem_of(const BatchNormForwardArgs& args) {
+  return forward(args.input, kBatchNorm, Pass::kForward, args.y);
+}
+Problem problem_of(const BatchNormInferenceArgs& args) {
+  return forward(args.input, kBatchNorm, Pass::kInference, args.y);
+}
+Problem problem_of(const BatchNormBackwardArgs& args) {
+  return backward(args.input, kBatchNorm, args.grad_y, args.grad, args.batch_statistics);
+}
+Problem problem_of(const GroupNormForwardArgs& args) {
+  return forward(args.input, args.num_groups, Pass::kForward, args.y);
+}
+Problem problem_of(const GroupNormBackwardArgs& args) {
+  return backward(args.input, args.num_groups, args.grad_y, args.grad, true);
+}
+
+}  // namespace normcore::kernels

@@ -1,0 +1,178 @@
+// plan_cuda() on thousands of problems: every plan is legal and covers the tensor.
+#include "normcore/kernels/cuda_plan.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <sstream>
+#include <string>
+
+#include "norm_case.h"
+#include "plan/cuda_tiling.h"
+#include "problems.h"
+
+namespace normcore::kernels::testing {
+namespace {
+
+constexpr CudaDevice kDevices[] = {{132}, {16}};
+
+// Larger than what any device holds: its grid may be illegal.
+bool is_beyond_memory(const Problem& p) { return p.extent.numel() > std::int64_t{1} << 40; }
+
+// Calls body(problem, plan) for every problem, device, kind of alignment and wanted gradients.
+template <class Body>
+void for_each_plan(const CudaOptions& options, Body body) {
+  for_each_problem([&](Problem problem) {
+    for (const CudaDevice& device : kDevices) {
+      for (int bits = 0; bits < (problem.pass == Pass::kBackward ? 8 : 2); ++bits) {
+        problem.aligned = (bits & 1) == 0;
+        problem.reduces = (bits & 2) == 0;
+        problem.applies = (bits & 4) == 0;
+        if (!problem.reduces && !problem.applies) continue;
+        const auto plan = plan_cuda(problem, device, options);
+        if (!plan) {
+          ASSERT_TRUE(options.path || is_beyond_memory(problem)) << to_string(problem);
+          continue;
+        }
+        body(problem, *plan);
+      }
+    }
+  });
+}
+
+void expect_legal(const Problem& p, const CudaPlan& plan) {
+  const std::string what = to_string(p) + ": " + describe(plan);
+  constexpr std::size_t kSharedBytes = 160 << 10;  // sm_80 allows 163 KiB
+  ASSERT_GE(plan.blocks, 1) << what;
+  ASSERT_LE(plan.blocks, std::int64_t{2147483647}) << what;
+  ASSERT_EQ(plan.threads % 32, 0) << what;
+  ASSERT_GE(plan.threads, 32) << what;
+  const int most = plan.layout == Layout::kNSC ? kMaxRowsThreads
+                   : p.pass == Pass::kBackward ? kMaxBackwardThreads
+                                               : kMaxForwardThreads;
+  ASSERT_LE(plan.threads, most) << what;
+  ASSERT_LE(plan.shared_bytes, kSharedBytes) << what;
+  ASSERT_STRNE(plan.reason, "") << what;
+  if (!p.aligned) {
+    ASSERT_EQ(plan.width, 1) << what;
+  }
+  const bool is_split = plan.path == CudaPath::kSplit;
+  if (is_split) {
+    ASSERT_GE(plan.counters, 1) << what;
+    ASSERT_EQ(plan.apply_blocks, p.applies ? plan.blocks : 0) << what;
+  }
+  if (p.dtype == DType::kFloat64) {
+    ASSERT_TRUE(is_split || plan.path == CudaPath::kStream) << what;
+  }
+}
+
+// Every slot of every slice belongs to a thread's vector.
+void expect_coverage(const Problem& p, const CudaPlan& plan) {
+  const std::string what = to_string(p) + ": " + describe(plan);
+  const bool is_resident = plan.path == CudaPath::kPack || plan.path == CudaPath::kBlock;
+  if (plan.layout == Layout::kNCS) {
+    const PlanesTiling t = planes_tiling(p, plan);
+    ASSERT_GE(std::int64_t{t.granules} * plan.width, p.extent.s) << what;
+    std::int64_t segments = 0, pieces = 0;
+    for (std::uint32_t chunk = 0; chunk < t.chunks && t.chunks < 5000; ++chunk) {
+      const std::int64_t granules =
+          std::min(t.granules - t.first_granule(chunk), t.granules_per_piece);
+      ASSERT_LE(t.segments_of(chunk) * granules, std::int64_t{plan.lanes} * plan.vectors) << what;
+      ASSERT_EQ(t.first_segment(chunk), t.pieces > 1 ? chunk / t.pieces : segments) << what;
+      segments += t.pieces > 1 ? 0 : t.segments_of(chunk);
+      pieces += granules * t.segments_of(chunk);
+    }
+    if (t.chunks < 5000) {
+      ASSERT_EQ(pieces, std::int64_t{t.granules} * t.segments) << what;
+    }
+    if (is_resident) {
+      ASSERT_EQ(t.chunks, 1u) << what;
+      ASSERT_EQ(plan.threads % plan.lanes, 0) << what;
+    }
+  } else {
+    const RowsTiling t = rows_tiling(p, plan);
+    ASSERT_GE(std::int64_t{t.column_tiles} * t.columns, p.extent.c) << what;
+    ASSERT_GE(std::int64_t{t.chunks} * t.rows_per_chunk, t.rows) << what;
+    ASSERT_EQ(t.rows_per_chunk % (t.row_lanes * static_cast<unsigned>(plan.vectors)), 0) << what;
+    ASSERT_LE(t.units * t.column_lanes * t.row_lanes, static_cast<unsigned>(plan.threads)) << what;
+    if (is_resident) {
+      const std::int64_t d = p.num_groups == 0 ? 1 : p.extent.c / p.num_groups;
+      ASSERT_EQ(t.chunks, 1u) << what;
+      ASSERT_EQ(t.columns % d, 0) << what;
+    }
+  }
+}
+
+TEST(CudaPlan, IsLegalAndCoversEveryShape) {
+  for_each_plan({}, [](const Problem& p, const CudaPlan& plan) {
+    expect_legal(p, plan);
+    expect_coverage(p, plan);
+  });
+}
+
+TEST(CudaPlan, ForcedPathsAreLegal) {
+  for (const CudaPath path : {CudaPath::kPack, CudaPath::kBlock, CudaPath::kSplit}) {
+    CudaOptions options;
+    options.path = path;
+    options.max_threads = 64;
+    std::int64_t count = 0;
+    for_each_plan(options, [&](const Problem& p, const CudaPlan& plan) {
+      ASSERT_EQ(plan.path, path);
+      expect_legal(p, plan);
+      expect_coverage(p, plan);
+      ++count;
+    });
+    EXPECT_GT(count, 1000);
+  }
+}
+
+// What decides about the bits of a sample in group norm.
+TEST(CudaPlan, BatchInvariantPlansDoNotDependOnTheBatchSize) {
+  CudaOptions options;
+  options.batch_invariant = true;
+  for_each_problem([&](const Problem& problem) {
+    if (problem.num_groups == 0 && problem.pass != Pass::kInference) return;
+    if (is_beyond_memory(problem)) return;
+    Problem one = problem;
+    one.extent.n = 1;
+    const auto alone = plan_cuda(one, kDevices[0], options);
+    const auto together = plan_cuda(problem, kDevices[0], options);
+    ASSERT_TRUE(alone && together);
+    const auto what = to_string(problem);
+    ASSERT_EQ(alone->path == CudaPath::kSplit, together->path == CudaPath::kSplit) << what;
+    ASSERT_EQ(alone->width, together->width) << what;
+    ASSERT_EQ(alone->vectors, together->vectors) << what;
+    ASSERT_EQ(alone->lanes, together->lanes) << what;
+    ASSERT_EQ(alone->columns, together->columns) << what;
+    if (problem.num_groups != 0) {
+      ASSERT_EQ(alone->rows_per_chunk, together->rows_per_chunk) << what;
+    }
+  });
+}
+
+TEST(CudaPlan, ReadsSmallSlicesOnce) {
+  Problem p;
+  p.dtype = DType::kBFloat16;
+  p.extent = {32, 256, 196};
+  p.num_groups = 32;
+  EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kPack);
+  p.extent = {32, 256, 3136};
+  EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kBlock);
+  p.extent = {1, 128, 1 << 20};
+  EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kSplit);
+  p.num_groups = 0;
+  p.pass = Pass::kInference;
+  EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kStream);
+}
+
+TEST(CudaPlan, DescribesItself) {
+  Problem p;
+  p.extent = {2, 64, 100};
+  p.num_groups = 32;
+  const std::string text = describe(*plan_cuda(p, kDevices[0]));
+  EXPECT_NE(text.find("pack path, planes"), std::string::npos) << text;
+  EXPECT_NE(text.find("each is read once"), std::string::npos) << text;
+}
+
+}  // namespace
+}  // namespace normcore::kernels::testing

@@ -1,0 +1,84 @@
+// The CUDA kernels on the emulator: every path that can run a call, each under several schedules.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "emulator.h"
+#include "guarded_buffer.h"
+#include "normcore/kernels/cuda.h"
+#include "runner.h"
+
+namespace normcore::kernels::testing {
+namespace {
+
+// Small blocks: many of them even for small shapes, and few threads for the race detector.
+constexpr int kThreads = 64;
+constexpr CudaDevice kDevice{8};
+
+class CudaRunner : public RunnerOf<CudaRunner> {
+ public:
+  CudaRunner(const std::string& name, const CudaOptions& options,
+             const emulator::Schedule& schedule)
+      : RunnerOf(name), options_(options), schedule_(schedule) {}
+
+  template <class Args>
+  bool run_any(const Args& args) const {
+    const auto plan = plan_cuda(problem_of(args), kDevice, options_);
+    if (!plan) return false;
+    const GuardedBuffer data(plan->workspace_bytes, 256, Placement::kEnd);
+    const GuardedBuffer counters(static_cast<std::size_t>(plan->counters) * sizeof(unsigned),
+                                 sizeof(unsigned), Placement::kEnd);
+    if (counters.bytes() != 0) std::memset(counters.data(), 0, counters.bytes());
+    emulator::use(schedule_);
+    const CudaWorkspace workspace{plan->workspace_bytes == 0 ? nullptr : data.data(),
+                                  reinterpret_cast<unsigned*>(counters.data())};
+    const Status status = kernels::run(args, *plan, workspace, CudaStream{});
+    EXPECT_TRUE(status.ok()) << status.message;
+    EXPECT_TRUE(data.intact()) << "workspace overrun: " << describe(*plan);
+    const bool are_zero = std::all_of(counters.data(), counters.data() + counters.bytes(),
+                                      [](unsigned char byte) { return byte == 0; });
+    EXPECT_TRUE(counters.intact() && are_zero) << "counters: " << describe(*plan);
+    return true;
+  }
+
+ private:
+  CudaOptions options_;
+  emulator::Schedule schedule_;
+};
+
+CudaOptions options_of(std::optional<CudaPath> path) {
+  CudaOptions options;
+  options.path = path;
+  options.max_threads = kThreads;
+  options.batch_invariant = !path;
+  return options;
+}
+
+}  // namespace
+
+const std::vector<EqualRunners>& all_runners() {
+  static const std::vector<EqualRunners> runners = [] {
+    const std::pair<const char*, std::optional<CudaPath>> paths[] = {
+        {"planned path", std::nullopt},
+        {"pack path", CudaPath::kPack},
+        {"block path", CudaPath::kBlock},
+        {"split path", CudaPath::kSplit}};
+    std::vector<EqualRunners> all;
+    for (const auto& [name, path] : paths) {
+      const CudaOptions options = options_of(path);
+      all.push_back(
+          {new CudaRunner(name + std::string(", in order"), options, emulator::in_order()),
+           new CudaRunner(name + std::string(", random"), options, emulator::random(0).window(3))});
+    }
+    all.front().push_back(
+        new CudaRunner("planned path, reversed", options_of(std::nullopt), emulator::reversed()));
+    return all;
+  }();
+  return runners;
+}
+
+const Runner& default_runner() { return *all_runners().front().front(); }
+const Runner& other_runner() { return *all_runners().front().back(); }
+
+}  // namespace normcore::kernels::testing

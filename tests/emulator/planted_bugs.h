@@ -1,0 +1,42 @@
+// Small kernels that are right with Bug::kNone and wrong in one way each otherwise: what the emulator
+// is expected to catch.
+#pragma once
+
+#include <cstdint>
+
+namespace normcore::kernels::testing {
+
+enum class Bug : std::uint8_t {
+  kNone,
+  // block_sum
+  kNoBarrier,           // between the write and the read of shared memory
+  kBarrierInBranches,   // one barrier per branch
+  kBarrierInOneBranch,  // the other branch has none
+  kReadsPastTheEnd,     // of the input
+  kWritesPastShared,    // memory
+  kLaneOutsideOfMask,   // a shuffle without a lane that takes part
+  kLeavesEarly,         // before a barrier that others meet
+  // ticket_sum
+  kMergesFromItself,   // the order depends on the block that is last
+  kTicketBeforeWrite,  // of the partial sum
+  kTicketNotReset,
+  // cluster_sum
+  kNoClusterBarrier,  // before a peer's memory is read
+  kLeavesCluster,     // while a peer may read its memory
+  // team_sum
+  kNoTeamBarrier,   // between the blocks of a cooperative launch
+  kNotCooperative,  // a barrier between blocks that need not run together
+};
+
+// Sum of n values by one block of 64 threads.
+void block_sum(const float* x, int n, float* sum, Bug bug);
+// By `blocks` blocks of 32 threads; the last one to arrive merges. partials: [blocks].
+void ticket_sum(const float* x, int n, int blocks, float* partials, unsigned* ticket, float* sum,
+                Bug bug);
+// By a cluster of 4 blocks of 32 threads; every block stores the sum. sums: [4].
+void cluster_sum(const float* x, int n, float* sums, Bug bug);
+// By `blocks` blocks that run together; every block stores the sum. partials, sums: [blocks].
+void team_sum(const float* x, int n, int blocks, float* partials, unsigned* counter, float* sums,
+              Bug bug);
+
+}  // namespace normcore::kernels::testing

@@ -1,0 +1,50 @@
+#include <gtest/gtest.h>
+
+#include "executors.h"
+#include "guarded_buffer.h"
+#include "runner.h"
+
+namespace normcore::kernels::testing {
+namespace {
+
+class CpuRunner : public RunnerOf<CpuRunner> {
+ public:
+  CpuRunner(const std::string& name, const CpuExecutor& executor)
+      : RunnerOf(name), executor_(executor) {}
+
+  template <class Args>
+  bool run_any(const Args& args) const {
+    const CpuPlan plan = plan_cpu(problem_of(args), executor_.num_threads);
+    const GuardedBuffer workspace(plan.workspace_bytes, 64, Placement::kEnd);
+    void* const data = plan.workspace_bytes == 0 ? nullptr : workspace.data();
+    const Status status = kernels::run(args, plan, data, executor_);
+    EXPECT_TRUE(status.ok()) << status.message;
+    EXPECT_TRUE(workspace.intact()) << "workspace overrun: " << describe(plan);
+    return true;
+  }
+
+ private:
+  CpuExecutor executor_;
+};
+
+}  // namespace
+
+const std::vector<EqualRunners>& all_runners() {
+  static const std::vector<EqualRunners> runners = [] {
+    EqualRunners equal = {new CpuRunner("serial", serial_executor())};
+    for (const NamedExecutor& other : other_executors()) {
+      equal.push_back(new CpuRunner(other.name, other.executor));
+    }
+    return std::vector<EqualRunners>{equal};
+  }();
+  return runners;
+}
+
+const Runner& default_runner() { return *all_runners().front().front(); }
+
+const Runner& other_runner() {
+  static const CpuRunner runner("threads", thread_executor());
+  return runner;
+}
+
+}  // namespace normcore::kernels::testing

@@ -1,0 +1,54 @@
+// The ways to run the kernels that the tests try: executors on the CPU, schedules and paths of the
+// CUDA emulator. The test sources are the same for all; which runners exist is decided by the file
+// that is linked with them (cpu_runners.cpp, ../emulator/cuda_runners.cpp).
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "normcore/kernels/batch_norm.h"
+#include "normcore/kernels/group_norm.h"
+
+namespace normcore::kernels::testing {
+
+class Runner {
+ public:
+  virtual ~Runner() = default;
+  virtual std::string name() const = 0;
+  // Plans the call and runs it, with a guarded workspace of exactly the planned size. False if this
+  // way does not exist for the call; then nothing was written.
+  virtual bool run(const BatchNormForwardArgs& args) const = 0;
+  virtual bool run(const BatchNormInferenceArgs& args) const = 0;
+  virtual bool run(const BatchNormBackwardArgs& args) const = 0;
+  virtual bool run(const GroupNormForwardArgs& args) const = 0;
+  virtual bool run(const GroupNormBackwardArgs& args) const = 0;
+};
+
+// Runners that give the same bits for every call.
+using EqualRunners = std::vector<const Runner*>;
+
+// All of them; `many` false: one of each kind of equal ones.
+const std::vector<EqualRunners>& all_runners();
+// One that runs every call, and one that shares the work out in another way with the same bits.
+const Runner& default_runner();
+const Runner& other_runner();
+
+// For entries that are overloads: all of them are Derived::run_any(args).
+template <class Derived>
+class RunnerOf : public Runner {
+ public:
+  explicit RunnerOf(std::string name) : name_(std::move(name)) {}
+  std::string name() const override { return name_; }
+  bool run(const BatchNormForwardArgs& args) const override { return derived().run_any(args); }
+  bool run(const BatchNormInferenceArgs& args) const override { return derived().run_any(args); }
+  bool run(const BatchNormBackwardArgs& args) const override { return derived().run_any(args); }
+  bool run(const GroupNormForwardArgs& args) const override { return derived().run_any(args); }
+  bool run(const GroupNormBackwardArgs& args) const override { return derived().run_any(args); }
+
+ private:
+  const Derived& derived() const { return static_cast<const Derived&>(*this); }
+  std::string name_;
+};
+
+}  // namespace normcore::kernels::testing
