@@ -87,10 +87,10 @@ class PlanesBackward {
                          chunk.channel(p.segment));
   }
 
-  // Shared memory: the sums of every slot (or lane), then those of every channel.
-  __device__ PartialSums<A>* slot_sums() const { return dynamic_shared<PartialSums<A>>(); }
-  __device__ ChannelSums* channel_sums() const {
-    return reinterpret_cast<ChannelSums*>(slot_sums() + slots_ * units_);
+  // Shared memory: the sums of every channel (float64, so first), then those of every slot or lane.
+  __device__ ChannelSums* channel_sums() const { return dynamic_shared<ChannelSums>(); }
+  __device__ PartialSums<A>* slot_sums() const {
+    return reinterpret_cast<PartialSums<A>*>(channel_sums() + records_ * units_);
   }
   __device__ ChannelSums* chunk_records(std::int64_t slice, std::uint32_t chunk) const {
     return call_.records + (slice * tiling_.chunks + chunk) * records_;

@@ -95,14 +95,14 @@ class RowsBackward {
     }
   }
 
-  // Shared memory: the sums of every column in every row of lanes, those of every column, and what
-  // grad_x needs of every slice.
-  __device__ PartialSums<A>* lane_sums() const { return dynamic_shared<PartialSums<A>>(); }
-  __device__ ChannelSums* channel_sums() const {
-    return reinterpret_cast<ChannelSums*>(lane_sums() + all_columns_ * tiling_.row_lanes);
+  // Shared memory: the sums of every column (float64, so first), those of every column in every row
+  // of lanes, and what grad_x needs of every slice.
+  __device__ ChannelSums* channel_sums() const { return dynamic_shared<ChannelSums>(); }
+  __device__ PartialSums<A>* lane_sums() const {
+    return reinterpret_cast<PartialSums<A>*>(channel_sums() + all_columns_);
   }
   __device__ SliceGradient<A>* slice_gradients() const {
-    return reinterpret_cast<SliceGradient<A>*>(channel_sums() + all_columns_);
+    return reinterpret_cast<SliceGradient<A>*>(lane_sums() + all_columns_ * tiling_.row_lanes);
   }
   __device__ std::uint32_t slices_per_unit(const Chunk& chunk) const {
     return tiling_.columns / static_cast<std::uint32_t>(chunk.channels_per_slice());
