@@ -67,12 +67,13 @@ const std::vector<EqualRunners>& all_runners() {
     std::vector<EqualRunners> all;
     for (const auto& [name, path] : paths) {
       const CudaOptions options = options_of(path);
-      all.push_back(
-          {new CudaRunner(name + std::string(", in order"), options, emulator::in_order()),
-           new CudaRunner(name + std::string(", random"), options, emulator::random(0).window(3))});
+      all.push_back({std::make_shared<CudaRunner>(name + std::string(", in order"), options,
+                                                  emulator::in_order()),
+                     std::make_shared<CudaRunner>(name + std::string(", random"), options,
+                                                  emulator::random(0).window(3))});
     }
-    all.front().push_back(
-        new CudaRunner("planned path, reversed", options_of(std::nullopt), emulator::reversed()));
+    all.front().push_back(std::make_shared<CudaRunner>(
+        "planned path, reversed", options_of(std::nullopt), emulator::reversed()));
     return all;
   }();
   return runners;

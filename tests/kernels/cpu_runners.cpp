@@ -31,9 +31,9 @@ class CpuRunner : public RunnerOf<CpuRunner> {
 
 const std::vector<EqualRunners>& all_runners() {
   static const std::vector<EqualRunners> runners = [] {
-    EqualRunners equal = {new CpuRunner("serial", serial_executor())};
+    EqualRunners equal = {std::make_shared<CpuRunner>("serial", serial_executor())};
     for (const NamedExecutor& other : other_executors()) {
-      equal.push_back(new CpuRunner(other.name, other.executor));
+      equal.push_back(std::make_shared<CpuRunner>(other.name, other.executor));
     }
     return std::vector<EqualRunners>{equal};
   }();

@@ -3,6 +3,7 @@
 // that is linked with them (cpu_runners.cpp, ../emulator/cuda_runners.cpp).
 #pragma once
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,9 +27,8 @@ class Runner {
 };
 
 // Runners that give the same bits for every call.
-using EqualRunners = std::vector<const Runner*>;
+using EqualRunners = std::vector<std::shared_ptr<const Runner>>;
 
-// All of them; `many` false: one of each kind of equal ones.
 const std::vector<EqualRunners>& all_runners();
 // One that runs every call, and one that shares the work out in another way with the same bits.
 const Runner& default_runner();
