@@ -4,6 +4,7 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
+#include <normcore/kernels/cuda_plan.h>
 #include <normcore/settings.h>
 
 #include <algorithm>
@@ -21,21 +22,6 @@
 
 namespace normcore::backend {
 namespace {
-
-kernels::DType to_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kDouble:
-      return kernels::DType::kFloat64;
-    case at::kFloat:
-      return kernels::DType::kFloat32;
-    case at::kBFloat16:
-      return kernels::DType::kBFloat16;
-    case at::kHalf:
-      return kernels::DType::kFloat16;
-    default:
-      TORCH_INTERNAL_ASSERT(false, "no kernel dtype for ", dtype);
-  }
-}
 
 void parallel_for(void* /*context*/, std::int64_t count, std::int64_t grain,
                   kernels::CpuExecutor::Body body, void* body_context) {
@@ -58,6 +44,12 @@ void run_on_cpu(const char* op, const Args& args) {
   const auto plan = kernels::plan_cpu(problem_of(args), executor.num_threads);
   const auto workspace = c10::GetCPUAllocator()->allocate(plan.workspace_bytes);
   check(kernels::run(args, plan, workspace.get(), executor), op);
+}
+
+kernels::CudaOptions cuda_options() {
+  kernels::CudaOptions options;
+  options.batch_invariant = batch_invariant();
+  return options;
 }
 
 #if defined(NORMCORE_CUDA)
@@ -98,9 +90,7 @@ void run_on_cuda(const char* op, const Args& args, c10::Device device) {
   const kernels::CudaStream handle{stream.native_handle()};
   kernels::CudaDevice facts;
   check(kernels::query_device(device.index(), facts), op);
-  kernels::CudaOptions options;
-  options.batch_invariant = batch_invariant();
-  const auto plan = kernels::plan_cuda(problem_of(args), facts, options);
+  const auto plan = kernels::plan_cuda(problem_of(args), facts, cuda_options());
   TORCH_CHECK(plan, op, ": the input is too large for a CUDA grid");
   at::Tensor workspace, zeros;
   kernels::CudaWorkspace memory;
@@ -132,6 +122,21 @@ void run_on(const char* op, const Args& args, c10::Device device) {
 
 }  // namespace
 
+kernels::DType to_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return kernels::DType::kFloat64;
+    case at::kFloat:
+      return kernels::DType::kFloat32;
+    case at::kBFloat16:
+      return kernels::DType::kBFloat16;
+    case at::kHalf:
+      return kernels::DType::kFloat16;
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no kernel dtype for ", dtype);
+  }
+}
+
 kernels::ConstTensor const_view(const at::Tensor& t) {
   if (!t.defined()) return {};
   return {t.const_data_ptr(), to_dtype(t.scalar_type())};
@@ -140,6 +145,19 @@ kernels::ConstTensor const_view(const at::Tensor& t) {
 kernels::MutableTensor mutable_view(const at::Tensor& t) {
   if (!t.defined()) return {};
   return {t.mutable_data_ptr(), to_dtype(t.scalar_type())};
+}
+
+std::string describe_plan(const kernels::Problem& problem, c10::Device device) {
+  if (device.is_cpu()) return describe(kernels::plan_cpu(problem, at::get_num_threads()));
+  TORCH_CHECK_NOT_IMPLEMENTED(device.is_cuda(),
+                              "explain: expected device to be a CPU or CUDA device, got ", device);
+  kernels::CudaDevice facts;
+#if defined(NORMCORE_CUDA)
+  const int ordinal = device.has_index() ? device.index() : 0;
+  if (!kernels::query_device(ordinal, facts).ok()) facts = {};
+#endif
+  const auto plan = kernels::plan_cuda(problem, facts, cuda_options());
+  return plan ? describe(*plan) : "too large for a CUDA grid";
 }
 
 void run(const kernels::BatchNormForwardArgs& args, c10::Device device) {

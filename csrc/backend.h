@@ -8,7 +8,11 @@
 #include <normcore/kernels/batch_norm.h>
 #include <normcore/kernels/group_norm.h>
 
+#include <string>
+
 namespace normcore::backend {
+
+kernels::DType to_dtype(at::ScalarType dtype);
 
 // An undefined tensor is an absent one.
 kernels::ConstTensor const_view(const at::Tensor& t);
@@ -19,5 +23,8 @@ void run(const kernels::BatchNormInferenceArgs& args, c10::Device device);
 void run(const kernels::BatchNormBackwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormForwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormBackwardArgs& args, c10::Device device);
+
+// The plan of a call on the device, which need not exist on this machine, in one line for people.
+std::string describe_plan(const kernels::Problem& problem, c10::Device device);
 
 }  // namespace normcore::backend

@@ -109,6 +109,8 @@ at::DimVector Mapping::dense_strides(at::IntArrayRef sizes) const {
   return strides;
 }
 
+bool Mapping::reads(const Tensor& t) const { return has_strides(t, dense_strides(sizes_)); }
+
 Tensor Mapping::arrange(const Tensor& t) const { return arrange_as(t, sizes_, t.scalar_type()); }
 
 Tensor Mapping::arrange_mask(const Tensor& mask) const {

@@ -27,6 +27,8 @@ class Mapping {
   const kernels::Extent& extent() const { return extent_; }
   kernels::Layout layout() const { return layout_; }
 
+  // Whether the kernel reads `t`, of the input's shape, where it is.
+  bool reads(const Tensor& t) const;
   // `t`, of the input's shape, in the order of the kernel: `t` itself or a copy.
   Tensor arrange(const Tensor& t) const;
   // The same for a mask: broadcast to the input's shape, as bool.

@@ -21,6 +21,14 @@ TORCH_LIBRARY(normcore, m) {
       "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
       tags);
 
+  // How a call of `op` ("batch_norm" or "group_norm") would run, in one line for people.
+  m.def(
+      "explain(Tensor input, str op, *, int[1] axis=1, int num_groups=32, int[]? "
+      "reduction_axes=None, "
+      "Tensor? mask=None, bool affine_per_sample=False, bool training=True, bool backward=False, "
+      "Device? device=None) -> str",
+      tags);
+
   // (y, mean [C] float64, rstd [C])
   m.def(
       "_batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "

@@ -27,6 +27,7 @@ def _require_torch_version(built_for: str, found: str) -> None:
 _require_torch_version(_built_for, torch.__version__)
 
 from . import _C, functional  # noqa: E402  (the native library needs the right torch)
+from .functional import explain  # noqa: E402
 from .modules import BatchNorm, GroupNorm, freeze, unfreeze  # noqa: E402
 from .settings import batch_invariant, set_batch_invariant  # noqa: E402
 
@@ -40,6 +41,7 @@ __all__ = [
     "batch_invariant",
     "build_info",
     "cmake_prefix_path",
+    "explain",
     "freeze",
     "functional",
     "set_batch_invariant",

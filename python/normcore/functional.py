@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["batch_norm", "group_norm"]
+__all__ = ["batch_norm", "explain", "group_norm"]
 
 # The operators themselves, for code that TorchScript compiles: it has no keyword-only defaults.
 batch_norm_op: Callable[..., Tensor] = torch.ops.normcore.batch_norm
@@ -213,3 +213,59 @@ def group_norm(
         residual=residual,
         dtype=dtype,
     )
+
+
+def explain(
+    input: Tensor,
+    op: str,
+    *,
+    axis: int | Sequence[int] = 1,
+    num_groups: int = 32,
+    reduction_axes: Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    affine_per_sample: bool = False,
+    training: bool = True,
+    backward: bool = False,
+    device: torch.device | str | None = None,
+) -> str:
+    """How a call of :func:`batch_norm` or :func:`group_norm` would run, in one line.
+
+    Nothing is computed: the answer follows from shape, strides and dtype, so ``input`` may be a
+    meta tensor and ``device`` one that this machine does not have.
+
+    Args:
+        input: as for the function.
+        op: ``"batch_norm"`` or ``"group_norm"``.
+        axis: as for the function.
+        num_groups: as for :func:`group_norm`.
+        reduction_axes: as for :func:`group_norm`.
+        mask: as for the function; only its shape matters.
+        affine_per_sample: whether weight and bias of :func:`group_norm` are ``[N, C]``.
+        training: of :func:`batch_norm`: whether statistics are those of the batch.
+        backward: the backward pass, with all gradients wanted, instead of the forward pass.
+        device: a CPU or CUDA device, by default that of ``input``. A CUDA device that is not there
+            is taken to have 132 multiprocessors.
+
+    Raises:
+        ValueError, TypeError, IndexError: as the function, and for an unknown ``op``.
+        NotImplementedError: another kind of device.
+
+    Example::
+
+        >>> x = torch.empty(32, 256, 56, 56, dtype=torch.bfloat16, device="meta")
+        >>> normcore.explain(x, "group_norm", device="cuda")  # doctest: +ELLIPSIS
+        'group_norm forward on cuda, ...: block path, planes: 1024 blocks of 416 threads, ...'
+    """
+    plan: str = torch.ops.normcore.explain(
+        input,
+        op,
+        axis=axis,
+        num_groups=num_groups,
+        reduction_axes=reduction_axes,
+        mask=mask,
+        affine_per_sample=affine_per_sample,
+        training=training,
+        backward=backward,
+        device=None if device is None else torch.device(device),
+    )
+    return plan

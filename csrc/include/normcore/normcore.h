@@ -1,9 +1,10 @@
-// The public C++ interface of normcore: functions (ops.h), modules (modules.h) and their options
-// (options.h), settings
-// (settings.h). Including this header in any translation unit is also what makes the operators
-// torch.ops.normcore.* available to a program that only loads TorchScript files.
+// The public C++ interface of normcore: functions (ops.h), modules (modules.h), their options
+// (options.h), plans for people (explain.h) and settings (settings.h). Including this header in any
+// translation unit is also what makes the operators torch.ops.normcore.* available to a program that
+// only loads TorchScript files.
 #pragma once
 
+#include "normcore/explain.h"
 #include "normcore/export.h"
 #include "normcore/modules.h"
 #include "normcore/ops.h"
