@@ -5,8 +5,8 @@
 //   static constexpr const char* kNodeName
 //   kernels::Activation activation
 //   Gradients backward(grad_output, operands, mean, rstd, output_mask) const
-//   void collect(CompiledNodeArgs&) const      all of its members: compiled autograd tells nodes
-//   apart by them
+//   void collect(CompiledNodeArgs&) const      all of its members, by which compiled autograd tells
+//                                              nodes apart
 // Derivatives flow to input, weight, bias and residual; masks and statistics have none.
 #pragma once
 

@@ -12,6 +12,9 @@
 #include <numeric>
 #include <string>
 #include <utility>
+#include <vector>
+
+#include "normcore/ops.h"
 
 namespace normcore {
 namespace {
@@ -259,6 +262,17 @@ void check_writable(const char* name, const Tensor& t) {
                     name, " not to be expanded, got strides ", t.sym_strides());
 }
 
+void check_apart(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  const auto has_symbols = [](const Tensor& tensor) {
+    return tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  };
+  if (has_symbols(t) || has_symbols(other)) return;  // nobody knows how far they reach
+  const auto status = at::get_overlap_status(t, other);
+  TORCH_CHECK_VALUE(status != at::MemOverlapStatus::Full && status != at::MemOverlapStatus::Partial,
+                    kBatchNorm, ": expected ", name, " and ", other_name,
+                    " in different memory, got tensors that overlap");
+}
+
 }  // namespace
 
 template <class Int>
@@ -274,10 +288,9 @@ CheckedNorm<Int> Check<Int>::batch_norm_train(
     check_running<Int>(*running_mean, *running_var, operands.input, norm.axes);
     check_writable("running_mean", *running_mean);
     check_writable("running_var", *running_var);
-    TORCH_CHECK_VALUE(!running_mean->is_alias_of(*running_var) ||
-                          running_mean->sym_storage_offset() != running_var->sym_storage_offset(),
-                      kBatchNorm,
-                      ": expected running_mean and running_var in different memory, got the same");
+    check_apart("running_mean", *running_mean, "running_var", *running_var);
+    check_apart("running_mean", *running_mean, "input", operands.input);
+    check_apart("running_var", *running_var, "input", operands.input);
     TORCH_CHECK_VALUE(momentum.has_value() || has(num_batches_tracked), kBatchNorm,
                       ": expected num_batches_tracked with momentum None (cumulative average), "
                       "got None");
@@ -365,10 +378,13 @@ void check_ignored_mask(const OptionalTensor& mask, const Tensor& input) {
 
 void check_no_grad(const char* op, const OptionalTensor& running_mean,
                    const OptionalTensor& running_var) {
-  const auto wants_grad = [](const OptionalTensor& t) { return has(t) && t->requires_grad(); };
-  TORCH_CHECK_VALUE(
-      !c10::GradMode::is_enabled() || (!wants_grad(running_mean) && !wants_grad(running_var)), op,
-      ": expected running statistics that do not require grad");
+  if (!c10::GradMode::is_enabled()) return;
+  const auto check = [&](const char* name, const OptionalTensor& t) {
+    TORCH_CHECK_VALUE(!has(t) || !t->requires_grad(), op, ": expected ", name,
+                      " not to require grad, got requires_grad=True");
+  };
+  check("running_mean", running_mean);
+  check("running_var", running_var);
 }
 
 Tensor promote_input(const Tensor& input, std::initializer_list<const OptionalTensor*> others,
@@ -378,6 +394,12 @@ Tensor promote_input(const Tensor& input, std::initializer_list<const OptionalTe
         return has(*t) && (*t)->scalar_type() == at::kDouble;
       });
   return wanted && is_supported(input.scalar_type()) ? input.to(at::kDouble) : input;
+}
+
+std::vector<std::string> activation_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, activation] : kActivations) names.emplace_back(name);
+  return names;
 }
 
 kernels::Activation parse_activation(const char* op, OptionalString name) {

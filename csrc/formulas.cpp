@@ -1,6 +1,7 @@
 #include "formulas.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/nan_to_num.h>
@@ -9,7 +10,9 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace normcore {
 namespace {
@@ -24,8 +27,8 @@ class SliceView {
         permuted_.push_back(input.sym_size(axis));
       }
     }
-    inverse_.resize(order_.size());
-    for (std::size_t d = 0; d < order_.size(); ++d) inverse_[order_[d]] = d;
+    inverse_ = inverse(order_);
+    memory_order_ = memory_order(input);
     c10::SymInt positions = 1;
     for (const auto axis : norm.axes.reduced) positions = positions * input.sym_size(axis);
     sizes_ = {norm.samples, norm.num_groups, norm.group_size, positions};
@@ -42,8 +45,13 @@ class SliceView {
     return t.reshape_symint({sizes_[0], sizes_[1], 1, 1});
   }
 
+  // In the memory format of the input, as the kernels write gradients.
   Tensor to_elements(const Tensor& t) const {
-    return t.reshape_symint(permuted_).permute(inverse_);
+    return t.reshape_symint(permuted_)
+        .permute(inverse_)
+        .permute(memory_order_)
+        .contiguous()
+        .permute(inverse(memory_order_));
   }
 
   Tensor sum_to_parameter(const Tensor& t, const Tensor& parameter) const {
@@ -52,8 +60,25 @@ class SliceView {
   }
 
  private:
+  static at::DimVector inverse(const at::DimVector& order) {
+    at::DimVector result(order.size());
+    for (std::size_t d = 0; d < order.size(); ++d) result[order[d]] = static_cast<std::int64_t>(d);
+    return result;
+  }
+
+  // Axes of what has the input's memory format, outermost first.
+  static at::DimVector memory_order(const Tensor& input) {
+    const auto like = at::empty_like(input, input.options().device(at::kMeta));
+    const auto strides = like.sym_strides();
+    at::DimVector order(strides.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](auto a, auto b) { return strides[a] > strides[b]; });
+    return order;
+  }
+
   const CheckedNorm<c10::SymInt>& norm_;
-  at::DimVector order_, inverse_;
+  at::DimVector order_, inverse_, memory_order_;
   c10::SymDimVector permuted_, sizes_;
 };
 

@@ -1,6 +1,8 @@
 #include "cpu/backward.h"
 
 #include <algorithm>
+#include <cstdint>
+#include <numeric>
 
 #include "check.h"
 #include "cpu/coefficients.h"
@@ -23,7 +25,10 @@ class Gradients {
       : call_(call),
         affine_(call.input, affine),
         parameters_(parameters),
-        block_(call.num_groups == 0 ? 1 : samples_per_block(problem.extent.n)) {}
+        block_(call.num_groups == 0 ? 1 : samples_per_block(problem.extent.n)),
+        slice_size_(problem.extent.s * (call.num_groups == 0
+                                            ? problem.extent.n
+                                            : problem.extent.c / call.num_groups)) {}
 
   const BackwardCall& call() const { return call_; }
   bool group_norm() const { return call_.num_groups != 0; }
@@ -64,9 +69,9 @@ class Gradients {
     }
     store_parameters(sample, channel, channels, sums, rstd);
     if (!call_.batch_statistics) return;
-    if (count == 1.0 &&
-        !call_.input
-             .mask) {  // y does not depend on x: exactly 0, not the difference of equal terms
+    // With nothing else in the slice y does not depend on x: exactly 0, not the difference of equal
+    // terms.
+    if (count == 1.0 && slice_size_ == 1) {
       out.scale[entry] = out.slope[entry] = out.offset[entry] = A{0};
       return;
     }
@@ -138,7 +143,7 @@ class Gradients {
   const BackwardCall& call_;
   Affine<A> affine_;
   double* parameters_;
-  std::int64_t block_;
+  std::int64_t block_, slice_size_;
 };
 
 // Values of a slice that count for its statistics.
@@ -292,9 +297,13 @@ class RowsBackward {
         }
       }
     }
+    auto* const counts = reinterpret_cast<std::int64_t*>(sums + c);
+    count_valid(tile, counts);
     for (std::int64_t group = 0; group < groups; ++group) {
+      const auto count =
+          std::accumulate(counts + group * d, counts + (group + 1) * d, std::int64_t{0});
       gradients_.finish_slice(out, group * d, tile * groups + group, tile, group * d, d,
-                              count(tile, group * d, d), sums + group * d);
+                              static_cast<double>(count), sums + group * d);
     }
     out.repeat(c, geometry_.width());
   }
@@ -317,23 +326,20 @@ class RowsBackward {
     return gradients_.args(offset, mask,
                            tile_state(state).view(0, gradients_.call().batch_statistics));
   }
-  double count(std::int64_t tile, std::int64_t channel, std::int64_t channels) const {
+  // Values of each channel that count for the statistics.
+  void count_valid(std::int64_t tile, std::int64_t* counts) const {
     const NormInput& in = gradients_.call().input;
-    const std::int64_t rows = geometry_.rows(), first = tile * rows;
-    switch (in.mask.kind) {
-      case MaskKind::kNone:
-        break;
-      case MaskKind::kRow:
-        return static_cast<double>(channels * count_ones(in.mask.data + first, rows));
-      case MaskKind::kElement: {
-        std::int64_t total = 0;
-        for (std::int64_t row = first; row < first + rows; ++row) {
-          total += count_ones(in.mask.data + row * in.extent.c + channel, channels);
-        }
-        return static_cast<double>(total);
-      }
+    const std::int64_t rows = geometry_.rows(), first = tile * rows, c = in.extent.c;
+    if (in.mask.kind != MaskKind::kElement) {
+      const bool is_masked = in.mask.kind == MaskKind::kRow;
+      std::fill_n(counts, c, is_masked ? count_ones(in.mask.data + first, rows) : rows);
+      return;
     }
-    return static_cast<double>(channels * rows);
+    std::fill_n(counts, c, 0);
+    for (std::int64_t row = first; row < first + rows; ++row) {
+      const std::uint8_t* const mask = in.mask.data + row * c;
+      for (std::int64_t i = 0; i < c; ++i) counts[i] += mask[i];
+    }
   }
 
   const Gradients<A>& gradients_;

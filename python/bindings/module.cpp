@@ -2,8 +2,10 @@
 // (torch.ops.normcore); calls go through those, so this module only tells how the library was
 // built.
 #include <normcore/build_info.h>
+#include <normcore/ops.h>
 #include <normcore/settings.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 namespace py = pybind11;
 
@@ -22,6 +24,8 @@ PYBIND11_MODULE(_C, m) {
         return result;
       },
       "Versions, compiler and instruction set of the native library.");
+  m.def("activation_names", &normcore::activation_names,
+        "The values of `activation`, besides None.");
   m.def("set_batch_invariant", &normcore::set_batch_invariant, py::arg("enabled"));
   m.def("batch_invariant", &normcore::batch_invariant);
 }

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
+from . import _C
+
 Initializer = Callable[[Tensor], Any]
 NormT = TypeVar("NormT", bound="NormBase")
 
-_ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh")
+_ACTIVATIONS: list[str] = _C.activation_names()
 
 
 def result_type(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> torch.dtype:
@@ -29,7 +31,37 @@ def result_type(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> torch.d
     return dtype
 
 
-def _integers(op: str, name: str, value: Any) -> list[int]:
+def number(op: str, name: str, value: Any) -> float:
+    """`value` as a float, as which TorchScript takes it."""
+    if isinstance(value, str):
+        raise TypeError(f"{op}: expected {name} to be a number, got {value!r}")
+    try:
+        return float(value)
+    except TypeError:
+        raise TypeError(f"{op}: expected {name} to be a number, got {value!r}") from None
+
+
+def integer(op: str, name: str, value: Any) -> int:
+    """`value`, which may be an integer of numpy."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: expected {name} to be an int, got {value!r}") from None
+
+
+def _partition(op: str, groups: Any) -> list[list[int]]:
+    """`groups` as lists, which have to hold every index from 0 on once."""
+    lists = [integers(op, "axis_index_groups", group) for group in groups]
+    indices = sorted(index for group in lists for index in group)
+    if not all(lists) or indices != list(range(len(indices))):
+        raise ValueError(
+            f"{op}: expected axis_index_groups to be a partition of the indices 0, 1, ... of "
+            f"axis_name, got {groups}"
+        )
+    return lists
+
+
+def integers(op: str, name: str, value: Any) -> list[int]:
     """The integers of `value`, which is one or a sequence of them."""
     try:
         return [operator.index(item) for item in (value if hasattr(value, "__len__") else (value,))]
@@ -44,7 +76,12 @@ def _is_floating(dtype: Any) -> bool:
 
 
 class _LazyTensor:
-    """Lets copies and pickles of a tensor of unknown shape keep its device and dtype."""
+    """Lets copies, pickles and conversions of a tensor of unknown shape keep what is known."""
+
+    _allowed_methods: ClassVar = [
+        *UninitializedParameter._allowed_methods,  # type: ignore[attr-defined]
+        Tensor.bfloat16,
+    ]
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         kind, arguments = self.__reduce_ex__(4)
@@ -109,29 +146,32 @@ class NormBase(nn.Module):
             raise ValueError(
                 f"{op}: expected axis_name to be given with axis_index_groups, got None"
             )
-        if activation not in _ACTIVATIONS:
+        if axis_index_groups is not None:
+            axis_index_groups = _partition(op, axis_index_groups)
+        if axis_name is not None and not isinstance(axis_name, str):
+            raise TypeError(f"{op}: expected axis_name to be a str or None, got {axis_name!r}")
+        if activation is not None and activation not in _ACTIVATIONS:
+            names = ", ".join(["None", *_ACTIVATIONS[:-1]])
             raise ValueError(
-                f"{op}: expected activation to be None, relu, silu, gelu or gelu_tanh, "
-                f"got {activation}"
+                f"{op}: expected activation to be {names} or {_ACTIVATIONS[-1]}, got {activation}"
             )
+        epsilon = number(op, "epsilon", epsilon)
         if not (math.isfinite(epsilon) and epsilon >= 0):
             raise ValueError(f"{op}: expected epsilon to be finite and >= 0, got {epsilon}")
         if dtype is not None and not _is_floating(dtype):
             raise ValueError(f"{op}: expected dtype to be None or floating point, got {dtype}")
         if not _is_floating(param_dtype):
             raise ValueError(f"{op}: expected param_dtype to be floating point, got {param_dtype}")
-        self.axis = _integers(op, "axis", axis)
+        self.axis = integers(op, "axis", axis)
         if not self.axis:
             raise ValueError(f"{op}: expected at least one axis, got {axis}")
         if len(set(self.axis)) != len(self.axis):
             raise ValueError(f"{op}: expected axis without duplicates, got {self.axis}")
         if num_features is not None:
-            features = _integers(op, "num_features", num_features)
-            if any(size <= 0 for size in features):
-                raise ValueError(f"{op}: expected num_features to be positive, got {num_features}")
+            features = integers(op, "num_features", num_features)
             num_features = tuple(features)
         self.num_features = num_features
-        self._channels = 0
+        self._features: list[int] = []  # sizes of the feature axes in ascending order
         self._op = op  # TorchScript has no type(self).__name__
         self.epsilon = epsilon
         self.dtype = dtype
@@ -171,9 +211,13 @@ class NormBase(nn.Module):
                 f"{type(self).__name__}: expected num_features to hold one size for each axis of "
                 f"{self.axis}, got {shape[0] if len(shape) == 1 else shape}"
             )
-        channels = math.prod(shape)
-        self._accept_channels(channels)
-        self._channels = channels
+        if any(size <= 0 for size in shape):
+            raise ValueError(
+                f"{type(self).__name__}: expected num_features to be positive, got "
+                f"{shape[0] if len(shape) == 1 else shape}"
+            )
+        self._accept_channels(math.prod(shape))
+        self._features = list(shape)
         self.num_features = shape[0] if len(shape) == 1 else shape
         return shape
 
@@ -205,15 +249,27 @@ class NormBase(nn.Module):
         """Raises ValueError if `x` has not as many features as the module. TorchScript too."""
         if torch.jit.is_tracing():  # type: ignore
             return
-        channels = 1
+        rank = x.dim()
+        axes: list[int] = []
         for axis in self.axis:
-            if axis >= x.dim() or axis < -x.dim():
+            if axis >= rank or axis < -rank:
                 return  # the operator reports it
-            channels *= x.size(axis)
-        if channels != self._channels:
+            axes.append(axis if axis >= 0 else axis + rank)
+        if len(axes) == 1:
+            size, features = x.size(axes[0]), self._features[0]
+            if size != features:
+                raise ValueError(
+                    f"{self._op}: expected {features} features on axis {self.axis}, got {size}"
+                )
+            return
+        axes.sort()
+        sizes: list[int] = []
+        for axis in axes:
+            sizes.append(x.size(axis))
+        if sizes != self._features:
             raise ValueError(
-                f"{self._op}: expected {self._channels} features on axis {self.axis}, "
-                f"got {channels}"
+                f"{self._op}: expected features of shape {self._features} on axis {self.axis}, "
+                f"got {sizes}"
             )
 
     @contextmanager
@@ -226,7 +282,7 @@ class NormBase(nn.Module):
             for tensor, kind, data in former:
                 tensor.data = data
                 tensor.__class__ = kind
-            self.num_features, self._channels, self.initialized = None, 0, False
+            self.num_features, self._features, self.initialized = None, [], False
             raise
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -275,14 +331,14 @@ class NormBase(nn.Module):
 
         It survives :meth:`train`; :meth:`unfreeze` restores the former ``requires_grad``.
         """
+        parameters = dict(self.named_parameters())  # those of parametrizations among them
         for name, requires_grad in self._former_requires_grad.items():
-            parameter = self._parameters.get(name)
-            if parameter is not None:  # not set to None or parametrized meanwhile
-                parameter.requires_grad = requires_grad
+            if name in parameters:  # not set to None or parametrized meanwhile
+                parameters[name].requires_grad = requires_grad
         self._former_requires_grad = {}
         self.frozen = mode
         if mode and affine:
-            for name, parameter in self.named_parameters(recurse=False):
+            for name, parameter in parameters.items():
                 self._former_requires_grad[name] = parameter.requires_grad
                 parameter.requires_grad = False
         return self

@@ -10,6 +10,7 @@ when ``y`` is stored. This module is the only one that names ``torch.ops.normcor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,10 @@ group_norm_op: Callable[..., Tensor] = torch.ops.normcore.group_norm
 
 def require_single_rank(op: str, argument: str, group: str | ProcessGroup | None = None) -> None:
     """Raises NotImplementedError if statistics would have to be combined over several ranks."""
+    if group is not None and not isinstance(group, str) and not hasattr(group, "size"):
+        raise TypeError(
+            f"{op}: expected {argument} to be a process group or its name, got {group!r}"
+        )
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     if group is None or isinstance(group, str):
@@ -40,6 +45,19 @@ def require_single_rank(op: str, argument: str, group: str | ProcessGroup | None
             f"{op}: expected {argument} to span one rank, got {size}: statistics are not combined "
             "between ranks; None takes those of each rank"
         )
+
+
+def _as_type_error(op: str, error: RuntimeError) -> RuntimeError | TypeError:
+    """What the dispatcher says of an argument of a wrong type, as the error of this library."""
+    found = re.search(
+        r"Expected a value of type '(.+)' for argument '(\w+)' but instead found type '(.+?)'",
+        str(error),
+    )
+    if found:
+        return TypeError(f"{op}: expected {found[2]} to be of type {found[1]}, got {found[3]}")
+    if "no tensor arguments" in str(error):
+        return TypeError(f"{op}: expected input to be of type Tensor")
+    return error
 
 
 def batch_norm(
@@ -91,12 +109,12 @@ def batch_norm(
         residual: tensor of the shape of ``input``, added before the activation.
         unbiased: the running variance takes ``var * n / (n - 1)``, as in :mod:`torch.nn`; False
             takes the biased variance, as in Flax. Normalization always uses the biased one.
-        num_batches_tracked: int64 scalar, incremented by a training call that sees data.
+        num_batches_tracked: int64 scalar, incremented by a training call whose input is not empty.
         group: process group (or its name) over which statistics are combined; one rank only.
         dtype: dtype of the output, by default that of ``input``.
 
-    ``weight``, ``bias`` and the statistics may be of any of the four dtypes in any mix. If
-    ``dtype``, ``weight``, ``bias`` or ``residual`` is float64, everything is computed in float64.
+    ``weight``, ``bias`` and the statistics may be of any of the four dtypes in any mix. If any of
+    them, ``residual`` or ``dtype`` is float64, everything is computed in float64.
 
     Returns:
         A tensor of the shape and memory format of ``input``.
@@ -117,23 +135,26 @@ def batch_norm(
     """
     if group is not None:
         require_single_rank("batch_norm", "group", group)
-    return batch_norm_op(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        axis=axis,
-        mask=mask,
-        activation=activation,
-        residual=residual,
-        unbiased=unbiased,
-        num_batches_tracked=num_batches_tracked,
-        dtype=dtype,
-    )
+    try:
+        return batch_norm_op(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            axis=axis,
+            mask=mask,
+            activation=activation,
+            residual=residual,
+            unbiased=unbiased,
+            num_batches_tracked=num_batches_tracked,
+            dtype=dtype,
+        )
+    except RuntimeError as error:
+        raise _as_type_error("batch_norm", error) from None
 
 
 def group_norm(
@@ -200,19 +221,22 @@ def group_norm(
     """
     if group is not None:
         require_single_rank("group_norm", "group", group)
-    return group_norm_op(
-        input,
-        num_groups,
-        weight,
-        bias,
-        eps,
-        axis=axis,
-        reduction_axes=reduction_axes,
-        mask=mask,
-        activation=activation,
-        residual=residual,
-        dtype=dtype,
-    )
+    try:
+        return group_norm_op(
+            input,
+            num_groups,
+            weight,
+            bias,
+            eps,
+            axis=axis,
+            reduction_axes=reduction_axes,
+            mask=mask,
+            activation=activation,
+            residual=residual,
+            dtype=dtype,
+        )
+    except RuntimeError as error:
+        raise _as_type_error("group_norm", error) from None
 
 
 def explain(

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Initializer, NormBase, result_type
+from ._base import Initializer, NormBase, integer, integers, number, result_type
 from .functional import batch_norm_op, group_norm_op, require_single_rank
 
 __all__ = ["BatchNorm", "GroupNorm", "freeze", "unfreeze"]
@@ -130,7 +130,9 @@ class BatchNorm(NormBase):
             activation=activation,
             device=device,
         )
-        if isinstance(momentum, Tensor) and momentum.dim() != 0:
+        if not isinstance(momentum, Tensor):
+            momentum = number("BatchNorm", "momentum", momentum)
+        elif momentum.dim() != 0:
             raise ValueError(
                 "BatchNorm: expected momentum to be a float or a 0-dim tensor, got a tensor of "
                 f"shape {list(momentum.shape)}"
@@ -305,9 +307,15 @@ class GroupNorm(NormBase):
                 "GroupNorm: expected either num_groups or group_size to be given, "
                 f"got num_groups={num_groups} and group_size={group_size}"
             )
+        if num_groups is not None:
+            num_groups = integer("GroupNorm", "num_groups", num_groups)
+        if group_size is not None:
+            group_size = integer("GroupNorm", "group_size", group_size)
         for name, value in (("num_groups", num_groups), ("group_size", group_size)):
             if value is not None and value <= 0:
                 raise ValueError(f"GroupNorm: expected {name} to be positive, got {value}")
+        if reduction_axes is not None:
+            reduction_axes = integers("GroupNorm", "reduction_axes", reduction_axes)
         super().__init__(
             num_features=num_features,
             axis=axis,
@@ -326,7 +334,7 @@ class GroupNorm(NormBase):
         )
         self.num_groups = num_groups
         self.group_size = group_size
-        self.reduction_axes = None if reduction_axes is None else list(reduction_axes)
+        self.reduction_axes = reduction_axes
         self._create_state(buffers=())
 
     def _accept_channels(self, channels: int) -> None:
@@ -401,7 +409,10 @@ class GroupNorm(NormBase):
         if num_groups is not None:
             return num_groups
         assert group_size is not None
-        return self._channels // group_size
+        channels = 1
+        for size in self._features:
+            channels *= size
+        return channels // group_size
 
     def extra_repr(self) -> str:
         """Options that differ from the default, for ``repr``."""
@@ -416,8 +427,11 @@ def freeze(model: _ModuleT, mode: bool = True, *, affine: bool = True) -> _Modul
     """Calls ``freeze(mode, affine=affine)`` on every norm of `model` and returns `model`.
 
     Frozen norms use their running statistics and never update them, also after ``model.train()``;
-    with `affine` their scale and bias get ``requires_grad=False``.
+    with `affine` their scale and bias get ``requires_grad=False``. Freeze before
+    :func:`torch.jit.script`: a scripted model raises TypeError.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("freeze: expected model to be a module in Python, got a ScriptModule")
     for module in model.modules():
         if isinstance(module, NormBase):
             module.freeze(mode, affine=affine)

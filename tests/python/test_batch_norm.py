@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from compare import call, check_batch_norm, cotangent
+from compare import call, check_batch_norm
 from hypothesis import given
 from hypothesis import strategies as st
 from shape_list import Shape, extents, shape_named, shapes
@@ -259,29 +259,6 @@ def test_running_statistics_over_several_calls(momentum: float | None, unbiased:
         assert counter == step
         assert_close(mean, want_mean, length=18, magnitude=10.0, name="mean")
         assert_close(var, want_var, length=18, magnitude=100.0, name="var")
-
-
-@pytest.mark.parametrize("name", ["image_nchw", "image_channels_last", "many_rows", "one_sample"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_the_number_of_threads(name: str, dtype: torch.dtype) -> None:
-    shape = shape_named(name)
-    x, parameters = shape.randn(dtype), affine(shape, torch.float32)
-    dy = cotangent(x, None)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            state = {
-                "running_mean": torch.zeros(shape.features),
-                "running_var": torch.ones(shape.features),
-            }
-            y, grads = call(NF.batch_norm, x, dy, **state, **parameters, training=True)
-            results.append([y, *grads.values(), *state.values()])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
 @pytest.mark.parametrize("name", BASIC)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-import normcore  # noqa: F401  (loads the operators)
+import normcore.functional as NF
 
 ops = torch.ops.normcore
 
@@ -276,7 +276,19 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         train(**dict.fromkeys(("running_mean", "running_var"), torch.ones(4))),
         ValueError,
-        "batch_norm: expected running_mean and running_var in different memory, got the same",
+        "batch_norm: expected running_mean and running_var in different memory, "
+        "got tensors that overlap",
+    ),
+    (
+        train(**dict(zip(("running_mean", "running_var"), torch.ones(5).unfold(0, 4, 1)))),
+        ValueError,
+        "batch_norm: expected running_mean and running_var in different memory, "
+        "got tensors that overlap",
+    ),
+    (
+        train(running_mean=torch.zeros(4, requires_grad=True), running_var=torch.ones(4)),
+        ValueError,
+        "batch_norm: expected running_mean not to require grad, got requires_grad=True",
     ),
     (
         evaluate(mask=torch.ones(3, 3)),
@@ -386,7 +398,7 @@ def test_failed_call_changes_nothing(wrong: dict[str, Any]) -> None:
 def test_running_statistics_have_no_derivative(name: str, training: bool) -> None:
     state = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
     state[name].requires_grad_()
-    with pytest.raises(ValueError, match="batch_norm: expected running statistics that do not"):
+    with pytest.raises(ValueError, match=f"batch_norm: expected {name} not to require grad, got"):
         ops.batch_norm(x(), **state, training=training)
     with torch.no_grad():
         ops.batch_norm(x(), **state, training=training)
@@ -396,3 +408,34 @@ def test_compiled_code_reports_the_same_error() -> None:
     compiled = torch.compile(lambda t: ops.group_norm(t, 3), backend="eager")
     with pytest.raises(Exception, match="expected num_groups to divide the number of channels"):
         compiled(x())
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (
+            lambda: NF.batch_norm(x(), None, None, weight=1.0, training=True),
+            "batch_norm: expected weight to be of type Optional.Tensor., got float",
+        ),
+        (
+            lambda: NF.group_norm(x(), 2.0),
+            "group_norm: expected num_groups to be of type int, got float",
+        ),
+        (
+            lambda: NF.group_norm(x(), 2, activation=torch.relu),
+            "group_norm: expected activation to be of type Optional.str., got builtin_function",
+        ),
+        (
+            lambda: NF.group_norm(x(), 2, mask=[1]),
+            "group_norm: expected mask to be of type Optional.Tensor., got list",
+        ),
+        (lambda: NF.group_norm(None, 2), "group_norm: expected input to be of type Tensor"),
+        (
+            lambda: NF.group_norm(x(), 2, group=3),
+            "group_norm: expected group to be a process group or its name, got 3",
+        ),
+    ],
+)
+def test_types_of_python(call: Callable[[], Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        call()

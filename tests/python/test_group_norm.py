@@ -230,25 +230,6 @@ def test_special_cases_of_the_number_of_groups(eps: float) -> None:
     assert_close(NF.group_norm(x, 6, weight, bias, eps), instance, length=20)
 
 
-@pytest.mark.parametrize("name", ["image_nchw", "image_channels_last", "one_sample"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_do_not_depend_on_the_number_of_threads(name: str, dtype: torch.dtype) -> None:
-    shape = shape_named(name)
-    x, parameters = shape.randn(dtype), affine(shape, torch.float32)
-    dy = cotangent(x, None)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            y, grads = call(NF.group_norm, x, dy, num_groups=shape.groups, **parameters)
-            results.append([y, *grads.values()])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
-
-
 @pytest.mark.parametrize("name", [*BASIC, "rows_of_features", "many_small_samples"])
 def test_bits_do_not_depend_on_the_batch_size(name: str) -> None:
     shape = shape_named(name)

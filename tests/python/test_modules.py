@@ -117,9 +117,15 @@ def test_wrong_axes_leave_a_module_lazy(
     [
         ({"sync_weighting": "mean"}, "expected sync_weighting to be 'count' or 'rank', got 'mean'"),
         ({"axis_index_groups": [[0, 1]]}, "expected axis_name to be given with axis_index_groups"),
+        (
+            {"axis_name": "world", "axis_index_groups": [[0, 0]]},
+            r"a partition .*, got \[\[0, 0\]\]",
+        ),
+        ({"axis_name": "world", "axis_index_groups": [[1, 2]]}, "expected .* to be a partition"),
+        ({"axis_name": "world", "axis_index_groups": [[0], []]}, "expected .* to be a partition"),
         ({"axis": ()}, "expected at least one axis"),
         ({"num_features": (4, 5)}, r"one size for each axis of \[-1\], got \(4, 5\)"),
-        ({"num_features": -1}, "got -1"),
+        ({"num_features": -1}, "expected num_features to be positive, got -1"),
         ({"num_features": 4, "axis": (1, 2)}, "got 4"),
         ({"num_features": 0}, "expected num_features to be positive, got 0"),
         ({"axis": (1, 1)}, r"expected axis without duplicates, got \[1, 1\]"),
@@ -255,7 +261,8 @@ def test_conversion_of_a_module(dtype: torch.dtype, lazy: bool) -> None:
     if not lazy:
         norm(x)
     before = None if lazy else norm.mean.clone()
-    norm.to(dtype)
+    method = {torch.bfloat16: norm.bfloat16, torch.float16: norm.half}.get(dtype)
+    norm.to(dtype) if method is None else method()
     statistics = torch.promote_types(dtype, torch.float32)
     if before is not None:
         assert torch.equal(norm.mean, before.to(statistics))

@@ -4,8 +4,8 @@
 //   rstd = 1 / sqrt(var + eps), var the biased variance
 // x: any rank >= 1 and any strides, float64, float32, bfloat16 or float16. y and the gradients keep
 // its memory format. weight, bias and statistics: any of these dtypes in any mix. Arithmetic is at
-// least float32 (float64 if any of input, weight, bias, residual or the output's dtype is), with
-// one rounding at the end. An undefined tensor means "absent". An empty x gives an empty y.
+// least float32 (float64 if any of input, weight, bias, running statistics, residual or the output's
+// dtype is), with one rounding at the end. An undefined tensor means "absent". An empty x gives an empty y.
 // Errors: c10::ValueError (shape or value), c10::TypeError (dtype), c10::IndexError (axis),
 // c10::NotImplementedError. A call that throws leaves the running statistics unchanged.
 #pragma once
@@ -13,6 +13,8 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "normcore/export.h"
 #include "normcore/options.h"
@@ -49,5 +51,8 @@ NORMCORE_API at::Tensor batch_norm(const at::Tensor& input, const at::Tensor& ru
 NORMCORE_API at::Tensor group_norm(const at::Tensor& input, std::int64_t num_groups,
                                    const at::Tensor& weight = {}, const at::Tensor& bias = {},
                                    const GroupNormFuncOptions& options = {});
+
+/// The values of `activation`, besides none.
+NORMCORE_API std::vector<std::string> activation_names();
 
 }  // namespace normcore

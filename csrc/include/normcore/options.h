@@ -68,7 +68,7 @@ struct NORMCORE_API BatchNormFuncOptions {
   /// The running variance takes var * n / (n - 1), as in torch::nn; false takes the biased
   /// variance, as Flax does.
   TORCH_ARG(bool, unbiased) = true;
-  /// int64 scalar, incremented by a training call that sees data.
+  /// int64 scalar, incremented by a training call whose input is not empty.
   TORCH_ARG(at::Tensor, num_batches_tracked);
   /// Dtype of the output; empty: that of the input.
   TORCH_ARG(std::optional<at::ScalarType>, dtype);

@@ -6,7 +6,8 @@
 //   bias      like scale; absent: 0. Its dtype may differ from scale's
 //   residual  extent and layout of x; any DType (float64 only with float64 x)
 //   mask      true counts for the statistics; outputs are computed everywhere
-// All arithmetic is done in compute_type(x.dtype); there is one rounding, when y is stored.
+// All arithmetic is done in compute_type(x.dtype); there is one rounding, when y is stored. Squares of
+// deviations are summed in it: in float32 those from the mean have to stay below 1e17.
 #pragma once
 
 #include "normcore/kernels/activation.h"

@@ -1,7 +1,8 @@
 // How one call will run: a pure function of shape, dtype and number of threads, so that every
-// choice can be tested and printed without running anything. The reduction tree (chunk, fold)
-// depends on the shape of one slice only, never on the number of threads or of slices: results are
-// bit-identical for every executor, and for every batch size where a slice lies in one sample.
+// choice can be tested and printed without running anything. The reduction tree (chunk, fold) of
+// kNCS depends on the shape of one slice only, that of kNSC on the shape of the rows that its slices
+// share. It never depends on the number of threads or of samples beside those of the slice: results
+// are bit-identical for every executor, and for every batch size where a slice lies in one sample.
 #pragma once
 
 #include <cstddef>
