@@ -1,14 +1,19 @@
 #include "normcore/modules.h"
 
 #include <ATen/Functions.h>
+#include <ATen/core/DimVector.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/version.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <numeric>
+#include <sstream>
+#include <string>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
+#include "checks.h"
 #include "normcore/ops.h"
 
 namespace normcore {
@@ -54,22 +59,87 @@ std::int64_t product(at::IntArrayRef sizes) {
   return std::accumulate(sizes.begin(), sizes.end(), std::int64_t{1}, std::multiplies<>());
 }
 
+// The axes in ascending order; `given` is how the user wrote them.
+at::DimVector sorted_axes(const char* module, at::DimVector axes, at::IntArrayRef given) {
+  std::sort(axes.begin(), axes.end());
+  TORCH_CHECK_VALUE(std::adjacent_find(axes.begin(), axes.end()) == axes.end(), module,
+                    ": expected axis without duplicates, got ", given);
+  return axes;
+}
+
 // The sizes of x along `axis`, in ascending order of the axes.
-std::vector<std::int64_t> feature_sizes(const char* module, const at::Tensor& x,
-                                        at::IntArrayRef axis) {
+at::DimVector feature_sizes(const char* module, const at::Tensor& x, at::IntArrayRef axis) {
+  TORCH_CHECK_VALUE(x.defined(), module,
+                    ": expected x to be a defined tensor, got an undefined one");
   const auto rank = x.dim();
-  std::vector<std::int64_t> axes;
+  at::DimVector axes;
   for (const auto a : axis) {
     TORCH_CHECK_INDEX(-rank <= a && a < rank, module, ": expected axis in [", -rank, ", ", rank - 1,
                       "] for an input of rank ", rank, ", got ", a);
     axes.push_back(a < 0 ? a + rank : a);
   }
-  std::sort(axes.begin(), axes.end());
-  TORCH_CHECK_VALUE(std::adjacent_find(axes.begin(), axes.end()) == axes.end(), module,
-                    ": expected axis without duplicates, got ", axis);
-  std::vector<std::int64_t> sizes;
-  for (const auto a : axes) sizes.push_back(x.size(a));
+  at::DimVector sizes;
+  for (const auto a : sorted_axes(module, std::move(axes), axis)) sizes.push_back(x.size(a));
   return sizes;
+}
+
+// Whether the one feature axis of x has the expected size: what nearly every call asks, at the cost
+// of some compares. False also if this is not the question.
+bool fits_one_axis(const at::Tensor& x, at::IntArrayRef expected, at::IntArrayRef axis) {
+  if (!x.defined() || expected.size() != 1 || axis.size() != 1) return false;
+  const auto sizes = x.sizes();
+  const auto rank = static_cast<std::int64_t>(sizes.size());
+  const auto a = axis[0] < 0 ? axis[0] + rank : axis[0];
+  return 0 <= a && a < rank && sizes[a] == expected[0];
+}
+
+// The sizes themselves, not their product: of [2, 3] and [3, 2], only one fits the state.
+void check_feature_sizes(const char* module, at::IntArrayRef sizes, at::IntArrayRef expected,
+                         at::IntArrayRef axis) {
+  if (sizes == expected) return;
+  TORCH_CHECK_VALUE(sizes.size() != 1 || expected.size() != 1, module, ": expected ",
+                    expected.front(), " features on axis ", axis, ", got ", sizes.front());
+  TORCH_CHECK_VALUE(false, module, ": expected features of shape ", expected, " on axis ", axis,
+                    ", got ", sizes);
+}
+
+using RankGroups = std::vector<std::vector<std::int64_t>>;
+
+// Whether the groups hold each of the ranks 0..N-1 once, for some N, and none is empty.
+bool is_partition(const RankGroups& groups) {
+  std::vector<std::int64_t> ranks;
+  for (const auto& group : groups) {
+    if (group.empty()) return false;
+    ranks.insert(ranks.end(), group.begin(), group.end());
+  }
+  std::sort(ranks.begin(), ranks.end());
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    if (ranks[i] != static_cast<std::int64_t>(i)) return false;
+  }
+  return !ranks.empty();
+}
+
+void check_group_options(const GroupNormOptions& options) {
+  const auto num_groups = options.num_groups(), group_size = options.group_size();
+  TORCH_CHECK_VALUE(!num_groups || !group_size, GroupNormImpl::kName,
+                    ": expected either num_groups or group_size to be given, got num_groups=",
+                    *num_groups, " and group_size=", *group_size);
+  TORCH_CHECK_VALUE(num_groups.value_or(1) > 0, GroupNormImpl::kName,
+                    ": expected num_groups to be positive, got ", *num_groups);
+  TORCH_CHECK_VALUE(group_size.value_or(1) > 0, GroupNormImpl::kName,
+                    ": expected group_size to be positive, got ", *group_size);
+}
+
+// Into how many groups the options divide the channels. The options may have changed since the
+// constructor has checked them.
+std::int64_t count_groups(const GroupNormOptions& options, std::int64_t channels) {
+  check_group_options(options);
+  const auto group_size = options.group_size();
+  const auto divisor = group_size ? *group_size : options.num_groups().value_or(kDefaultNumGroups);
+  TORCH_CHECK_VALUE(channels % divisor == 0, GroupNormImpl::kName, ": expected ",
+                    group_size ? "group_size" : "num_groups", " to divide the number of channels (",
+                    channels, "), got ", divisor);
+  return group_size ? channels / divisor : divisor;
 }
 
 bool is_half(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
@@ -87,6 +157,27 @@ std::ostream& operator<<(std::ostream& stream, const IntList& list) {
   return values.size() == 1 ? stream << values.front() : stream << values;
 }
 
+std::ostream& operator<<(std::ostream& stream, const RankGroups& groups) {
+  const char* separator = "[";
+  for (const auto& group : groups) {
+    stream << separator << at::IntArrayRef(group);
+    separator = ", ";
+  }
+  return stream << (groups.empty() ? "[]" : "]");
+}
+
+// As pretty_print() writes it; TORCH_CHECK does not find the operators above.
+template <class T>
+std::string text(const T& value) {
+  std::ostringstream stream;
+  stream << value;
+  return stream.str();
+}
+
+std::string dtype_name(at::ScalarType dtype) {
+  return std::string(c10::getDtypeNames(dtype).first);
+}
+
 template <class T>
 void print_optional(std::ostream& stream, const char* name, const std::optional<T>& value) {
   if (value) stream << ", " << name << '=' << *value;
@@ -102,10 +193,30 @@ NormImpl<Derived, Options>::NormImpl(Options options) : options(std::move(option
   TORCH_CHECK_VALUE(o.sync_weighting() == "count" || o.sync_weighting() == "rank", Derived::kName,
                     ": expected sync_weighting to be 'count' or 'rank', got '", o.sync_weighting(),
                     "'");
-  TORCH_CHECK_VALUE(o.axis_name() || !o.axis_index_groups(), Derived::kName,
-                    ": expected axis_name to be given with axis_index_groups, got none");
-  TORCH_CHECK_VALUE(!o.axis().vec().empty(), Derived::kName,
-                    ": expected at least one axis, got []");
+  if (const auto& groups = o.axis_index_groups()) {
+    TORCH_CHECK_VALUE(o.axis_name(), Derived::kName,
+                      ": expected axis_name to be given with axis_index_groups, got None");
+    TORCH_CHECK_VALUE(is_partition(*groups), Derived::kName,
+                      ": expected axis_index_groups to be a partition of the ranks 0..N-1, got ",
+                      text(*groups));
+  }
+  parse_activation(Derived::kName, o.activation());
+  TORCH_CHECK_VALUE(std::isfinite(o.epsilon()) && o.epsilon() >= 0.0, Derived::kName,
+                    ": expected epsilon to be finite and >= 0, got ", o.epsilon());
+  TORCH_CHECK_VALUE(!o.dtype() || at::isFloatingType(*o.dtype()), Derived::kName,
+                    ": expected dtype to be None or floating point, got ", dtype_name(*o.dtype()));
+  TORCH_CHECK_VALUE(at::isFloatingType(o.param_dtype()), Derived::kName,
+                    ": expected param_dtype to be floating point, got ",
+                    dtype_name(o.param_dtype()));
+  const at::IntArrayRef axis = o.axis();
+  TORCH_CHECK_VALUE(!axis.empty(), Derived::kName, ": expected at least one axis, got []");
+  sorted_axes(Derived::kName, at::DimVector(axis), axis);
+  if (const auto& features = o.num_features()) {
+    const at::IntArrayRef sizes = *features;
+    TORCH_CHECK_VALUE(std::all_of(sizes.begin(), sizes.end(), [](auto n) { return n > 0; }),
+                      Derived::kName, ": expected num_features to be positive, got ",
+                      text(*features));
+  }
 }
 
 template <class Derived, class Options>
@@ -143,9 +254,13 @@ void NormImpl<Derived, Options>::create(std::vector<std::int64_t> features, c10:
 template <class Derived, class Options>
 template <class Use>
 void NormImpl<Derived, Options>::init(const at::Tensor& x, const Use& use) {
-  if (initialized_) return use();
-  create(feature_sizes(Derived::kName, x, options.axis()), options.device().value_or(x.device()),
-         use);
+  if (initialized_ && fits_one_axis(x, *options.num_features(), options.axis())) return use();
+  const auto sizes = feature_sizes(Derived::kName, x, options.axis());
+  if (!initialized_) {
+    return create({sizes.begin(), sizes.end()}, options.device().value_or(x.device()), use);
+  }
+  check_feature_sizes(Derived::kName, sizes, *options.num_features(), options.axis());
+  use();
 }
 
 template <class Derived, class Options>
@@ -155,11 +270,9 @@ void NormImpl<Derived, Options>::init(const at::Tensor& x) {
 
 template <class Derived, class Options>
 void NormImpl<Derived, Options>::check_features(at::IntArrayRef features) const {
-  const bool valid = features.size() == options.axis().vec().size() &&
-                     std::all_of(features.begin(), features.end(), [](auto n) { return n >= 0; });
-  TORCH_CHECK_VALUE(valid, Derived::kName,
+  TORCH_CHECK_VALUE(features.size() == options.axis().vec().size(), Derived::kName,
                     ": expected num_features to hold one size for each axis of ",
-                    at::IntArrayRef(options.axis()), ", got ", features);
+                    at::IntArrayRef(options.axis()), ", got ", text(IntList(features.vec())));
 }
 
 template <class Derived, class Options>
@@ -272,6 +385,8 @@ void NormImpl<Derived, Options>::load(torch::serialize::InputArchive& archive) {
 template <class Derived, class Options>
 template <class Convert>
 void NormImpl<Derived, Options>::convert(at::ScalarType dtype, const Convert& convert_all) {
+  TORCH_CHECK_TYPE(at::isFloatingType(dtype), Derived::kName,
+                   ": expected dtype to be floating point, got ", dtype_name(dtype));
   std::vector<std::pair<at::Tensor, at::Tensor>> kept;
   for (const auto& [name, tensor, is_parameter, initialize] : state()) {
     if (is_half(dtype) && !is_parameter && tensor.defined()) {
@@ -303,7 +418,6 @@ void NormImpl<Derived, Options>::to(torch::Device device, bool non_blocking) {
 
 template <class Derived, class Options>
 void NormImpl<Derived, Options>::pretty_print(std::ostream& stream) const {
-  const auto dtype_name = [](at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; };
   stream << "normcore::" << Derived::kName << "(num_features=";
   if (options.num_features()) {
     stream << *options.num_features();
@@ -324,6 +438,7 @@ void NormImpl<Derived, Options>::pretty_print(std::ostream& stream) const {
   if (!options.use_bias()) stream << ", use_bias=false";
   if (!options.use_scale()) stream << ", use_scale=false";
   print_optional(stream, "axis_name", options.axis_name());
+  print_optional(stream, "axis_index_groups", options.axis_index_groups());
   if (options.sync_weighting() != "count") {
     stream << ", sync_weighting=" << options.sync_weighting();
   }
@@ -388,25 +503,13 @@ at::Tensor BatchNormImpl::forward(const at::Tensor& x, std::optional<bool> use_r
 }
 
 GroupNormImpl::GroupNormImpl(GroupNormOptions options) : NormImpl(std::move(options)) {
-  const auto& o = this->options;
-  TORCH_CHECK_VALUE(!o.num_groups() || !o.group_size(), kName,
-                    ": expected either num_groups or group_size to be given, got num_groups=",
-                    *o.num_groups(), " and group_size=", *o.group_size());
-  TORCH_CHECK_VALUE(o.num_groups().value_or(1) > 0, kName,
-                    ": expected num_groups to be positive, got ", *o.num_groups());
-  TORCH_CHECK_VALUE(o.group_size().value_or(1) > 0, kName,
-                    ": expected group_size to be positive, got ", *o.group_size());
+  check_group_options(this->options);
   create();
 }
 
 void GroupNormImpl::check_features(at::IntArrayRef features) const {
   NormImpl::check_features(features);
-  const auto channels = product(features);
-  const auto group_size = options.group_size();
-  const auto divisor = group_size ? *group_size : options.num_groups().value_or(kDefaultNumGroups);
-  TORCH_CHECK_VALUE(channels % divisor == 0, kName, ": expected ",
-                    group_size ? "group_size" : "num_groups", " to divide the number of channels (",
-                    channels, "), got ", divisor);
+  count_groups(options, product(features));
 }
 
 void GroupNormImpl::print_options(std::ostream& stream) const {
@@ -423,15 +526,7 @@ at::Tensor GroupNormImpl::forward(const at::Tensor& x, const at::Tensor& mask,
   at::Tensor y;
   init(x, [&] {
     require_single_rank(kName, options.axis_name());
-    const auto channels = product(*options.num_features());
-    if (!scale.defined() &&
-        !bias.defined()) {  // no other argument of the operator tells their number
-      const auto given = product(feature_sizes(kName, x, options.axis()));
-      TORCH_CHECK_VALUE(given == channels, kName, ": expected ", channels, " features on axis ",
-                        at::IntArrayRef(options.axis()), ", got ", given);
-    }
-    const auto num_groups = options.group_size() ? channels / *options.group_size()
-                                                 : options.num_groups().value_or(kDefaultNumGroups);
+    const auto num_groups = count_groups(options, product(*options.num_features()));
     y = normcore::group_norm(floating_point(x), num_groups, scale, bias,
                              GroupNormFuncOptions()
                                  .eps(options.epsilon())

@@ -33,9 +33,9 @@ class NORMCORE_API NormImpl : public torch::nn::Cloneable<Derived> {
   /// Changes nothing if an initializer throws.
   void reset() override;
 
-  /// Takes the number of features from `x`, if it is open yet. Updates no statistics. A module
-  /// without num_features has no parameters before this or its first forward(), so call it before
-  /// making the optimizer.
+  /// Takes the number of features from `x`, if it is open yet, else checks it. Updates no
+  /// statistics. A module without num_features has no parameters before this or its first
+  /// forward(), so call it before making the optimizer.
   void init(const at::Tensor& x);
 
   /// Whether the number of features is known, so that parameters and statistics exist.
@@ -136,8 +136,9 @@ class NORMCORE_API NormImpl : public torch::nn::Cloneable<Derived> {
 /// `init(x)`, or give `num_features`, before making the optimizer.
 ///
 /// Errors: c10::ValueError, c10::TypeError, c10::IndexError, and c10::NotImplementedError where
-/// statistics of several ranks would have to be combined. A call that throws changes nothing: the
-/// running statistics stay as they are, a lazy module stays lazy.
+/// statistics of several ranks would have to be combined. The constructor refuses options that can
+/// never be right, a call refuses an input that has other features than the module. A call that
+/// throws changes nothing: the running statistics stay as they are, a lazy module stays lazy.
 ///
 /// `axis_name` is the name of a process group in c10d, or "world" for the default group. Without
 /// any group the statistics are local. A name that is unknown while torch.distributed's default

@@ -2,7 +2,9 @@
 //   BatchNormOptions().num_features(64).axis(1).momentum(0.9)
 // Names, defaults and meanings are those of the Python package. Wherever an axis may be given, so
 // may several: axis(1) or axis({1, 2}); negative values count from the last axis. Nothing here is
-// checked before it is used. The classes are exported because the modules are templates over them.
+// checked by itself: a function checks what it is called with, a module checks in its constructor,
+// and in each call what the call reads. The classes are exported because the modules are templates
+// over them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -118,7 +120,7 @@ struct NORMCORE_API BatchNormOptions {
   TORCH_ARG(Initializer, scale_init);
   /// Name of the process group over which statistics are combined, "world" for the default group.
   TORCH_ARG(std::optional<std::string>, axis_name);
-  /// Independent subgroups of that group's ranks, e.g. {{0, 1}, {2, 3}}.
+  /// Independent subgroups, e.g. {{0, 1}, {2, 3}}: a partition of that group's ranks.
   TORCH_ARG(std::optional<std::vector<std::vector<std::int64_t>>>, axis_index_groups);
   /// "count": every element counts the same; "rank": every rank does, as in Flax.
   TORCH_ARG(std::string, sync_weighting) = "count";
@@ -158,7 +160,7 @@ struct NORMCORE_API GroupNormOptions {
   TORCH_ARG(OptionalIntList, reduction_axes);
   /// Name of the process group over which statistics are combined, "world" for the default group.
   TORCH_ARG(std::optional<std::string>, axis_name);
-  /// Independent subgroups of that group's ranks, e.g. {{0, 1}, {2, 3}}.
+  /// Independent subgroups, e.g. {{0, 1}, {2, 3}}: a partition of that group's ranks.
   TORCH_ARG(std::optional<std::vector<std::vector<std::int64_t>>>, axis_index_groups);
   /// "count": every element counts the same; "rank": every rank does, as in Flax.
   TORCH_ARG(std::string, sync_weighting) = "count";
