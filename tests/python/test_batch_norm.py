@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from compare import call, check_batch_norm, cotangent
+from devices import place
 from hypothesis import given
 from hypothesis import strategies as st
 from shape_list import Shape, extents, shape_named, shapes
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import normcore.functional as NF
 
+pytestmark = pytest.mark.usefixtures("device")
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [torch.float64, torch.float32, *HALVES]
 BASIC = ["image_nchw", "image_channels_last", "rows_of_features"]
@@ -284,6 +286,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(name: str, dtype: torch.dty
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@pytest.mark.usefixtures("batch_invariant")
 @pytest.mark.parametrize("name", BASIC)
 def test_bits_in_eval_do_not_depend_on_the_batch_size(name: str) -> None:
     shape = shape_named(name)
@@ -316,7 +319,7 @@ def test_bits_in_eval_do_not_depend_on_the_batch_size(name: str) -> None:
 def test_a_failed_call_changes_nothing(wrong: dict[str, Any]) -> None:
     state = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
     counter = {"num_batches_tracked": torch.tensor(0)} if "momentum" not in wrong else {}
-    arguments = {**state, **counter, "training": True, **wrong}
+    arguments = {**state, **counter, "training": True, **place(wrong)}
     with pytest.raises((ValueError, TypeError, IndexError), match=r"^batch_norm: expected .*got "):
         NF.batch_norm(torch.randn(2, 4, 3), **arguments)
     assert not state["running_mean"].any()
