@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from devices import place
 from torch import Tensor
 
 import normcore
@@ -39,9 +40,14 @@ class Case:
     def is_treex(self) -> bool:
         return bool(self.source.startswith("treex"))
 
-    @cached_property
+    @property
     def arrays(self) -> dict[str, Tensor]:
-        """The tensors by name; bfloat16 is stored as its bit pattern under ``NAME_bf16``."""
+        """The tensors by name, on the default device."""
+        return place(self._loaded)
+
+    @cached_property
+    def _loaded(self) -> dict[str, Tensor]:
+        """The tensors of the file; bfloat16 is stored as its bit pattern under ``NAME_bf16``."""
         tensors = {}
         with np.load(FOLDER / self.file, allow_pickle=False) as arrays:
             for name in arrays.files:

@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from compare import call, check_batch_norm
+from devices import place
 from hypothesis import given
 from hypothesis import strategies as st
 from shape_list import Shape, extents, shape_named, shapes
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import normcore.functional as NF
 
+pytestmark = pytest.mark.usefixtures("device")
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [torch.float64, torch.float32, *HALVES]
 BASIC = ["image_nchw", "image_channels_last", "rows_of_features"]
@@ -261,6 +263,7 @@ def test_running_statistics_over_several_calls(momentum: float | None, unbiased:
         assert_close(var, want_var, length=18, magnitude=100.0, name="var")
 
 
+@pytest.mark.usefixtures("batch_invariant")
 @pytest.mark.parametrize("name", BASIC)
 def test_bits_in_eval_do_not_depend_on_the_batch_size(name: str) -> None:
     shape = shape_named(name)
@@ -293,7 +296,7 @@ def test_bits_in_eval_do_not_depend_on_the_batch_size(name: str) -> None:
 def test_a_failed_call_changes_nothing(wrong: dict[str, Any]) -> None:
     state = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
     counter = {"num_batches_tracked": torch.tensor(0)} if "momentum" not in wrong else {}
-    arguments = {**state, **counter, "training": True, **wrong}
+    arguments = {**state, **counter, "training": True, **place(wrong)}
     with pytest.raises((ValueError, TypeError, IndexError), match=r"^batch_norm: expected .*got "):
         NF.batch_norm(torch.randn(2, 4, 3), **arguments)
     assert not state["running_mean"].any()

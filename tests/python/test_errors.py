@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from devices import place
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import normcore.functional as NF
 
+pytestmark = pytest.mark.usefixtures("device")
 ops = torch.ops.normcore
 
 
@@ -23,10 +25,10 @@ def x() -> Tensor:
 
 def train(input: Tensor | None = None, **arguments: Any) -> Callable[[], Any]:
     def call() -> Any:
-        given = {"input": x() if input is None else input, "training": True}
+        given = {"input": x() if input is None else place(input), "training": True}
         given |= {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
         given["num_batches_tracked"] = torch.tensor(0)
-        return ops.batch_norm(**(given | arguments))
+        return ops.batch_norm(**(given | place(arguments)))
 
     return call
 
@@ -36,7 +38,12 @@ def evaluate(**arguments: Any) -> Callable[[], Any]:
 
 
 def group(input: Tensor | None = None, num_groups: int = 2, **arguments: Any) -> Callable[[], Any]:
-    return lambda: ops.group_norm(x() if input is None else input, num_groups, **arguments)
+    def call() -> Any:
+        return ops.group_norm(
+            x() if input is None else place(input), num_groups, **place(arguments)
+        )
+
+    return call
 
 
 def batch_backward(**changes: Any) -> Callable[[], Any]:
@@ -45,7 +52,7 @@ def batch_backward(**changes: Any) -> Callable[[], Any]:
         arguments |= {"residual": None, "mask": None, "mean": torch.zeros(4, dtype=torch.float64)}
         arguments |= {"rstd": torch.ones(4), "axis": [1], "batch_statistics": True, "eps": 1e-5}
         arguments |= {"activation": None, "output_mask": [True, True, True, False]}
-        return ops._batch_norm_backward(**(arguments | changes))
+        return ops._batch_norm_backward(**(arguments | place(changes)))
 
     return call
 
@@ -56,7 +63,7 @@ def group_backward(**changes: Any) -> Callable[[], Any]:
         arguments |= {"residual": None, "mask": None, "rstd": torch.ones(3, 2), "num_groups": 2}
         arguments |= {"mean": torch.zeros(3, 2, dtype=torch.float64), "axis": [1], "eps": 1e-5}
         arguments |= {"reduction_axes": None, "activation": None, "output_mask": [True] * 4}
-        return ops._group_norm_backward(**(arguments | changes))
+        return ops._group_norm_backward(**(arguments | place(changes)))
 
     return call
 
@@ -66,7 +73,8 @@ def low_level_train(**changes: Any) -> Callable[[], Any]:
         arguments = {"input": x(), "weight": None, "bias": None, "residual": None, "mask": None}
         arguments |= {"running_mean": None, "running_var": None, "num_batches_tracked": None}
         arguments |= {"axis": [1], "momentum": 0.1, "eps": 1e-5, "unbiased": True}
-        return ops._batch_norm_train(**(arguments | {"activation": None, "dtype": None} | changes))
+        arguments |= {"activation": None, "dtype": None}
+        return ops._batch_norm_train(**(arguments | place(changes)))
 
     return call
 
@@ -326,12 +334,12 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         group(weight=torch.ones(4, device="meta")),
         ValueError,
-        "group_norm: expected weight on device cpu, got meta",
+        "group_norm: expected weight on device {device}, got meta",
     ),
     (
         train(running_mean=torch.ones(4, device="meta")),
         ValueError,
-        "batch_norm: expected running_mean on device cpu, got meta",
+        "batch_norm: expected running_mean on device {device}, got meta",
     ),
 ]
 
@@ -341,11 +349,11 @@ def text_of(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize("index", range(len(ERRORS)), ids=lambda i: ERRORS[i][2][:60])
-def test_error(index: int) -> None:
+def test_error(index: int, device: torch.device) -> None:
     call, kind, text = ERRORS[index]
     with pytest.raises(kind) as caught:
         call()
-    assert text_of(caught.value) == text
+    assert text_of(caught.value) == text.replace("{device}", str(device))
     assert type(caught.value) is kind
 
 
@@ -387,7 +395,7 @@ def test_failed_call_changes_nothing(wrong: dict[str, Any]) -> None:
     state["num_batches_tracked"] = torch.tensor(3)
     before = {name: t.clone() for name, t in state.items()}
     with pytest.raises((ValueError, TypeError)):
-        ops.batch_norm(**{"input": x(), "training": True, **state, **wrong})
+        ops.batch_norm(**{"input": x(), "training": True, **state, **place(wrong)})
     for name, t in state.items():
         assert torch.equal(t, before[name])
         assert t._version == 0

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from devices import place
 from shape_list import Shape, shape_named
 from tolerance import assert_close
 from torch import Tensor
 
 import normcore.functional as NF
 
+pytestmark = pytest.mark.usefixtures("device")
 ACTIVATIONS = [None, "relu", "silu", "gelu", "gelu_tanh"]
 
 
@@ -169,10 +171,10 @@ def test_meta_tensors_agree_with_real_ones(name: str) -> None:
             )  # fmt: skip
 
 
-def test_autocast_leaves_a_half_precision_input_alone() -> None:
+def test_autocast_leaves_a_half_precision_input_alone(device: torch.device) -> None:
     x = torch.randn(3, 4, 5, dtype=torch.bfloat16)
     residual = torch.randn(3, 4, 5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         batch = NF.batch_norm(x, None, None, torch.rand(4), training=True, residual=residual)
         group = NF.group_norm(x, 2, torch.rand(4), residual=residual)
     assert batch.dtype == group.dtype == torch.bfloat16
@@ -190,7 +192,7 @@ def test_writing_a_statistic_is_seen_by_autograd() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_both_running_statistics_or_none(running: Any, training: bool) -> None:
     with pytest.raises(ValueError, match="batch_norm: expected"):
-        NF.batch_norm(torch.randn(3, 4), *running, training=training)
+        NF.batch_norm(torch.randn(3, 4), *place(running), training=training)
     if not training:
         with pytest.raises(ValueError, match="batch_norm: expected"):
             NF.batch_norm(torch.randn(3, 4), None, None)
@@ -217,7 +219,9 @@ def test_errors_name_argument_rule_and_value(
     state = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
     for training in (True, False) if "mask" not in arguments else (True,):
         with pytest.raises(error, match=rf"^batch_norm: expected {text}"):
-            NF.batch_norm(**{"input": torch.randn(3, 4), **state, **arguments}, training=training)
+            NF.batch_norm(
+                **{"input": torch.randn(3, 4), **state, **place(arguments)}, training=training
+            )
 
 
 def test_group(monkeypatch: pytest.MonkeyPatch) -> None:

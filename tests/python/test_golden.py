@@ -15,6 +15,7 @@ from torch import Tensor
 
 import normcore
 
+pytestmark = pytest.mark.usefixtures("device")
 CASES = cases()
 
 
@@ -124,12 +125,13 @@ def group_norm(**options: Any) -> normcore.GroupNorm:
     return normcore.GroupNorm(dtype=None, param_dtype=torch.float64, **options)
 
 
-NUMBERS = torch.arange(12, dtype=torch.float64).reshape(2, 3, 2)
+def numbers() -> Tensor:
+    return torch.arange(12, dtype=torch.float64).reshape(2, 3, 2)
 
 
 def test_worked_batch_norm() -> None:
-    norm = batch_norm(momentum=0.9).init(NUMBERS).double()
-    y = norm(NUMBERS)
+    norm = batch_norm(momentum=0.9).init(numbers()).double()
+    y = norm(numbers())
     close(y[0, 0, 0], -1.4638494820588708)
     close(y[1, 2, 1], 1.4638494820588708)
     close(norm.mean, [0.5, 0.6])
@@ -146,16 +148,16 @@ def test_worked_batch_norm() -> None:
     ],
 )
 def test_worked_statistics(axis: Any, mean: Any, var: Any) -> None:
-    norm = batch_norm(momentum=0.0, axis=axis).init(NUMBERS).double()
-    norm(NUMBERS)
+    norm = batch_norm(momentum=0.0, axis=axis).init(numbers()).double()
+    norm(numbers())
     close(norm.mean, mean)
     close(norm.var, var)
 
 
 def test_worked_masked_batch_norm() -> None:
-    norm = batch_norm(momentum=0.9).init(NUMBERS).double()
+    norm = batch_norm(momentum=0.9).init(numbers()).double()
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])[..., None]
-    y = norm(NUMBERS, mask=mask)
+    y = norm(numbers(), mask=mask)
     close(y[0, 0, 0], -1.0690441085967410)
     close(y[1, 2, 0], 2.9398712986410382)
     close(norm.mean, [0.8 / 3, 1.1 / 3])
@@ -163,11 +165,11 @@ def test_worked_masked_batch_norm() -> None:
 
 
 def test_worked_gradient() -> None:
-    norm = batch_norm().init(NUMBERS).double()
+    norm = batch_norm().init(numbers()).double()
     norm.load_state_dict(
         {"scale": torch.tensor([2, 0.5]), "bias": torch.tensor([1.0, -1.0])}, strict=False
     )
-    x = NUMBERS.clone().requires_grad_()
+    x = numbers().requires_grad_()
     loss = (torch.arange(12).reshape(2, 3, 2) * norm(x) ** 2).sum()
     loss.backward()
     assert norm.scale is not None

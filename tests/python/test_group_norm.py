@@ -10,6 +10,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from compare import call, check_group_norm, cotangent
+from devices import place
 from hypothesis import given
 from hypothesis import strategies as st
 from shape_list import Shape, extents, shape_named, shapes
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import normcore.functional as NF
 
+pytestmark = pytest.mark.usefixtures("device")
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [torch.float64, torch.float32, *HALVES]
 BASIC = ["image_nchw", "image_channels_last", "image_nhwc"]
@@ -230,6 +232,7 @@ def test_special_cases_of_the_number_of_groups(eps: float) -> None:
     assert_close(NF.group_norm(x, 6, weight, bias, eps), instance, length=20)
 
 
+@pytest.mark.usefixtures("batch_invariant")
 @pytest.mark.parametrize("name", [*BASIC, "rows_of_features", "many_small_samples"])
 def test_bits_do_not_depend_on_the_batch_size(name: str) -> None:
     shape = shape_named(name)
@@ -263,7 +266,7 @@ def test_bits_do_not_depend_on_the_batch_size(name: str) -> None:
     ids=str,
 )
 def test_errors(wrong: dict[str, Any], error: type[Exception]) -> None:
-    arguments = {"input": torch.randn(2, 4, 3), "num_groups": 2, **wrong}
+    arguments = {"input": torch.randn(2, 4, 3), "num_groups": 2, **place(wrong)}
     with pytest.raises(error, match=r"^group_norm: "):
         NF.group_norm(**arguments)
 

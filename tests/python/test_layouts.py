@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import normcore  # noqa: F401  (loads the operators)
 
+pytestmark = pytest.mark.usefixtures("device")
 ops = torch.ops.normcore
 
 
@@ -49,7 +50,7 @@ def strided_inputs() -> Iterator[tuple[str, Tensor]]:
     yield "channels_last_3d", x.contiguous(memory_format=torch.channels_last_3d)
 
 
-STRIDED = dict(strided_inputs())
+STRIDED = list(dict(strided_inputs()))
 
 
 def norms(rank: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -80,7 +81,7 @@ def masks(x: Tensor, axis: list[int]) -> Iterator[Tensor | None]:
 
 @pytest.mark.parametrize("name", STRIDED)
 def test_values_do_not_depend_on_strides(name: str) -> None:
-    x = STRIDED[name]
+    x = dict(strided_inputs())[name]
     dy = torch.randn(x.shape)
     residual = torch.randn(x.shape[::-1]).permute(*range(x.dim() - 1, -1, -1))
     for family, options in norms(x.dim()):
@@ -150,17 +151,19 @@ def significant_strides(t: Tensor) -> list[int]:
     return [int(stride) for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1]
 
 
-EMPTY = {
-    "no sample": torch.empty(0, 4, 3, 3),
-    "no channel": torch.empty(2, 0, 3, 3),
-    "no position, channels_last": torch.empty(2, 3, 0, 4).permute(0, 3, 1, 2),
-}
+def empty_inputs() -> Iterator[tuple[str, Tensor]]:
+    yield "no sample", torch.empty(0, 4, 3, 3)
+    yield "no channel", torch.empty(2, 0, 3, 3)
+    yield "no position, channels_last", torch.empty(2, 3, 0, 4).permute(0, 3, 1, 2)
+
+
+EMPTY = list(dict(empty_inputs()))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", [*STRIDED, *EMPTY])
 def test_shape_inference_gives_the_strides_of_the_results(name: str, dynamic: bool) -> None:
-    x = (STRIDED | EMPTY)[name]
+    x = dict(itertools.chain(strided_inputs(), empty_inputs()))[name]
     p = torch.rand(x.shape[1])
     r = torch.randn(x.shape[::-1], dtype=torch.float16).permute(*range(x.dim() - 1, -1, -1))
     mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
@@ -209,7 +212,7 @@ def test_masks_of_any_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype
 
 def test_parameters_per_sample_follow_the_sample_axis_in_any_layout() -> None:
     w, b = torch.rand(2, 4), torch.randn(2, 4)
-    for name, x in STRIDED.items():
+    for name, x in strided_inputs():
         if not name.startswith("order"):
             continue
         got = ops.group_norm(x, 2, w, b)

@@ -23,6 +23,7 @@ def model() -> nn.Module:
     )
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_compile(training: bool) -> None:
     eager = model().train(training)

@@ -18,6 +18,8 @@ from torch.nn.parameter import is_lazy
 
 import normcore
 
+on_every_device = pytest.mark.usefixtures("device")
+
 HALVES = [torch.bfloat16, torch.float16]
 FLOATS = [torch.float64, torch.float32, *HALVES]
 COMMON = {
@@ -44,6 +46,7 @@ def test_constructor(kind: type[nn.Module], own: dict[str, Any]) -> None:
 # ---- features ----
 
 
+@on_every_device
 @pytest.mark.parametrize(
     ("axis", "features"),
     [(-1, 5), (1, 3), (0, 2), (2, 4), ((1, -1), (3, 5)), ((3, 1), (3, 5)), ((-1, 0, 1), (2, 3, 5))],
@@ -168,6 +171,7 @@ def test_init_checks_the_axes_of_an_initialized_module() -> None:
         norm(torch.randn(4, 4))
 
 
+@on_every_device
 @pytest.mark.parametrize(
     ("options", "channels"),
     [
@@ -220,6 +224,7 @@ def test_indivisible_channels_leave_a_module_lazy(options: dict[str, int]) -> No
 # ---- dtypes ----
 
 
+@on_every_device
 @pytest.mark.parametrize("use", ["both", "scale", "bias", "none"])
 @pytest.mark.parametrize("param_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("x_dtype", [*FLOATS, torch.int32, torch.uint8, torch.bool], ids=str)
@@ -253,6 +258,7 @@ def test_complex_input_is_refused() -> None:
             norm(torch.randn(4, 3, dtype=torch.complex64))
 
 
+@on_every_device
 @pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_conversion_of_a_module(dtype: torch.dtype, lazy: bool) -> None:
@@ -275,6 +281,7 @@ def test_conversion_of_a_module(dtype: torch.dtype, lazy: bool) -> None:
     assert_close(norm.mean, exact, compute=statistics, length=8, magnitude=3.0)
 
 
+@on_every_device
 def test_conversions_after_one_another() -> None:
     norm = normcore.BatchNorm(num_features=3)
     norm.mean.copy_(torch.tensor([1 / 3, 1e-6, 1e6]))
@@ -288,6 +295,7 @@ def test_conversions_after_one_another() -> None:
     assert norm.float().mean.dtype == torch.float32
 
 
+@on_every_device
 def test_a_call_keeps_the_dtype_of_the_statistics() -> None:
     norm = normcore.BatchNorm(num_features=3, dtype=None)
     for dtype in FLOATS:
@@ -298,6 +306,7 @@ def test_a_call_keeps_the_dtype_of_the_statistics() -> None:
 # ---- initializers, device ----
 
 
+@on_every_device
 @pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("kind", [normcore.BatchNorm, normcore.GroupNorm])
 def test_initializers(kind: Any, lazy: bool) -> None:
@@ -327,6 +336,7 @@ def test_device(kind: Any) -> None:
     assert torch.equal(norm(torch.ones(2, 32)), torch.zeros(2, 32))
 
 
+@on_every_device
 def test_an_optimizer_made_before_the_first_call_trains_the_parameters() -> None:
     norm = normcore.BatchNorm()
     optimizer = torch.optim.SGD(norm.parameters(), lr=1.0)
@@ -338,6 +348,7 @@ def test_an_optimizer_made_before_the_first_call_trains_the_parameters() -> None
 # ---- momentum ----
 
 
+@on_every_device
 def test_momentum_may_change_at_any_time() -> None:
     x = torch.randn(16, 3)
     norm = normcore.BatchNorm(num_features=3)
@@ -358,6 +369,7 @@ def test_momentum_is_a_scalar() -> None:
         normcore.BatchNorm(momentum=torch.ones(1))
 
 
+@on_every_device
 def test_running_variance_is_biased() -> None:
     norm = normcore.BatchNorm(momentum=0.0)
     norm(torch.tensor([[0.0], [2.0]]))
@@ -385,6 +397,7 @@ def test_freeze_and_unfreeze_restore_requires_grad(lazy: bool) -> None:
     assert norm.bias.requires_grad
 
 
+@on_every_device
 def test_freeze_without_affine() -> None:
     norm = normcore.BatchNorm(num_features=3).freeze(affine=False)
     x = torch.randn(4, 3)
@@ -409,6 +422,7 @@ def test_unfreeze_after_parameters_vanished() -> None:
     assert norm(torch.randn(4, 3)).shape == (4, 3)
 
 
+@on_every_device
 def test_freeze_a_model() -> None:
     model = nn.Sequential(
         nn.Linear(3, 8), normcore.BatchNorm(), nn.Sequential(normcore.GroupNorm(num_groups=2))
@@ -432,6 +446,7 @@ def test_freeze_a_model() -> None:
 # ---- calls ----
 
 
+@on_every_device
 @pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu", "gelu_tanh"])
 def test_activation_and_residual(activation: str | None) -> None:
     x, residual = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
@@ -504,6 +519,7 @@ def test_the_first_call_of_a_subclass() -> None:
     assert torch.equal(norm(x), norm(x))
 
 
+@on_every_device
 def test_a_failed_call_changes_no_statistics() -> None:
     norm = normcore.BatchNorm(num_features=3)
     for arguments in (
@@ -517,6 +533,7 @@ def test_a_failed_call_changes_no_statistics() -> None:
     assert torch.equal(norm.var, torch.ones(3))
 
 
+@on_every_device
 def test_empty_batch() -> None:
     norm = normcore.BatchNorm(num_features=3)
     assert norm(torch.empty(0, 3)).shape == (0, 3)
@@ -524,6 +541,7 @@ def test_empty_batch() -> None:
     assert torch.equal(norm.var, torch.ones(3))
 
 
+@on_every_device
 def test_mask_does_not_count_padding() -> None:
     lengths = torch.tensor([5, 2, 7])
     x = torch.randn(3, 7, 4)
@@ -535,6 +553,7 @@ def test_mask_does_not_count_padding() -> None:
     torch.testing.assert_close(norm.var, valid.var(0, unbiased=False))
 
 
+@on_every_device
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_memory_format_is_kept(channels_last: bool) -> None:
     x = torch.randn(2, 4, 5, 6)

@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 import normcore  # noqa: F401  (loads the operators)
 
+pytestmark = pytest.mark.usefixtures("device")
 ops = torch.ops.normcore
 
 SCHEMAS = [
@@ -297,7 +298,7 @@ def test_saved_statistics(dtype: torch.dtype) -> None:
     torch.testing.assert_close(rstd.double(), want, rtol=unit, atol=0)
 
 
-def test_autocast_changes_nothing() -> None:
+def test_autocast_changes_nothing(device: torch.device) -> None:
     x = torch.randn(3, 6, 4, dtype=torch.bfloat16, requires_grad=True)
     w, b = parameters(6)
     mean, var = statistics(6)
@@ -305,7 +306,7 @@ def test_autocast_changes_nothing() -> None:
 
     def results(enabled: bool) -> list[Tensor]:
         rm, rv = mean.clone(), var.clone()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
             y = ops.batch_norm(x, rm, rv, w, b, True, residual=residual)
             z = ops.group_norm(y, 3, w, b, activation="silu")
             full = ops.batch_norm(residual, rm, rv, w, b)

@@ -1,0 +1,28 @@
+"""Memory of a device that holds NaN before a call gets it."""
+
+from __future__ import annotations
+
+import torch
+
+SMALL_BLOCK, SMALL_BLOCKS = 1 << 20, 32  # torch's allocator takes small tensors from 2 MiB pieces
+LARGE_BYTES = 1 << 30
+
+
+def poison_freed_memory() -> None:
+    """Fills what torch's allocator hands out next with 0xff bytes: NaN in every float dtype.
+
+    Everything that is free is given back, then blocks for small and for large tensors are filled
+    and freed; an allocation takes from those before it asks the driver.
+    """
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    blocks = [
+        torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
+        for size in [SMALL_BLOCK] * SMALL_BLOCKS + [LARGE_BYTES]
+    ]
+    del blocks
+
+
+def hands_out_poison(elements: int) -> bool:
+    """Whether a new tensor of that size is NaN throughout; it is freed again."""
+    return bool(torch.empty(elements, device="cuda").isnan().all())

@@ -1,0 +1,97 @@
+"""CPU and CUDA against the same float64 reference, on new random inputs in every run.
+
+Both are within the allowance of tests/python/tolerance.py, so they are within twice of it of each
+other. CUDA results are written to memory that was NaN before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compare import DIFFERENTIABLE, compare
+from devices import needs_cuda
+from freed_memory import poison_freed_memory
+from shape_list import Shape
+from tolerance import compute_dtype
+from workloads import DTYPES, LARGE, NORMS, SMALL, Workload, name_of
+
+pytestmark = needs_cuda
+
+
+def check(norm: str, shape: Shape, dtype: torch.dtype, **options: Any) -> None:
+    workload = Workload.random(norm, shape, dtype, **options)
+    expected = workload.expected()
+    parts = (workload.operands.get(name) for name in DIFFERENTIABLE)
+    compute = compute_dtype(workload.x, workload.operands.get("dtype"), *parts)
+    on_device = workload.to("cuda")
+    poison_freed_memory()
+    device = on_device.run()
+    host = workload.to("cpu").run()
+    for name, result in device.items():
+        assert result.device == on_device.x.device
+        assert (result.dtype, result.stride()) == (host[name].dtype, host[name].stride())
+    compare(host, expected, compute)
+    compare({name: result.cpu() for name, result in device.items()}, expected, compute)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=name_of)
+@pytest.mark.parametrize("norm", NORMS)
+def test_small(norm: str, shape: Shape, dtype: torch.dtype) -> None:
+    check(norm, shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=name_of)
+@pytest.mark.parametrize("norm", NORMS)
+def test_large(norm: str, shape: Shape, dtype: torch.dtype) -> None:
+    check(norm, shape, dtype, activation="silu")
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=name_of)
+@pytest.mark.parametrize("norm", NORMS)
+def test_epilogue_and_residual(
+    norm: str, shape: Shape, dtype: torch.dtype, activation: str
+) -> None:
+    check(norm, shape, dtype, activation=activation, residual=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=name_of)
+@pytest.mark.parametrize("norm", ["batch_norm", "group_norm"])
+def test_mask(norm: str, shape: Shape, dtype: torch.dtype) -> None:
+    check(norm, shape, dtype, masked=True)
+
+
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("statistics", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parameters", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [SMALL[1], SMALL[2], SMALL[5], SMALL[6]], ids=name_of)
+@pytest.mark.parametrize("norm", NORMS)
+def test_mixed_dtypes(
+    norm: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    parameters: torch.dtype,
+    statistics: torch.dtype,
+    out: torch.dtype,
+) -> None:
+    check(norm, shape, dtype, parameters=parameters, statistics=statistics, out=out)
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("shape", [*SMALL[:3], *SMALL[4:7]], ids=name_of)
+@pytest.mark.parametrize("norm", ["batch_norm", "group_norm"])
+def test_large_mean(norm: str, shape: Shape, ratio: float) -> None:
+    """float32 results stay within 1e-6 of float64 (relative to the standard deviation of y)."""
+    workload = Workload.random(norm, shape)
+    workload.x += ratio
+    del workload.operands["weight"], workload.operands["bias"]
+    expected = workload.expected().value["y"]
+    y = workload.to("cuda").forward().cpu()
+    assert (y - expected).abs().max() < 1e-6 * max(1.0, expected.abs().max().item())
