@@ -40,9 +40,15 @@ dependencies=${DEPENDENCIES:-$root/build/dependencies}
 site=$root/build/gpu/site
 export PYTHONPATH=$site:$dependencies/python${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
+# cmake and ninja may be beside the interpreter, nvcc in its usual place.
+PATH=$(dirname "$(command -v "$python")"):$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+export PATH
 
-# Seconds that a stage may count on, whatever those before it take.
+# Seconds of 530 that a stage may count on, whatever those before it take.
 declare -A guaranteed=([build]=240 [gpu_tests]=60 [op_tests]=60 [sanitize]=60 [benchmark]=90)
+for stage in "${!guaranteed[@]}"; do
+  guaranteed[$stage]=$((guaranteed[$stage] * total / 530))
+done
 declare -A status=() took=()
 IFS=, read -ra order <<<"$stages"
 
