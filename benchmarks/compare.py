@@ -17,7 +17,6 @@ import ctypes
 import json
 import math
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,15 +24,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as torch_functional
+from common import (
+    ROOT,
+    Operands,
+    backward_of,
+    batch_norms,
+    commit,
+    geometric_mean,
+    group_norms,
+    make_operands,
+)
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 import normcore
 
-SHAPES = Path(__file__).resolve().parents[1] / "tests" / "shapes" / "shapes.json"
+SHAPES = ROOT / "tests" / "shapes" / "shapes.json"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
@@ -53,81 +60,12 @@ class Result:
         return self.torch_ms / self.normcore_ms
 
 
-@dataclass(frozen=True)
-class Operands:
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    grad: Tensor
-    axis: int
-    groups: int
-
-
 def keep_freed_memory() -> None:
     """Lets malloc reuse large blocks, so that outputs do not start on unmapped pages."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-
-
-def make_operands(shape: dict, dtype: torch.dtype) -> Operands:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape["size"], generator=generator).to(dtype)
-    if shape["layout"] == "channels_last":
-        x = x.contiguous(memory_format=torch.channels_last)
-    axis = shape["axis"][0]
-    channels = x.shape[axis]
-    weight = torch.rand(channels, generator=generator) + 0.5
-    bias = torch.randn(channels, generator=generator)
-    return Operands(
-        x,
-        weight.requires_grad_(),
-        bias.requires_grad_(),
-        torch.randn_like(x),
-        axis,
-        shape["groups"],
-    )
-
-
-def batch_norms(o: Operands, training: bool) -> tuple[Callable[[Tensor], Tensor], ...]:
-    # Running statistics of their own: a later call must not change what a backward has saved.
-    their_mean, their_var = torch.zeros_like(o.bias), torch.ones_like(o.bias)
-    our_mean, our_var = torch.zeros_like(o.bias), torch.ones_like(o.bias)
-
-    def torch_norm(x: Tensor) -> Tensor:
-        moved = x if o.axis == 1 else x.reshape(-1, x.shape[-1])  # torch has only axis 1
-        y = torch_functional.batch_norm(moved, their_mean, their_var, o.weight, o.bias, training)
-        return y.reshape(x.shape)
-
-    def our_norm(x: Tensor) -> Tensor:
-        return normcore.functional.batch_norm(
-            x, our_mean, our_var, o.weight, o.bias, training, axis=o.axis
-        )
-
-    return our_norm, torch_norm
-
-
-def group_norms(o: Operands, silu: bool) -> tuple[Callable[[Tensor], Tensor], ...]:
-    def torch_norm(x: Tensor) -> Tensor:
-        moved = x if o.axis == 1 else x.movedim(-1, 1)
-        y = torch_functional.group_norm(moved, o.groups, o.weight, o.bias)
-        return torch_functional.silu(y) if silu else y
-
-    def our_norm(x: Tensor) -> Tensor:
-        return normcore.functional.group_norm(
-            x, o.groups, o.weight, o.bias, axis=o.axis, activation="silu" if silu else None
-        )
-
-    return our_norm, torch_norm
-
-
-def backward_of(norm: Callable[[Tensor], Tensor], o: Operands) -> Callable[[], object]:
-    x = o.x.detach().requires_grad_()
-    y = norm(x)
-    grad = o.grad if y.shape == o.grad.shape else o.grad.movedim(-1, 1)
-    leaves = (x, o.weight, o.bias)
-    return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
 
 
 def best_times(candidates: list[Callable[[], object]], seconds: float) -> list[float]:
@@ -163,7 +101,7 @@ def operations(o: Operands) -> dict[str, list[Callable[[], object]]]:
 
 
 def measure(shape: dict, dtype: torch.dtype, threads: int, seconds: float) -> list[Result]:
-    o = make_operands(shape, dtype)
+    o = make_operands(shape["size"], shape["axis"][0], shape["groups"], shape["layout"], dtype)
     results = []
     for name, (ours, theirs) in operations(o).items():
         times = best_times([ours, theirs, o.x.clone], seconds)
@@ -173,22 +111,11 @@ def measure(shape: dict, dtype: torch.dtype, threads: int, seconds: float) -> li
     return results
 
 
-def commit() -> str:
-    """Of the source tree this file is in, with a mark if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty"]
-    answer = subprocess.run(command, cwd=SHAPES.parent, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
-
-
 def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def show(results: list[Result]) -> None:

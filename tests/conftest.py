@@ -24,6 +24,23 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("normcore")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="run the tests of this device only (cpu, cuda)")
+
+
+def device_of(item: pytest.Item) -> str | None:
+    """The parameter of fixture `device`, if the test uses it."""
+    return item.callspec.params.get("device") if hasattr(item, "callspec") else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--device")
+    if wanted is not None:
+        on_device = {item: device_of(item) == wanted for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if not on_device[item]])
+        items[:] = [item for item in items if on_device[item]]
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

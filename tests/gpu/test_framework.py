@@ -94,5 +94,5 @@ def test_a_build_without_cuda_says_so() -> None:
         lambda: NF.group_norm(x, 2),
         lambda: NF.batch_norm(x, None, None, training=True),
     ):
-        with pytest.raises(NotImplementedError, match="no kernels for device cuda.*with nvcc"):
+        with pytest.raises(NotImplementedError, match=r"no kernels for device cuda.*with nvcc"):
             call()

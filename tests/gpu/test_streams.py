@@ -45,7 +45,7 @@ def test_a_call_waits_for_its_stream_only() -> None:
     busy, done = torch.cuda.Stream(), torch.cuda.Event()
     torch.cuda.synchronize()
     with torch.cuda.stream(busy):
-        torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+        torch.cuda._sleep(6_000_000_000)  # cycles: a few seconds
         done.record()
     workload.run()
     torch.cuda.current_stream().synchronize()

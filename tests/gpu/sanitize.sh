@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# compute-sanitizer over a small selection of the GPU tests: every way through the kernels, forward and backward, on
+# small tensors. Prints a line per tool; fails if a tool finds anything, or a test fails under it.
+#   tests/gpu/sanitize.sh [--seconds N] [--logs FOLDER] [PYTEST_ARGUMENT...]
+# Needs normcore in the Python of PYTHON (python3) and compute-sanitizer on the PATH, in CUDA_HOME or /usr/local/cuda.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+
+python=${PYTHON:-python3}
+seconds=600
+logs=build/sanitizer
+while [ $# -gt 0 ]; do
+  case $1 in
+    --seconds) seconds=$2; shift 2 ;;
+    --logs) logs=$2; shift 2 ;;
+    *) break ;;
+  esac
+done
+selection=("$@")
+if [ ${#selection[@]} -eq 0 ]; then
+  selection=(tests/gpu/test_agreement.py -k "test_small and (float32 or bfloat16) and not one_block")
+fi
+
+PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin:${CUDA_HOME:-/usr/local/cuda}/compute-sanitizer
+if ! command -v compute-sanitizer >/dev/null; then
+  echo "sanitizer: no compute-sanitizer on this machine" >&2
+  exit 77
+fi
+mkdir -p "$logs"
+
+# Other libraries' kernels are not what is looked at, and would take most of the time.
+filter=$(compute-sanitizer --help | grep -oE -m1 -- '--kernel-(regex|name) ' | tr -d ' ')
+options=(--error-exitcode 99 --print-limit 20)
+[ -z "$filter" ] || options+=("$filter" kns=normcore)
+
+failed=0
+deadline=$((SECONDS + seconds))
+tools=(memcheck racecheck initcheck synccheck)
+for index in "${!tools[@]}"; do
+  tool=${tools[index]}
+  start=$SECONDS
+  limit=$(((deadline - SECONDS) / (${#tools[@]} - index)))
+  # Every allocation its own, so that its end is an end.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 NORMCORE_TEST_SEED=0 timeout --kill-after 5 "$((limit > 5 ? limit : 5))" \
+    compute-sanitizer --tool "$tool" "${options[@]}" \
+    "$python" -m pytest -q -p no:cacheprovider "${selection[@]}" >"$logs/$tool.log" 2>&1
+  code=$?
+  case $code in
+    0) verdict=passed ;;
+    99) verdict="FAILED, the tool found errors" ;;
+    124 | 137) verdict="FAILED, out of time" ;;
+    *) verdict="FAILED, exit code $code" ;;
+  esac
+  tests=$(grep -oE '[0-9]+ (passed|failed|skipped)[^=]*' "$logs/$tool.log" | tail -1)
+  # With skipped tests nothing was looked at.
+  if [ $code -eq 0 ] && ! grep -qE '[0-9]+ passed' "$logs/$tool.log"; then
+    verdict="FAILED, no test ran"
+    code=1
+  fi
+  summary=$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$logs/$tool.log" | tail -1 | sed 's/^=* *//')
+  printf '%-10s %4d s  %s: %s; %s\n' "$tool" $((SECONDS - start)) "$verdict" \
+    "${tests:-no tests}" "${summary:-no summary}"
+  [ $code -eq 0 ] || failed=1
+done
+exit $failed
