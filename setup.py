@@ -56,6 +56,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             "-DCMAKE_INSTALL_LIBDIR=lib",
             "-DNORMCORE_PYTHON=ON",
+            "-DNORMCORE_TESTS=OFF",
             f"-DPython3_EXECUTABLE={sys.executable}",
             f"-DTORCH_ROOT={Path(spec.origin).parent}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
