@@ -15,9 +15,6 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <normcore/kernels/cuda.h>
-
-#include <mutex>
-#include <unordered_map>
 #endif
 
 namespace normcore::backend {
@@ -54,37 +51,8 @@ kernels::CudaOptions cuda_options() {
 
 #if defined(NORMCORE_CUDA)
 
-at::Tensor device_bytes(std::size_t count, c10::Device device) {
-  return at::empty({static_cast<std::int64_t>(count)}, at::device(device).dtype(at::kByte));
-}
-
-// Zeroed counters of a stream. Kernels leave them zero, so that the next call of the stream may use
-// them; calls that are recorded for a graph, and run who knows where, get their own.
-class Counters {
- public:
-  at::Tensor of(const c10::Stream& stream, std::int64_t count, bool is_capturing) {
-    const auto make = [&](std::int64_t size) {
-      return at::zeros({size}, at::device(stream.device()).dtype(at::kInt));
-    };
-    if (is_capturing) return make(count);
-    const std::lock_guard lock(mutex_);
-    at::Tensor& counters = by_stream_[stream];
-    if (!counters.defined() || counters.numel() < count) {
-      constexpr std::int64_t kAtLeast = 1024;
-      counters = make(std::max(kAtLeast, 2 * count));
-    }
-    return counters;
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<c10::Stream, at::Tensor> by_stream_;
-};
-
 template <class Args>
 void run_on_cuda(const char* op, const Args& args, c10::Device device) {
-  // Never destroyed: at exit the device may be gone before it.
-  static auto& counters = *new Counters;
   const c10::DeviceGuard guard(device);
   const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
   const kernels::CudaStream handle{stream.native_handle()};
@@ -92,17 +60,18 @@ void run_on_cuda(const char* op, const Args& args, c10::Device device) {
   check(kernels::query_device(device.index(), facts), op);
   const auto plan = kernels::plan_cuda(problem_of(args), facts, cuda_options());
   TORCH_CHECK(plan, op, ": the input is too large for a CUDA grid");
-  at::Tensor workspace, zeros;
+  // Zeroed for every call and not kept: graphs may record the call, and torch may have redirected its
+  // allocator to the pool of one.
+  at::Tensor workspace, counters;
   kernels::CudaWorkspace memory;
   if (plan->workspace_bytes != 0) {
-    workspace = device_bytes(plan->workspace_bytes, device);
+    workspace = at::empty({static_cast<std::int64_t>(plan->workspace_bytes)},
+                          at::device(device).dtype(at::kByte));
     memory.data = workspace.mutable_data_ptr();
   }
   if (plan->counters != 0) {
-    bool is_capturing = false;
-    check(kernels::query_capture(handle, is_capturing), op);
-    zeros = counters.of(stream, plan->counters, is_capturing);
-    memory.counters = reinterpret_cast<unsigned*>(zeros.mutable_data_ptr<std::int32_t>());
+    counters = at::zeros({plan->counters}, at::device(device).dtype(at::kInt));
+    memory.counters = reinterpret_cast<unsigned*>(counters.mutable_data_ptr<std::int32_t>());
   }
   check(kernels::run(args, *plan, memory, handle), op);
 }
@@ -145,6 +114,14 @@ kernels::ConstTensor const_view(const at::Tensor& t) {
 kernels::MutableTensor mutable_view(const at::Tensor& t) {
   if (!t.defined()) return {};
   return {t.mutable_data_ptr(), to_dtype(t.scalar_type())};
+}
+
+bool is_aligned(const at::Tensor& t) {
+  constexpr std::uintptr_t kVectorBytes = 16;
+  const bool has_data = !t.is_meta() && !t.key_set().has(c10::DispatchKey::Python);
+  const auto address = has_data ? reinterpret_cast<std::uintptr_t>(t.const_data_ptr())
+                                : static_cast<std::uintptr_t>(t.storage_offset()) * t.itemsize();
+  return address % kVectorBytes == 0;
 }
 
 std::string describe_plan(const kernels::Problem& problem, c10::Device device) {

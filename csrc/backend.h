@@ -24,6 +24,9 @@ void run(const kernels::BatchNormBackwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormForwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormBackwardArgs& args, c10::Device device);
 
+// Whether CUDA kernels may read it in vectors. Tensors without data: as if storage were aligned.
+bool is_aligned(const at::Tensor& t);
+
 // The plan of a call on the device, which need not exist on this machine, in one line for people.
 std::string describe_plan(const kernels::Problem& problem, c10::Device device);
 

@@ -12,15 +12,6 @@
 namespace normcore {
 namespace {
 
-bool is_aligned(const Tensor& input) {
-  constexpr std::uintptr_t kVectorBytes = 16;
-  const bool has_data = !input.is_meta() && !input.key_set().has(c10::DispatchKey::Python);
-  const auto address = has_data
-                           ? reinterpret_cast<std::uintptr_t>(input.const_data_ptr())
-                           : static_cast<std::uintptr_t>(input.storage_offset()) * input.itemsize();
-  return address % kVectorBytes == 0;
-}
-
 const char* pass_name(kernels::Pass pass) {
   switch (pass) {
     case kernels::Pass::kForward:
@@ -94,7 +85,7 @@ std::string explain(const Tensor& input, const std::string& op, const ExplainOpt
                  : has_batch_statistics ? kernels::Pass::kForward
                                         : kernels::Pass::kInference;
   const bool is_copied = !mapping.reads(input);
-  problem.aligned = is_copied || is_aligned(input);
+  problem.aligned = is_copied || backend::is_aligned(input);
 
   const auto device = options.device().value_or(input.device());
   const auto& [n, c, s] = problem.extent;

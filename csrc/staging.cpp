@@ -1,5 +1,7 @@
 #include "staging.h"
 
+#include <normcore/settings.h>
+
 #include "backend.h"
 
 namespace normcore {
@@ -27,6 +29,10 @@ Staging::Staging(const Operands& operands, const CheckedNorm<std::int64_t>& norm
 kernels::ConstTensor Staging::read(const Tensor& t) {
   if (!t.defined()) return {};
   owned_.push_back(mapping_.arrange(t));
+  // CUDA kernels choose the order of a sum by alignment too, which tells views of one batch apart.
+  if (t.is_cuda() && batch_invariant() && !backend::is_aligned(owned_.back())) {
+    owned_.back() = owned_.back().clone();
+  }
   return backend::const_view(owned_.back());
 }
 

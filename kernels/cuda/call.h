@@ -5,6 +5,7 @@
 #include "normcore/kernels/cuda.h"
 #include "normcore/kernels/norm_input.h"
 #include "normcore/kernels/types.h"
+#include "plan/cuda_tiling.h"
 
 namespace normcore::kernels::cuda {
 
@@ -26,6 +27,10 @@ struct ChannelSums {
 struct ParameterSums {
   double scale, bias;
 };
+
+static_assert(sizeof(ShiftedSums) == kShiftedSumsBytes);
+static_assert(sizeof(ChannelSums) == kChannelSumsBytes);
+static_assert(sizeof(ParameterSums) == kParameterSumsBytes);
 
 struct ForwardCall {
   NormInput input;

@@ -10,12 +10,4 @@ Status query_device(int ordinal, CudaDevice& device) {
       cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, ordinal));
 }
 
-Status query_capture(CudaStream stream, bool& is_capturing) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  const cudaError_t error =
-      cudaStreamIsCapturing(static_cast<cudaStream_t>(stream.handle), &status);
-  is_capturing = status != cudaStreamCaptureStatusNone;
-  return cuda::to_status(error);
-}
-
 }  // namespace normcore::kernels

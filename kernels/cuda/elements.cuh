@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <bit>
 #include <cstdint>
 #include <type_traits>
 
@@ -87,22 +88,53 @@ struct Span {
   __device__ bool is_empty() const { return begin >= end; }
 };
 
+// 16-bit elements stay packed in words: a load of halves would be unpacked right behind it, so that
+// the next one waits for it, and take twice the registers.
 template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Vector {
-  T values[kWidth];
+class alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Vector {
+ public:
+  __device__ static Vector zero() {
+    Vector result;
+#pragma unroll
+    for (Word& word : result.words_) word = Word(0);
+    return result;
+  }
+
+  __device__ T operator[](int i) const {
+    if constexpr (kIsPacked) {
+      return std::bit_cast<T>(static_cast<unsigned short>(words_[i / 2] >> i % 2 * 16));
+    } else {
+      return words_[i];
+    }
+  }
+
+  __device__ void set(int i, T value) {
+    if constexpr (kIsPacked) {
+      const auto bits = std::bit_cast<unsigned short>(value);
+      unsigned& word = words_[i / 2];
+      word = i % 2 == 0 ? (word & 0xffff0000u) | bits : (word & 0xffffu) | unsigned{bits} << 16;
+    } else {
+      words_[i] = value;
+    }
+  }
+
+ private:
+  static constexpr bool kIsPacked = sizeof(T) == 2 && kWidth % 2 == 0;
+  using Word = std::conditional_t<kIsPacked, unsigned, T>;
+  Word words_[kIsPacked ? kWidth / 2 : kWidth];
 };
 
 // `index` is that of the vector's first element, which may lie before the span. Whole vectors are
-// aligned; elements outside of the span are 0.
+// aligned; elements outside of the span are 0, and not read.
 template <class T, int kWidth>
 __device__ Vector<T, kWidth> load_vector(const T* data, std::int64_t index, Span span) {
   if (span.begin == 0 && span.end == kWidth) {
     return *reinterpret_cast<const Vector<T, kWidth>*>(data + index);
   }
-  Vector<T, kWidth> out;
+  auto out = Vector<T, kWidth>::zero();
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
-    out.values[i] = span.contains(i) ? data[index + i] : convert_to<T>(0.0f);
+    if (span.contains(i)) out.set(i, data[index + i]);
   }
   return out;
 }
@@ -113,7 +145,7 @@ __device__ void load_values(ConstTensor tensor, std::int64_t index, Span span, A
     using T = typename decltype(tag)::type;
     const auto vector = load_vector<T, kWidth>(static_cast<const T*>(tensor.data), index, span);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) out[i] = convert_from<A>(vector.values[i]);
+    for (int i = 0; i < kWidth; ++i) out[i] = convert_from<A>(vector[i]);
   });
 }
 
@@ -124,9 +156,9 @@ __device__ void store_values(MutableTensor tensor, std::int64_t index, Span span
     using T = typename decltype(tag)::type;
     T* const data = static_cast<T*>(tensor.data);
     if (span.begin == 0 && span.end == kWidth) {
-      Vector<T, kWidth> vector;
+      auto vector = Vector<T, kWidth>::zero();
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) vector.values[i] = convert_to<T>(values[i]);
+      for (int i = 0; i < kWidth; ++i) vector.set(i, convert_to<T>(values[i]));
       *reinterpret_cast<Vector<T, kWidth>*>(data + index) = vector;
       return;
     }

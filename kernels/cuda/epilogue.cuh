@@ -40,7 +40,7 @@ __device__ void pre_activation(const NormInput& input, const Vector<T, kWidth>& 
                                Arithmetic<T> (&z)[kWidth]) {
   using A = Arithmetic<T>;
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) z[i] = normalise(convert_from<A>(x.values[i]), affine[i]);
+  for (int i = 0; i < kWidth; ++i) z[i] = normalise(convert_from<A>(x[i]), affine[i]);
   if (!input.residual) return;
   A residual[kWidth];
   load_values(input.residual, index, span, residual);
@@ -98,7 +98,7 @@ __device__ void apply_backward(const BackwardCall& call, const Vector<T, kWidth>
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     const bool counts = (counting >> i & 1) != 0, is_used = counts || g[i] != A{0};
-    const A centered = convert_from<A>(x.values[i]) - affine[i].center;
+    const A centered = convert_from<A>(x[i]) - affine[i].center;
     const A through = std::fma(slice[i].slope, centered, slice[i].offset);
     const A direct = slice[i].is_constant != A{0} ? A{0} : g[i] * affine[i].gain;
     dx[i] = !is_used ? A{0} : call.batch_statistics && counts ? direct + through : direct;

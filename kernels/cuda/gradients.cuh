@@ -22,7 +22,7 @@ struct PartialSums {
     // What is masked out and has no gradient is 0 even if x is not a number.
     if ((counting >> i & 1) == 0 && gradient[i] == A{0}) return;
     g += gradient[i];
-    g_centered = std::fma(gradient[i], convert_from<A>(x.values[i]) - affine[i].center, g_centered);
+    g_centered = std::fma(gradient[i], convert_from<A>(x[i]) - affine[i].center, g_centered);
   }
 };
 

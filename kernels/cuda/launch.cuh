@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "plan/cuda_tiling.h"
+
 #if defined(__CUDACC__)
 #include <cuda/atomic>
 #endif
@@ -56,9 +58,9 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& config,
                    std::type_identity_t<Parameters>... arguments) {
   constexpr std::size_t kDefaultShared = 48 << 10;
   if (config.dynamic_shared > kDefaultShared) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(config.dynamic_shared));
+    // The same for every call: another thread may be about to launch the kernel.
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxDynamicShared));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t launch_config = {};

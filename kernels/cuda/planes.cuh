@@ -42,17 +42,12 @@ class PlanesChunk {
     return at(local, slot - local * granules_);
   }
 
-  // The first element of the chunk.
-  __device__ std::int64_t first_index() const {
+  // An element of the chunk, to be a pivot. A piece may lie behind the end of its segment, where the
+  // segment's last element stands in.
+  __device__ std::int64_t pivot_index() const {
     const PlanesPosition first = at(0, 0);
-    return first.index + first.span.begin;
-  }
-
-  // Elements in the chunk.
-  __device__ std::int64_t size() const {
-    if (tiling_.pieces == 1) return segments_ * extent_.s;
-    const PlanesPosition first = at(0, 0), last = at(0, granules_ - 1);
-    return last.index + last.span.end - first.index - first.span.begin;
+    return first.span.is_empty() ? first.index - first.position + extent_.s - 1
+                                 : first.index + first.span.begin;
   }
 
   __device__ std::int64_t channel(std::uint32_t segment) const {

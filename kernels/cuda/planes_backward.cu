@@ -49,6 +49,12 @@ class PlanesBackward {
       if (slot >= slots) continue;
       const PlanesPosition p = chunk.at(slot);
       x[k] = load_vector<T, kWidth>(data, p.index, p.span);
+    }
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const std::uint32_t slot = lane_ + k * lanes_;
+      if (slot >= slots) continue;
+      const PlanesPosition p = chunk.at(slot);
       output_gradient(call_, x[k], p.index, p.span, chunk.counting(call_.input.mask, p),
                       affine_at(chunk, statistics, p), g[k]);
       keep_packed(x[k]);

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kMaxForwardThreads, 1)
         total[1] += static_cast<A>(__popc(counting));
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          const A value = convert_from<A>(vector.values[i]);
+          const A value = convert_from<A>(vector[i]);
           total[0] += (counting >> i & 1) != 0 ? value - reference : A{0};
         }
       });
@@ -77,14 +77,14 @@ __global__ void __launch_bounds__(kMaxForwardThreads, 1)
     // About a value of the slice itself, so that equal values give exactly themselves. Under a mask
     // no value is known to count: the mean about 0 stands in.
     double count = 0.0;
-    A reference = is_active && !mask ? convert_from<A>(data[chunk.first_index()]) : A{0};
+    A reference = is_active && !mask ? convert_from<A>(data[chunk.pivot_index()]) : A{0};
     if (mask) reference = mean_about(A{0}, count);
     const A pivot = mean_about(reference, count);
     A total[2] = {A{0}, A{0}};
     for_each_vector([&](const Vector<T, kWidth>& vector, unsigned counting) {
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
-        const A value = convert_from<A>(vector.values[i]);
+        const A value = convert_from<A>(vector[i]);
         const A centered = (counting >> i & 1) != 0 ? value - pivot : A{0};
         total[0] += centered;
         total[1] = std::fma(centered, centered, total[1]);

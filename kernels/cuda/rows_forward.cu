@@ -159,7 +159,7 @@ class RowsForward {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           const bool counts = (counting >> i & 1) != 0;
-          const A centered = counts ? convert_from<A>(x[k].values[i]) - about[i] : A{0};
+          const A centered = counts ? convert_from<A>(x[k][i]) - about[i] : A{0};
           sum[i] += centered;
           square[i] = std::fma(centered, centered, square[i]);
           count[i] += counts ? A{1} : A{0};

@@ -26,8 +26,11 @@ struct Constants {
 };
 constexpr Constants kConstants;
 
+constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
+// Of the numbers that kernels hold in 32 bits: vectors of a segment, segments, chunks.
+constexpr std::int64_t kMaxCount = std::numeric_limits<std::int32_t>::max();
+
 constexpr std::size_t kAlignment = 256;
-constexpr std::size_t kShiftedSumsBytes = 32, kChannelSumsBytes = 24, kParameterSumsBytes = 16;
 
 std::int64_t round_up(std::int64_t value, std::int64_t to) { return ceil_div(value, to) * to; }
 
@@ -83,11 +86,8 @@ class Planner {
     plan_.layout = layout_of(problem_);
     const bool is_planned = plan_.layout == Layout::kNCS ? plan_planes() : plan_rows();
     if (!is_planned) return std::nullopt;
-    const bool fits = plan_.blocks <= std::numeric_limits<std::int32_t>::max() &&
-                      plan_.apply_blocks <= std::numeric_limits<std::int32_t>::max();
-    if (!fits) return std::nullopt;
-    const bool counts_batch = problem_.pass == Pass::kForward && !is_group_norm(problem_);
-    if (plan_.path != CudaPath::kSplit) plan_.counters = counts_batch ? 1 : 0;
+    if (plan_.blocks > kMaxGrid || plan_.apply_blocks > kMaxGrid) return std::nullopt;
+    if (plan_.path != CudaPath::kSplit) plan_.counters = problem_.cumulative ? 1 : 0;
     plan_.workspace_bytes = cuda_workspace_layout(problem_, plan_).total;
     return plan_;
   }
@@ -139,14 +139,25 @@ class Planner {
     plan_.width = problem_.aligned && e.s > 1 ? static_cast<int>(full_width(problem_)) : 1;
     // Runs much shorter than a vector would leave most of it empty.
     if (2 * e.s <= plan_.width) plan_.width = 1;
+    // Vectors are aligned in memory: samples that start within a vector would be cut in their own way.
+    const bool is_cut_by_sample = is_group_norm(problem_) && e.c * e.s % plan_.width != 0;
+    if (options_.batch_invariant && is_cut_by_sample) plan_.width = 1;
     const std::int64_t segments = is_group_norm(problem_) ? channels_per_slice(problem_) : e.n;
-    const std::int64_t slots = segments * granules_per_segment(e.s, plan_.width);
+    const std::int64_t granules = granules_per_segment(e.s, plan_.width);
+    if (granules > kMaxCount || segments > kMaxCount) return false;
+    const std::int64_t slots = segments * granules;
     if (may_reside() && (plan_packed_planes(slots) || plan_block_planes(slots))) {
       set_shared_planes(plan_.lanes);
       return true;
     }
-    if (!plan_split_or_stream("the slice does not fit into the registers of a block")) return false;
+    const char* const reason = problem_.dtype == DType::kFloat64
+                                   ? "float64 takes too many registers to hold a slice"
+                               : slots <= max_planes_threads() * many_vectors(problem_)
+                                   ? "too few slices to fill the device with a block for each"
+                                   : "the slice does not fit into the registers of a block";
+    if (!plan_split_or_stream(reason)) return false;
     plan_.threads = plan_.lanes = static_cast<int>(block_threads());
+    if (ceil_div(slots, plan_.threads) > kMaxCount) return false;
     const PlanesTiling tiling = planes_tiling(problem_, plan_);
     plan_.blocks = tiling.slices * tiling.chunks;
     plan_.apply_blocks = problem_.applies ? plan_.blocks : 0;
@@ -212,10 +223,11 @@ class Planner {
     const std::int64_t rows =
         is_group_norm(problem_) ? problem_.extent.s : problem_.extent.n * problem_.extent.s;
     if (may_reside() && plan_resident_rows(rows)) return true;
-    if (!plan_split_or_stream("a tile of rows and whole slices does not fit into the registers of "
-                              "a block")) {
-      return false;
-    }
+    const char* const reason = problem_.dtype == DType::kFloat64
+                                   ? "float64 takes too many registers to hold a slice"
+                                   : "a tile of rows and whole slices does not fit into the "
+                                     "registers of a block";
+    if (!plan_split_or_stream(reason)) return false;
     plan_.samples_per_block = 1;
     const std::int64_t column_lanes =
         std::min(plan_.width > 1 ? kConstants.column_lanes : kConstants.narrow_column_lanes,
@@ -254,10 +266,18 @@ class Planner {
       columns += whole;
     }
     const std::int64_t lanes = columns / plan_.width * row_lanes;
+    const std::size_t unit_bytes = shared_bytes_of_rows(columns, row_lanes);
+    if (unit_bytes > kMaxDynamicShared) return false;
     set_sample_blocks();
     const std::int64_t all_units = resident_units(ceil_div(c, columns));
-    const std::int64_t units =
+    std::int64_t units =
         std::clamp<std::int64_t>(std::min(block_threads(), max_threads) / lanes, 1, all_units);
+    // Whole warps may have room for more of them.
+    const auto units_of_block = [&] { return round_up(units * lanes, kConstants.warp) / lanes; };
+    while (units > 1 &&
+           static_cast<std::size_t>(units_of_block()) * unit_bytes > kMaxDynamicShared) {
+      --units;
+    }
     const bool is_packed = units > 1 && may_take(CudaPath::kPack);
     if (!is_packed && !may_take(CudaPath::kBlock)) {
       plan_.samples_per_block = 1;
@@ -277,15 +297,18 @@ class Planner {
     return true;
   }
 
-  void set_shared_rows(const RowsTiling& tiling) {
+  // Sums of lanes and of channels, and coefficients, of one group of lanes.
+  std::size_t shared_bytes_of_rows(std::int64_t columns, std::int64_t row_lanes) const {
     const std::size_t arithmetic = arithmetic_bytes(problem_);
-    const auto columns = static_cast<std::size_t>(tiling.units * tiling.columns);
-    if (is_backward(problem_)) {
-      plan_.shared_bytes = columns * (tiling.row_lanes * 3 * arithmetic + kChannelSumsBytes) +
-                           columns * 3 * arithmetic;
-    } else {
-      plan_.shared_bytes = columns * (4 + tiling.row_lanes * 3) * arithmetic;
-    }
+    const auto lane_sums = static_cast<std::size_t>(row_lanes) * 3 * arithmetic;
+    const std::size_t of_column = is_backward(problem_)
+                                      ? lane_sums + kChannelSumsBytes + 3 * arithmetic
+                                      : lane_sums + 4 * arithmetic;
+    return static_cast<std::size_t>(columns) * of_column;
+  }
+
+  void set_shared_rows(const RowsTiling& tiling) {
+    plan_.shared_bytes = tiling.units * shared_bytes_of_rows(tiling.columns, tiling.row_lanes);
   }
 
   const Problem& problem_;

@@ -4,6 +4,7 @@
 // by plan_cuda(), passed to the kernels by value. Offsets count elements.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "normcore/kernels/cuda_plan.h"
@@ -19,6 +20,14 @@ inline constexpr int kBackwardVectors = 4, kBackwardFewVectors = 1;
 
 // Largest blocks, by layout and pass: what a thread holds leaves registers for no more.
 inline constexpr int kMaxForwardThreads = 512, kMaxBackwardThreads = 384, kMaxRowsThreads = 256;
+
+// Sizes of what kernels keep in the workspace and in shared memory (cuda/call.h).
+inline constexpr std::size_t kShiftedSumsBytes = 32, kChannelSumsBytes = 24,
+                             kParameterSumsBytes = 16;
+
+// Largest dynamic shared memory per block: of the 99 KiB that every device from sm_80 on allows, the
+// kernels' static part needs up to 7.
+inline constexpr std::size_t kMaxDynamicShared = 88 << 10;
 
 // kNCS. A slice is `segments` runs of s neighbouring elements: the channels of a group (group norm),
 // or the samples of a channel (batch norm). Each segment is covered by `granules` vectors, aligned

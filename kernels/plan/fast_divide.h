@@ -12,7 +12,7 @@ class FastDivide {
  public:
   FastDivide() = default;
   // 1 <= divisor < 2^31
-  explicit constexpr FastDivide(std::uint32_t divisor) : divisor_(divisor) {
+  explicit constexpr FastDivide(std::uint32_t divisor) {
     while ((std::uint64_t{1} << shift_) < divisor) ++shift_;
     const std::uint64_t excess = (std::uint64_t{1} << shift_) - divisor;
     multiplier_ = static_cast<std::uint32_t>((excess << 32) / divisor + 1);
@@ -23,10 +23,9 @@ class FastDivide {
     const auto high = static_cast<std::uint32_t>((std::uint64_t{value} * multiplier_) >> 32);
     return (high + value) >> shift_;
   }
-  NORMCORE_HOST_DEVICE constexpr std::uint32_t divisor() const { return divisor_; }
 
  private:
-  std::uint32_t divisor_ = 1, multiplier_ = 1, shift_ = 0;
+  std::uint32_t multiplier_ = 1, shift_ = 0;
 };
 
 }  // namespace normcore::kernels

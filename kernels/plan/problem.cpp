@@ -34,7 +34,9 @@ Problem backward(const NormInput& input, std::int64_t num_groups, ConstTensor gr
 }  // namespace
 
 Problem problem_of(const BatchNormForwardArgs& args) {
-  return forward(args.input, kBatchNorm, Pass::kForward, args.y);
+  Problem p = forward(args.input, kBatchNorm, Pass::kForward, args.y);
+  p.cumulative = args.running.cumulative && args.running.num_batches_tracked != nullptr;
+  return p;
 }
 Problem problem_of(const BatchNormInferenceArgs& args) {
   return forward(args.input, kBatchNorm, Pass::kInference, args.y);

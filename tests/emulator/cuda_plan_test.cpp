@@ -42,7 +42,6 @@ void for_each_plan(const CudaOptions& options, Body body) {
 
 void expect_legal(const Problem& p, const CudaPlan& plan) {
   const std::string what = to_string(p) + ": " + describe(plan);
-  constexpr std::size_t kSharedBytes = 160 << 10;  // sm_80 allows 163 KiB
   ASSERT_GE(plan.blocks, 1) << what;
   ASSERT_LE(plan.blocks, std::int64_t{2147483647}) << what;
   ASSERT_EQ(plan.threads % 32, 0) << what;
@@ -51,7 +50,7 @@ void expect_legal(const Problem& p, const CudaPlan& plan) {
                    : p.pass == Pass::kBackward ? kMaxBackwardThreads
                                                : kMaxForwardThreads;
   ASSERT_LE(plan.threads, most) << what;
-  ASSERT_LE(plan.shared_bytes, kSharedBytes) << what;
+  ASSERT_LE(plan.shared_bytes, kMaxDynamicShared) << what;
   ASSERT_STRNE(plan.reason, "") << what;
   if (!p.aligned) {
     ASSERT_EQ(plan.width, 1) << what;
@@ -148,6 +147,37 @@ TEST(CudaPlan, BatchInvariantPlansDoNotDependOnTheBatchSize) {
       ASSERT_EQ(alone->rows_per_chunk, together->rows_per_chunk) << what;
     }
   });
+}
+
+// Kernels count vectors, segments and chunks in 32 bits.
+TEST(CudaPlan, RefusesWhatCannotBeCounted) {
+  constexpr std::int64_t kMany = 5'000'000'000;
+  Problem p;
+  p.dtype = DType::kBFloat16;
+  p.extent = {1, 1, kMany};
+  const auto plan = plan_cuda(p, kDevices[0]);
+  ASSERT_TRUE(plan);
+  expect_legal(p, *plan);
+  EXPECT_GE(planes_tiling(p, *plan).granules * std::int64_t{plan->width}, kMany);
+  p.aligned = false;
+  EXPECT_FALSE(plan_cuda(p, kDevices[0]));
+  p.aligned = true;
+  p.extent = {kMany, 1, 1};
+  EXPECT_FALSE(plan_cuda(p, kDevices[0]));
+}
+
+TEST(CudaPlan, SaysWhySlicesAreSplit) {
+  const auto reason_of = [](const Problem& p) {
+    return std::string(plan_cuda(p, kDevices[0])->reason);
+  };
+  Problem p;
+  p.extent = {1, 2, 1 << 20};
+  EXPECT_NE(reason_of(p).find("does not fit into the registers"), std::string::npos);
+  p.extent = {1, 5, 16378};
+  p.dtype = DType::kBFloat16;
+  EXPECT_NE(reason_of(p).find("too few slices"), std::string::npos);
+  p.dtype = DType::kFloat64;
+  EXPECT_NE(reason_of(p).find("float64"), std::string::npos);
 }
 
 TEST(CudaPlan, ReadsSmallSlicesOnce) {

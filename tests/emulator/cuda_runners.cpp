@@ -15,6 +15,13 @@ namespace {
 // Small blocks: many of them even for small shapes, and few threads for the race detector.
 constexpr int kThreads = 64;
 constexpr CudaDevice kDevice{8};
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kDetectsRaces = true;
+#elif defined(__has_feature)
+constexpr bool kDetectsRaces = __has_feature(thread_sanitizer);
+#else
+constexpr bool kDetectsRaces = false;
+#endif
 
 class CudaRunner : public RunnerOf<CudaRunner> {
  public:
@@ -47,11 +54,21 @@ class CudaRunner : public RunnerOf<CudaRunner> {
   emulator::Schedule schedule_;
 };
 
-CudaOptions options_of(std::optional<CudaPath> path) {
+CudaOptions small_blocks() {
   CudaOptions options;
-  options.path = path;
   options.max_threads = kThreads;
-  options.batch_invariant = !path;
+  return options;
+}
+
+CudaOptions forced(CudaPath path) {
+  CudaOptions options = small_blocks();
+  options.path = path;
+  return options;
+}
+
+CudaOptions batch_invariant() {
+  CudaOptions options = small_blocks();
+  options.batch_invariant = true;
   return options;
 }
 
@@ -59,21 +76,22 @@ CudaOptions options_of(std::optional<CudaPath> path) {
 
 const std::vector<EqualRunners>& all_runners() {
   static const std::vector<EqualRunners> runners = [] {
-    const std::pair<const char*, std::optional<CudaPath>> paths[] = {
-        {"planned path", std::nullopt},
-        {"pack path", CudaPath::kPack},
-        {"block path", CudaPath::kBlock},
-        {"split path", CudaPath::kSplit}};
+    const std::pair<std::string, CudaOptions> ways[] = {
+        {"batch invariant", batch_invariant()},
+        {"planned path", small_blocks()},
+        {"pack path", forced(CudaPath::kPack)},
+        {"block path", forced(CudaPath::kBlock)},
+        {"split path", forced(CudaPath::kSplit)},
+        {"planned path, blocks of any size", kDetectsRaces ? small_blocks() : CudaOptions{}}};
     std::vector<EqualRunners> all;
-    for (const auto& [name, path] : paths) {
-      const CudaOptions options = options_of(path);
-      all.push_back({std::make_shared<CudaRunner>(name + std::string(", in order"), options,
-                                                  emulator::in_order()),
-                     std::make_shared<CudaRunner>(name + std::string(", random"), options,
-                                                  emulator::random(0).window(3))});
+    for (const auto& [name, options] : ways) {
+      const auto runner = [&](const char* order, const emulator::Schedule& schedule) {
+        return std::make_shared<CudaRunner>(name + order, options, schedule);
+      };
+      all.push_back({runner(", in order", emulator::in_order()),
+                     runner(", reversed", emulator::reversed()),
+                     runner(", random", emulator::random(0).window(3))});
     }
-    all.front().push_back(std::make_shared<CudaRunner>(
-        "planned path, reversed", options_of(std::nullopt), emulator::reversed()));
     return all;
   }();
   return runners;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "norm_checks.h"
 #include "positions.h"
@@ -291,6 +292,20 @@ TEST(BatchNorm, InferenceDoesNotDependOnTheBatchSize) {
         }
       }
     }
+  }
+}
+
+// Of the size that leaves a split CUDA kernel a piece of a slice behind the slice's end.
+TEST(BatchNorm, ReadsNothingBehindTheInput) {
+  const std::pair<Extent, DType> cases[] = {{{1, 1, 2046}, DType::kFloat32},
+                                            {{1, 5, 4090}, DType::kBFloat16}};
+  for (const auto& [extent, dtype] : cases) {
+    NormCase c;
+    c.extent = extent;
+    c.x = c.y = dtype;
+    c.placement = Placement::kBegin;
+    const Inputs inputs(c);
+    check_forward(inputs);
   }
 }
 

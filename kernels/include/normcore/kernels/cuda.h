@@ -24,8 +24,6 @@ struct CudaStream {
 
 // Facts about a device of this machine.
 Status query_device(int ordinal, CudaDevice& device);
-// Whether what is enqueued is recorded for a CUDA graph instead of run.
-Status query_capture(CudaStream stream, bool& is_capturing);
 
 Status run(const BatchNormForwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
            CudaStream stream);

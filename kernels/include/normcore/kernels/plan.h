@@ -25,8 +25,8 @@ struct Problem {
   std::int64_t num_groups = 0;
   Pass pass = Pass::kForward;
   // CUDA only: every tensor over the extent starts at a multiple of 16 bytes; the backward pass needs
-  // sums over slices; it writes a gradient over the extent.
-  bool aligned = true, reduces = true, applies = true;
+  // sums over slices; it writes a gradient over the extent; running statistics are cumulative.
+  bool aligned = true, reduces = true, applies = true, cumulative = false;
 
   Problem() = default;
   Problem(const NormInput& input, std::int64_t num_groups, Pass pass)
