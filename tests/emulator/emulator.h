@@ -4,7 +4,8 @@
 // in CONTRIBUTING.md ("CUDA kernels"): shared memory through block_shared() and dynamic_shared(),
 // launches through launch(). What breaks CUDA's rules (divergent barriers, lanes that are missing,
 // writes outside of shared memory, deadlocks) ends the launch with an emulator::Error.
-// It models neither memory ordering between blocks, nor occupancy, nor speed.
+// It models neither occupancy nor speed, and memory ordering in a build with a race detector only:
+// under ThreadSanitizer a launch without a race gives no report, and an Error ends the process.
 #pragma once
 
 #include <cuda_bf16.h>

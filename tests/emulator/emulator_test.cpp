@@ -3,12 +3,11 @@
 
 #include <gtest/gtest.h>
 
-#include <limits>
 #include <numeric>
 #include <string>
 #include <vector>
 
-#include "planted_bugs.h"
+#include "planted_runs.h"
 
 // A thread that ran into an error is abandoned: what its frames own is never freed.
 extern "C" const char* __asan_default_options();
@@ -28,56 +27,8 @@ const std::vector<emulator::Schedule>& schedules() {
   return all;
 }
 
-constexpr int kSize = 1000, kBlocks = 6, kCluster = 4;
-
-std::vector<float> input() {
-  std::vector<float> x(kSize + 1, std::numeric_limits<float>::quiet_NaN());  // one past the end
-  // Of many magnitudes: another order of additions has another rounding.
-  for (int i = 0; i < kSize; ++i) {
-    x[static_cast<std::size_t>(i)] =
-        0.1f * static_cast<float>(i % 37) * static_cast<float>(1 << (i % 13));
-  }
-  return x;
-}
-
-using Result = std::vector<float>;
-
-Result run_block_sum(Bug bug) {
-  Result sum(1, -1.0f);
-  block_sum(input().data(), kSize, sum.data(), bug);
-  return sum;
-}
-
-// Twice: a ticket that is not reset shows in the second launch.
-Result run_ticket_sum(Bug bug) {
-  Result result;
-  std::vector<float> partials(kBlocks, std::numeric_limits<float>::quiet_NaN());
-  unsigned ticket = 0;
-  for (int launch = 0; launch < 2; ++launch) {
-    float sum = -1.0f;
-    ticket_sum(input().data(), kSize, kBlocks, partials.data(), &ticket, &sum, bug);
-    result.push_back(sum);
-    partials.assign(kBlocks, std::numeric_limits<float>::quiet_NaN());
-  }
-  return result;
-}
-
-Result run_cluster_sum(Bug bug) {
-  Result sums(kCluster, -1.0f);
-  cluster_sum(input().data(), kSize, sums.data(), bug);
-  return sums;
-}
-
-Result run_team_sum(Bug bug) {
-  Result sums(kBlocks, -1.0f);
-  std::vector<float> partials(kBlocks, std::numeric_limits<float>::quiet_NaN());
-  unsigned counter = 0;
-  team_sum(input().data(), kSize, kBlocks, partials.data(), &counter, sums.data(), bug);
-  return sums;
-}
-
 // What happens with a bug under any of the schedules: the emulator's error, or "wrong result".
-std::string symptom(Result (*run)(Bug), Bug bug) {
+std::string symptom(Kernel run, Bug bug) {
   emulator::use(emulator::in_order());
   const Result right = run(Bug::kNone);
   for (const emulator::Schedule& schedule : schedules()) {
@@ -91,12 +42,10 @@ std::string symptom(Result (*run)(Bug), Bug bug) {
   return "";
 }
 
-using Kernel = Result (*)(Bug);
-
 TEST(Emulator, RightKernelsGiveTheSameBitsUnderEverySchedule) {
   const std::vector<float> x = input();
   const double expected = std::accumulate(x.begin(), x.end() - 1, 0.0);
-  for (const Kernel run : {run_block_sum, run_ticket_sum, run_cluster_sum, run_team_sum}) {
+  for (const Kernel run : kAllKernels) {
     EXPECT_EQ(symptom(run, Bug::kNone), "");
     for (const float sum : run(Bug::kNone)) EXPECT_NEAR(sum, expected, 1e-5 * expected);
   }
@@ -127,6 +76,12 @@ TEST(Emulator, CatchesBugsBetweenBlocks) {
   expect_symptom(run_cluster_sum, Bug::kLeavesCluster, "has exited");
   expect_symptom(run_team_sum, Bug::kNoTeamBarrier, "wrong result");
   expect_symptom(run_team_sum, Bug::kNotCooperative, "deadlock: ");
+}
+
+TEST(Emulator, MissesWhatOnlyTheRaceDetectorSees) {
+  for (const auto& [run, bug] : kRacesOnly) {
+    EXPECT_EQ(symptom(run, bug), "") << "bug " << static_cast<int>(bug);
+  }
 }
 
 TEST(Emulator, NamesThePlaceOfADeadlock) {

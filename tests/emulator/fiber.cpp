@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "race.h"
+
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -27,7 +29,8 @@
 namespace emulator {
 namespace {
 
-constexpr std::size_t kStackBytes = 256 << 10, kGuardBytes = 4096;
+// The race detector clears what it knows about a stack with every new fiber: a small one is faster.
+constexpr std::size_t kStackBytes = (race::kIsDetected ? 64 : 256) << 10, kGuardBytes = 4096;
 
 // Stacks are kept for the next fiber, since mapping one costs more than running most kernels.
 std::vector<unsigned char*>& free_stacks() {
@@ -39,6 +42,13 @@ unsigned char* take_stack() {
   if (!free_stacks().empty()) {
     unsigned char* const stack = free_stacks().back();
     free_stacks().pop_back();
+    if constexpr (race::kIsDetected) {
+      // Mapped anew: what the new thread does there does not race with its predecessor.
+      if (mmap(stack, kStackBytes, PROT_READ | PROT_WRITE,
+               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) != stack) {
+        throw std::bad_alloc();
+      }
+    }
     return stack;
   }
   void* const map = mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
@@ -69,6 +79,7 @@ struct Fiber::State {
   void (*body)(void*) = nullptr;
   void* context = nullptr;
   unsigned char* stack = nullptr;
+  void* race_fiber = nullptr;
 #if defined(__x86_64__)
   void* registers = nullptr;
 #else
@@ -102,12 +113,16 @@ struct Fiber::State {
 Fiber::State* Fiber::State::current = nullptr;
 Fiber::State* Fiber::State::previous = nullptr;
 
-Fiber::Fiber() : state_(std::make_unique<State>()) { State::current = state_.get(); }
+Fiber::Fiber() : state_(std::make_unique<State>()) {
+  state_->race_fiber = race::current_fiber();
+  State::current = state_.get();
+}
 
 Fiber::Fiber(void (*body)(void*), void* context) : state_(std::make_unique<State>()) {
   state_->body = body;
   state_->context = context;
   state_->stack = take_stack();
+  state_->race_fiber = race::create_fiber();
 #if defined(EMULATOR_ASAN)
   __asan_unpoison_memory_region(state_->stack, kStackBytes);  // frames of an abandoned kernel
   state_->bottom = state_->stack;
@@ -128,7 +143,9 @@ Fiber::Fiber(void (*body)(void*), void* context) : state_(std::make_unique<State
 }
 
 Fiber::~Fiber() {
-  if (state_->stack != nullptr) free_stacks().push_back(state_->stack);
+  if (state_->stack == nullptr) return;
+  race::destroy_fiber(state_->race_fiber);
+  free_stacks().push_back(state_->stack);
 }
 
 void Fiber::switch_to(Fiber& other) {
@@ -140,6 +157,7 @@ void Fiber::switch_to(Fiber& other) {
 #if defined(EMULATOR_ASAN)
   __sanitizer_start_switch_fiber(&from->fake_stack, to->bottom, to->size);
 #endif
+  race::switch_to_fiber(to->race_fiber);
 #if defined(__x86_64__)
   emulator_switch(&from->registers, to->registers);
 #else

@@ -50,13 +50,44 @@ __global__ void block_sum_kernel(const float* x, int n, float* sum, Bug bug) {
   if (threadIdx.x == 0) *sum = total;
 }
 
+__global__ void exchange_sum_kernel(const float* x, int n, float* sum, Bug bug) {
+  auto& shared = block_shared<Values>();
+  const unsigned neighbour = threadIdx.x ^ 1u;
+  shared.of[threadIdx.x] = own_sum(x, n, bug);
+  if (bug == Bug::kShuffleForBarrier) {
+    __shfl_xor_sync(~0u, 0, 1);
+  } else {
+    __syncwarp();
+  }
+  float pair = shared.of[threadIdx.x & neighbour] + shared.of[threadIdx.x | neighbour];
+  __syncwarp();
+  shared.of[threadIdx.x] = pair;
+  __syncthreads();
+  // In order this one leaves the barrier when all others have arrived at the next one.
+  const bool is_reader = threadIdx.x == blockDim.x - 2;
+  if (is_reader) {
+    pair = 0.0f;
+    for (unsigned i = 0; i < blockDim.x; i += 2) pair += shared.of[i];
+    *sum = pair;
+  }
+  if (bug != Bug::kOverwritesTooEarly) __syncthreads();
+  if (!is_reader) shared.of[threadIdx.x] = pair;  // as it was
+  __syncthreads();
+}
+
+__device__ unsigned take_ticket(unsigned* ticket, Bug bug) {
+  if (bug == Bug::kTicketRelaxed) return atomicAdd(ticket, 1u);
+  if (bug == Bug::kTicketReleaseOnly) return __atomic_fetch_add(ticket, 1, __ATOMIC_RELEASE);
+  return cuda::fetch_add_acq_rel(ticket, 1);
+}
+
 __global__ void ticket_sum_kernel(const float* x, int n, float* partials, unsigned* ticket,
                                   float* sum, Bug bug) {
   const float own = sum_in_block(own_sum(x, n, bug), bug);
   if (threadIdx.x != 0) return;
   const unsigned blocks = gridDim.x;
   if (bug != Bug::kTicketBeforeWrite) partials[blockIdx.x] = own;
-  const bool is_last = cuda::fetch_add_acq_rel(ticket, 1) == blocks - 1;
+  const bool is_last = take_ticket(ticket, bug) == blocks - 1;
   if (bug == Bug::kTicketBeforeWrite) {
     emulator::yield();
     partials[blockIdx.x] = own;
@@ -72,11 +103,12 @@ __global__ void ticket_sum_kernel(const float* x, int n, float* partials, unsign
 __global__ void cluster_sum_kernel(const float* x, int n, float* sums, Bug bug) {
   const float own = sum_in_block(own_sum(x, n, bug), bug);
   auto& mine = block_shared<float>();
+  if (bug == Bug::kArrivesTooEarly) emulator::cluster_arrive();
   if (threadIdx.x == 0) mine = own;
   if (bug == Bug::kNoClusterBarrier) {
     __syncthreads();
   } else {
-    emulator::cluster_arrive();
+    if (bug != Bug::kArrivesTooEarly) emulator::cluster_arrive();
     emulator::cluster_wait();
   }
   float total = 0.0f;
@@ -109,6 +141,10 @@ __global__ void team_sum_kernel(const float* x, int n, float* partials, unsigned
 
 void block_sum(const float* x, int n, float* sum, Bug bug) {
   emulator::run({1, 64}, [=] { block_sum_kernel(x, n, sum, bug); });
+}
+
+void exchange_sum(const float* x, int n, float* sum, Bug bug) {
+  emulator::run({1, 64}, [=] { exchange_sum_kernel(x, n, sum, bug); });
 }
 
 void ticket_sum(const float* x, int n, int blocks, float* partials, unsigned* ticket, float* sum,

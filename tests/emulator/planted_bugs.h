@@ -1,5 +1,6 @@
 // Small kernels that are right with Bug::kNone and wrong in one way each otherwise: what the emulator
-// is expected to catch.
+// is expected to catch. "Race only": nothing but the race detector can, as the emulator's order of
+// accesses gives the right values by chance.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +17,19 @@ enum class Bug : std::uint8_t {
   kWritesPastShared,    // memory
   kLaneOutsideOfMask,   // a shuffle without a lane that takes part
   kLeavesEarly,         // before a barrier that others meet
+  // exchange_sum
+  kShuffleForBarrier,   // between the write and the read of a warp; race only
+  kOverwritesTooEarly,  // what another thread still reads; race only
   // ticket_sum
   kMergesFromItself,   // the order depends on the block that is last
   kTicketBeforeWrite,  // of the partial sum
   kTicketNotReset,
+  kTicketRelaxed,      // orders nothing; race only
+  kTicketReleaseOnly,  // nor does this where partial sums are read; race only
   // cluster_sum
   kNoClusterBarrier,  // before a peer's memory is read
   kLeavesCluster,     // while a peer may read its memory
+  kArrivesTooEarly,   // before the write that peers read; race only
   // team_sum
   kNoTeamBarrier,   // between the blocks of a cooperative launch
   kNotCooperative,  // a barrier between blocks that need not run together
@@ -30,6 +37,8 @@ enum class Bug : std::uint8_t {
 
 // Sum of n values by one block of 64 threads.
 void block_sum(const float* x, int n, float* sum, Bug bug);
+// The same, with threads that exchange values through shared memory.
+void exchange_sum(const float* x, int n, float* sum, Bug bug);
 // By `blocks` blocks of 32 threads; the last one to arrive merges. partials: [blocks].
 void ticket_sum(const float* x, int n, int blocks, float* partials, unsigned* ticket, float* sum,
                 Bug bug);

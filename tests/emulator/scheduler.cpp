@@ -1,4 +1,6 @@
 // Blocks, barriers, warps and shared memory of a launch, and the order in which its threads run.
+#include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -9,6 +11,7 @@
 
 #include "emulator.h"
 #include "fiber.h"
+#include "race.h"
 
 namespace emulator {
 namespace {
@@ -39,6 +42,10 @@ struct Barrier {
   unsigned arrived = 0, expected = 0, generation = 0;
   int count = 0, result = 0;
   Site site{};
+  // For the race detector, in turns: an arrival at the next barrier is not yet ordered before a
+  // thread that has not left this one.
+  char tags[2];
+  char* tag(unsigned of_generation) { return &tags[of_generation % 2]; }
 };
 
 struct Cluster {
@@ -51,6 +58,7 @@ struct Warp {
   unsigned present = 0, waiting = 0;
   std::uint64_t values[kWarpSize];
   int arguments[kWarpSize];
+  char arrivals[kWarpSize], departures[kWarpSize];  // of a lane, for the race detector
 };
 
 // Starts as NaN bytes, ends as NaN bytes for a peer that reads too late.
@@ -128,8 +136,9 @@ class Grid {
     blockDim = launch_.block;
     gridDim = launch_.grid;
     const std::vector<unsigned> order = order_of(blocks / launch_.cluster);
-    const std::size_t window = launch_.cooperative ? order.size() : schedule.window();
+    const std::size_t window = launch_.cooperative ? order.size() : window_of_schedule();
     std::size_t started = 0;
+    race::release(&begin_);
     while (error_.empty() && (started < order.size() || !clusters_.empty())) {
       while (started < order.size() && clusters_.size() < window) add_cluster(order[started++]);
       if (Thread* const thread = next()) {
@@ -137,9 +146,11 @@ class Grid {
       } else if (error_.empty()) {
         error_ = describe_deadlock();
       }
+      // Not ordered before the blocks to come, hence no acquire.
       std::erase_if(clusters_, [](const auto& cluster) { return cluster->live_blocks == 0; });
     }
-    if (!error_.empty()) throw Error(error_);
+    if (!error_.empty()) stop();
+    race::acquire(&end_);
   }
 
   Thread& current() { return *current_; }
@@ -161,12 +172,14 @@ class Grid {
   }
 
   int meet(Barrier& barrier, Wait wait, int predicate, Site site) {
+    char* const tag = barrier.tag(barrier.generation);
     barrier.count += predicate;
     if (arrive(barrier, wait, site)) {
       yield();
     } else {
       suspend(wait, site);
     }
+    race::acquire(tag);
     return barrier.result;
   }
 
@@ -184,12 +197,14 @@ class Grid {
     if (thread.cluster_arrived != thread.cluster_waited + 1) {
       fail("cluster wait without arrive at " + to_string(site));
     }
-    ++thread.cluster_waited;
-    if (thread.block->cluster->barrier.generation < thread.cluster_waited) {
+    Barrier& barrier = thread.block->cluster->barrier;
+    char* const tag = barrier.tag(thread.cluster_waited++);
+    if (barrier.generation < thread.cluster_waited) {
       suspend(Wait::kCluster, site);
     } else {
       yield();
     }
+    race::acquire(tag);
   }
 
   std::uint64_t meet_in_warp(WarpOperation operation, unsigned mask, std::uint64_t value,
@@ -218,9 +233,13 @@ class Grid {
     }
     warp.values[lane] = value;
     warp.arguments[lane] = argument;
+    // As on a device, shuffles and votes order nothing.
+    const bool orders = operation == WarpOperation::kSync;
+    if (orders) race::release(&warp.arrivals[lane]);
     if ((others | bit) == mask) {
       combine(warp.values, warp.arguments, mask);
       warp.waiting &= ~mask;
+      if (orders) order_lanes(warp, mask);
       for (unsigned rest = others; rest != 0; rest &= rest - 1) {
         make_ready(lane_thread(static_cast<unsigned>(std::countr_zero(rest))));
       }
@@ -230,6 +249,7 @@ class Grid {
       self.mask = mask;
       suspend(Wait::kWarp, site);
     }
+    if (orders) race::acquire(&warp.departures[lane]);
     return warp.values[lane];
   }
 
@@ -241,6 +261,33 @@ class Grid {
   }
 
  private:
+  [[noreturn]] void stop() const {
+    // The race detector would take an abandoned launch for many races.
+    if constexpr (race::kIsDetected) {
+      std::fprintf(stderr, "emulator: %s\n", error_.c_str());
+      std::abort();
+    }
+    throw Error(error_);
+  }
+
+  unsigned window_of_schedule() const {
+    const unsigned window = schedule.window();
+    if constexpr (race::kIsDetected) {
+      return std::clamp(race::kMaxThreads / (threads_ * launch_.cluster), 1u, window);
+    }
+    return window;
+  }
+
+  // By the last lane to arrive, for all of them.
+  static void order_lanes(Warp& warp, unsigned mask) {
+    for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
+      race::acquire(&warp.arrivals[std::countr_zero(rest)]);
+    }
+    for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
+      race::release(&warp.departures[std::countr_zero(rest)]);
+    }
+  }
+
   std::uint64_t random_bits() {  // splitmix64
     random_ += 0x9e3779b97f4a7c15;
     std::uint64_t z = random_;
@@ -286,13 +333,28 @@ class Grid {
     clusters_.push_back(std::move(cluster));
   }
 
-  static void start_thread(void* grid) {
-    static_cast<Grid*>(grid)->kernel_();
-    static_cast<Grid*>(grid)->finish_thread();
+  static void start_thread(void* context) {
+    Grid& grid = *static_cast<Grid*>(context);
+    race::acquire(&grid.begin_);
+    grid.kernel_();
+    race::release(&grid.end_);
+    grid.finish_thread();
   }
 
   [[noreturn]] void finish_thread() {
     Thread& thread = *current_;
+    if (Thread* const successor = retire(thread)) {
+      resume(*thread.fiber, *successor);
+    } else {
+      thread.fiber->switch_to(main_);
+    }
+    __builtin_unreachable();
+  }
+
+  // The thread that runs after the last instruction of this one. Null: the main fiber, which starts
+  // and deletes blocks.
+  Thread* retire(Thread& thread) {
+    const race::Unseen unseen;
     Block& block = *thread.block;
     thread.is_done = true;
     idle_rounds_ = 0;
@@ -309,13 +371,7 @@ class Grid {
       }
       --block.cluster->live_blocks;
     }
-    // Back to the main fiber if a block may be started, or deleted.
-    if (block.cluster->live_blocks == 0) {
-      thread.fiber->switch_to(main_);
-    } else {
-      leave();
-    }
-    __builtin_unreachable();
+    return block.cluster->live_blocks == 0 ? nullptr : next();
   }
 
   // Who runs next: the ready ones, then those that poll, of which two rounds without an event in
@@ -376,6 +432,7 @@ class Grid {
 
   // True for the last one, which releases the others.
   bool arrive(Barrier& barrier, Wait wait, Site site) {
+    race::release(barrier.tag(barrier.generation));
     if (barrier.arrived != 0 && !is_same(barrier.site, site)) {
       fail(std::string("divergent ") + to_string(wait) + ": " + to_string(*current_) + " at " +
            to_string(site) + ", others at " + to_string(barrier.site));
@@ -432,6 +489,7 @@ class Grid {
   unsigned idle_rounds_ = 0;
   std::uint64_t random_;
   std::string error_;
+  char begin_, end_;  // of the launch, for the race detector
 };
 
 Grid* grid = nullptr;
@@ -444,6 +502,7 @@ void use(const Schedule& next_schedule) { schedule = next_schedule; }
 
 void run(const Launch& launch, const std::function<void()>& kernel) {
   if (grid != nullptr) throw Error("launch from a kernel");
+  const race::Unseen unseen;
   struct Reset {
     ~Reset() { grid = nullptr; }
   } reset;
@@ -452,17 +511,37 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   own.run();
 }
 
-void yield() { grid->yield(); }
-void pause(Site site) { grid->pause(site); }
-void wait_for_block(Site site) { grid->meet(own_block().barrier, Wait::kBlock, 0, site); }
+void yield() {
+  const race::Unseen unseen;
+  grid->yield();
+}
+
+void pause(Site site) {
+  const race::Unseen unseen;
+  grid->pause(site);
+}
+
+void wait_for_block(Site site) { count_in_block(false, site); }
+
 int count_in_block(bool predicate, Site site) {
+  const race::Unseen unseen;
   return grid->meet(own_block().barrier, Wait::kBlock, predicate ? 1 : 0, site);
 }
-void cluster_arrive(Site site) { grid->cluster_arrive(site); }
-void cluster_wait(Site site) { grid->cluster_wait(site); }
+
+void cluster_arrive(Site site) {
+  const race::Unseen unseen;
+  grid->cluster_arrive(site);
+}
+
+void cluster_wait(Site site) {
+  const race::Unseen unseen;
+  grid->cluster_wait(site);
+}
+
 unsigned cluster_rank() { return own_block().rank; }
 
 void* cluster_peer(const void* own, unsigned rank) {
+  const race::Unseen unseen;
   if (rank >= grid->launch().cluster) grid->fail("cluster_peer: no such rank");
   for (auto& [key, array] : own_block().shared) {
     const auto offset = array.find(own);
@@ -482,6 +561,7 @@ void* cluster_peer(const void* own, unsigned rank) {
 }
 
 void* shared_memory(const void* key, std::size_t bytes) {
+  const race::Unseen unseen;
   return own_block().shared.try_emplace(key, bytes).first->second.data();
 }
 
@@ -492,6 +572,7 @@ void* dynamic_shared_memory() {
 
 std::uint64_t meet_in_warp(WarpOperation operation, unsigned mask, std::uint64_t value,
                            int argument, Combine combine, Site site) {
+  const race::Unseen unseen;
   return grid->meet_in_warp(operation, mask, value, argument, combine, site);
 }
 
