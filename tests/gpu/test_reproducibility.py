@@ -81,3 +81,20 @@ def test_batch_invariance(norm: str, shape: Shape, dtype: torch.dtype) -> None:
             {name: want[name][part] for name in ("y", "x")},
             f"for samples {begin} to {end}",
         )
+
+
+@pytest.mark.usefixtures("batch_invariant")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [SMALL[0], SMALL[3], SMALL[7]], ids=name_of)
+def test_batch_invariance_of_equal_samples(shape: Shape, dtype: torch.dtype) -> None:
+    """Samples that start anywhere in a vector of memory, of a batch that starts anywhere too."""
+    workload = Workload.random("group_norm", shape, dtype).to("cuda")
+    for t in (workload.x, workload.dy):
+        t.copy_(t[:1].expand_as(t).clone())
+    want = workload.run()
+    assert all(torch.equal(want["y"][0], y) for y in want["y"])
+    assert all(torch.equal(want["x"][0], grad) for grad in want["x"])
+    shifted = torch.empty(workload.x.numel() + 1, dtype=dtype, device="cuda")[1:]
+    x = shifted.as_strided(workload.x.shape, workload.x.stride(), 1).copy_(workload.x)
+    got = Workload("group_norm", shape, x, workload.dy, workload.operands).run()
+    assert_same_bits(got, want, "behind the start of a vector")
