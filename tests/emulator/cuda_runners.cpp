@@ -84,9 +84,9 @@ const std::vector<EqualRunners>& all_runners() {
         {"split path", forced(CudaPath::kSplit)}};
     if (!kDetectsRaces) ways.emplace_back("planned path, blocks of any size", CudaOptions{});
     std::vector<EqualRunners> all;
-    for (const auto& [name, options] : ways) {
+    for (const auto& way : ways) {
       const auto runner = [&](const char* order, const emulator::Schedule& schedule) {
-        return std::make_shared<CudaRunner>(name + order, options, schedule);
+        return std::make_shared<CudaRunner>(way.first + order, way.second, schedule);
       };
       all.push_back({runner(", in order", emulator::in_order()),
                      runner(", random", emulator::random(0).window(3))});
