@@ -76,11 +76,11 @@ std::string explain(const Tensor& input, const std::string& op, const ExplainOpt
   problem.dtype = backend::to_dtype(input.scalar_type());
   problem.num_groups = is_group_norm ? norm.num_groups : 0;
   problem.affine_per_sample = options.affine_per_sample();
-  if (options.mask().defined() && options.training()) {
+  const bool has_batch_statistics = is_group_norm || options.training();
+  if (options.mask().defined() && has_batch_statistics) {
     problem.mask =
         mapping.is_row_mask(options.mask()) ? kernels::MaskKind::kRow : kernels::MaskKind::kElement;
   }
-  const bool has_batch_statistics = is_group_norm || options.training();
   problem.pass = options.backward()     ? kernels::Pass::kBackward
                  : has_batch_statistics ? kernels::Pass::kForward
                                         : kernels::Pass::kInference;

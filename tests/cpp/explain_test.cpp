@@ -28,5 +28,15 @@ TEST(Explain, TakesTheOptionsOfTheOperator) {
   EXPECT_THROW(explain(x, "batch_norm"), c10::NotImplementedError);  // nothing runs on Meta
 }
 
+// Batch norm with running statistics ignores a mask; group norm has no other statistics to take.
+TEST(Explain, KnowsWhereAMaskCounts) {
+  const auto x = at::empty({2, 48, 10, 10}, kMeta).contiguous(at::MemoryFormat::ChannelsLast);
+  const auto mask = at::ones({2, 1, 10, 10}, at::device(at::kMeta).dtype(at::kBool));
+  const auto options = ExplainOptions().device(at::kCPU).num_groups(4).training(false);
+  const auto masked = ExplainOptions(options).mask(mask);
+  EXPECT_NE(explain(x, "group_norm", masked), explain(x, "group_norm", options));
+  EXPECT_EQ(explain(x, "batch_norm", masked), explain(x, "batch_norm", options));
+}
+
 }  // namespace
 }  // namespace normcore::testing
