@@ -90,48 +90,58 @@ HWY_INLINE Vector<A> twice_gelu_tanh_argument(Vector<A> z) {
   return hn::Mul(hn::Mul(z, constant<A>(2.0 * kSqrtTwoOverPi)), inner);
 }
 
-template <class A>
-HWY_INLINE Vector<A> activate(Activation activation, Vector<A> z) {
-  switch (activation) {
-    case Activation::kNone:
-      return z;
-    case Activation::kReLU:  // NaN stays NaN
-      return hn::IfThenZeroElse(hn::Le(z, hn::Zero(Tag<A>())), z);
-    case Activation::kSiLU:
-      return hn::Mul(z, sigmoid<A>(z).value);
-    case Activation::kGelu:
-      return hn::Mul(z, normal_distribution<A>(z).cumulative);
-    case Activation::kGeluTanh:
-      return hn::Mul(z, sigmoid<A>(twice_gelu_tanh_argument<A>(z)).value);
+template <Activation kActivation, class A>
+HWY_INLINE Vector<A> activate(Vector<A> z) {
+  if constexpr (kActivation == Activation::kNone) {
+    return z;
+  } else if constexpr (kActivation == Activation::kReLU) {  // NaN stays NaN
+    return hn::IfThenZeroElse(hn::Le(z, hn::Zero(Tag<A>())), z);
+  } else if constexpr (kActivation == Activation::kSiLU) {
+    return hn::Mul(z, sigmoid<A>(z).value);
+  } else if constexpr (kActivation == Activation::kGelu) {
+    return hn::Mul(z, normal_distribution<A>(z).cumulative);
+  } else {
+    return hn::Mul(z, sigmoid<A>(twice_gelu_tanh_argument<A>(z)).value);
   }
-  return z;
 }
 
-template <class A>
-HWY_INLINE Vector<A> activation_derivative(Activation activation, Vector<A> z) {
+template <Activation kActivation, class A>
+HWY_INLINE Vector<A> activation_derivative(Vector<A> z) {
   const Tag<A> d;
   const auto one = constant<A>(1.0);
+  if constexpr (kActivation == Activation::kNone) {
+    return one;
+  } else if constexpr (kActivation == Activation::kReLU) {
+    return hn::IfThenZeroElse(hn::Le(z, hn::Zero(d)), one);
+  } else if constexpr (kActivation == Activation::kSiLU) {
+    const auto s = sigmoid<A>(z);
+    return hn::Mul(s.value, hn::MulAdd(z, s.complement, one));
+  } else if constexpr (kActivation == Activation::kGelu) {
+    const auto normal = normal_distribution<A>(z);
+    return hn::MulAdd(z, normal.density, normal.cumulative);
+  } else {
+    const auto s = sigmoid<A>(twice_gelu_tanh_argument<A>(z));
+    const auto slope = hn::Mul(hn::MulAdd(hn::Mul(z, z), constant<A>(3.0 * kGeluTanhCubic), one),
+                               constant<A>(2.0 * kSqrtTwoOverPi));
+    return hn::MulAdd(hn::Mul(z, hn::Mul(s.value, s.complement)), slope, s.value);
+  }
+}
+
+// Calls f with the activation as a constant.
+template <class F>
+HWY_INLINE void visit_activation(Activation activation, F&& f) {
   switch (activation) {
     case Activation::kNone:
-      return one;
+      return f(std::integral_constant<Activation, Activation::kNone>());
     case Activation::kReLU:
-      return hn::IfThenZeroElse(hn::Le(z, hn::Zero(d)), one);
-    case Activation::kSiLU: {
-      const auto s = sigmoid<A>(z);
-      return hn::Mul(s.value, hn::MulAdd(z, s.complement, one));
-    }
-    case Activation::kGelu: {
-      const auto normal = normal_distribution<A>(z);
-      return hn::MulAdd(z, normal.density, normal.cumulative);
-    }
-    case Activation::kGeluTanh: {
-      const auto s = sigmoid<A>(twice_gelu_tanh_argument<A>(z));
-      const auto slope = hn::Mul(hn::MulAdd(hn::Mul(z, z), constant<A>(3.0 * kGeluTanhCubic), one),
-                                 constant<A>(2.0 * kSqrtTwoOverPi));
-      return hn::MulAdd(hn::Mul(z, hn::Mul(s.value, s.complement)), slope, s.value);
-    }
+      return f(std::integral_constant<Activation, Activation::kReLU>());
+    case Activation::kSiLU:
+      return f(std::integral_constant<Activation, Activation::kSiLU>());
+    case Activation::kGelu:
+      return f(std::integral_constant<Activation, Activation::kGelu>());
+    case Activation::kGeluTanh:
+      return f(std::integral_constant<Activation, Activation::kGeluTanh>());
   }
-  return one;
 }
 
 }  // namespace normcore::kernels::HWY_NAMESPACE

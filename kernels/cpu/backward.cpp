@@ -21,8 +21,10 @@ struct ChannelSums {
 template <class A>
 class Gradients {
  public:
-  Gradients(const BackwardCall& call, const Problem& problem, A* affine, double* parameters)
+  Gradients(const BackwardCall& call, const Problem& problem, bool stream, A* affine,
+            double* parameters)
       : call_(call),
+        stream_(stream),
         affine_(call.input, affine),
         parameters_(parameters),
         block_(call.num_groups == 0 ? 1 : samples_per_block(problem.extent.n)),
@@ -78,8 +80,8 @@ class Gradients {
     const double slope = -rstd * rstd * rstd * h_centered / count;
     const double offset = -rstd * h / count - slope * rounding;
     for (std::int64_t i = 0; i < channels; ++i) {
-      out.slope[entry + i] = static_cast<A>(slope);
-      out.offset[entry + i] = static_cast<A>(offset);
+      out.slope[entry + i] = out.canonical(static_cast<A>(slope));
+      out.offset[entry + i] = out.canonical(static_cast<A>(offset));
     }
   }
 
@@ -92,7 +94,8 @@ class Gradients {
             call_.input.activation,
             coefficients,
             advance(call_.grad.x, offset),
-            advance(call_.grad.residual, offset)};
+            advance(call_.grad.residual, offset),
+            stream_};
   }
 
   // Sums the partial parameter gradients of group norm over blocks of samples, in order.
@@ -141,6 +144,7 @@ class Gradients {
   }
 
   const BackwardCall& call_;
+  bool stream_;
   Affine<A> affine_;
   double* parameters_;
   std::int64_t block_, slice_size_;
@@ -353,7 +357,7 @@ void run_typed(const BackwardCall& call, const CpuPlan& plan, void* workspace,
   const Problem problem(call.input, call.num_groups, Pass::kBackward);
   WorkspaceLayout layout = workspace_layout(problem, plan);
   auto* const base = static_cast<char*>(workspace);
-  const Gradients<A> gradients(call, problem, reinterpret_cast<A*>(base),
+  const Gradients<A> gradients(call, problem, plan.stream, reinterpret_cast<A*>(base),
                                reinterpret_cast<double*>(base + layout.affine));
   if (!gradients.needs_sums() && !gradients.needs_sweep()) return;
   char* const slots = base + layout.affine + layout.parameters;

@@ -22,10 +22,6 @@ HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {
 namespace {
 
-// How much of the general formula a call needs. kPlain: grad_y has the dtype of x, no activation,
-// no mask.
-enum class Epilogue { kPlain, kGeneral };
-
 // One run or row of the operands; offsets are applied once.
 template <class T, class A>
 struct Operands {
@@ -34,7 +30,6 @@ struct Operands {
   ConstTensor residual;
   const std::uint8_t* mask;  // null: every value counts
   bool mask_is_one_value;    // the mask is a single byte for the whole row
-  Activation activation;
 
   HWY_INLINE Operands(const GradientArgs<A>& args, std::int64_t offset, const std::uint8_t* mask,
                       bool mask_is_one_value)
@@ -42,18 +37,25 @@ struct Operands {
         grad_y(advance(args.grad_y, offset)),
         residual(advance(args.residual, offset)),
         mask(mask),
-        mask_is_one_value(mask_is_one_value),
-        activation(args.activation) {}
+        mask_is_one_value(mask_is_one_value) {}
 };
 
 // Where the coefficients of a unit come from: one value per run, or one per column.
 template <class A>
+struct UnitCoefficients {
+  Pair<A> center, scale, shift, slope, offset;
+};
+
+template <class A>
 struct RunSource {
-  const Coefficients<A>& c;
-  std::int64_t run;
+  UnitCoefficients<A> values;
+  HWY_INLINE RunSource(const Coefficients<A>& c, std::int64_t run)
+      : values{broadcast(c.center[run]), broadcast(c.scale[run]), broadcast(c.shift[run]),
+               broadcast(c.slope == nullptr ? A{0} : c.slope[run]),
+               broadcast(c.offset == nullptr ? A{0} : c.offset[run])} {}
   template <class Unit>
-  HWY_INLINE Pair<A> get(const Unit&, const A* values) const {
-    return broadcast(values[run]);
+  HWY_INLINE const UnitCoefficients<A>& at(const Unit&) const {
+    return values;
   }
 };
 
@@ -61,8 +63,11 @@ template <class A>
 struct ColumnSource {
   const Coefficients<A>& c;
   template <class Unit>
-  HWY_INLINE Pair<A> get(const Unit& u, const A* values) const {
-    return u.load(values);
+  HWY_INLINE UnitCoefficients<A> at(const Unit& u) const {
+    const auto zero = broadcast(A{0});
+    return {u.load(c.center), u.load(c.scale), u.load(c.shift),
+            c.slope == nullptr ? zero : u.load(c.slope),
+            c.offset == nullptr ? zero : u.load(c.offset)};
   }
 };
 
@@ -78,15 +83,16 @@ HWY_INLINE Vector<A> subtract_or_zero(hn::Mask<Tag<A>> keep, Vector<A> x, Vector
   return hn::IfThenElseZero(keep, hn::Sub(x, center));
 }
 
-template <Epilogue kEpilogue, class T, class A, class Unit, class Source>
+// kPlain: grad_y has the dtype of x, there is neither an activation nor a mask.
+template <bool kPlain, Activation kActivation, class T, class A, class Unit>
 HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, A>& in,
-                                        const Source& source, const Pair<A>& center) {
+                                        const UnitCoefficients<A>& c) {
   const Tag<A> d;
   const auto x = u.load(in.x);
   Gradient<A> out;
-  if constexpr (kEpilogue == Epilogue::kPlain) {
+  if constexpr (kPlain) {
     out.g = u.load(static_cast<const T*>(in.grad_y.data));
-    out.centered = {hn::Sub(x.lo, center.lo), hn::Sub(x.hi, center.hi)};
+    out.centered = {hn::Sub(x.lo, c.center.lo), hn::Sub(x.hi, c.center.hi)};
     return out;
   }
   out.g = load_any<A>(u, in.grad_y);
@@ -102,32 +108,33 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, A>& in,
     out.used = {hn::Or(out.counts.lo, hn::Ne(out.g.lo, hn::Zero(d))),
                 hn::Or(out.counts.hi, hn::Ne(out.g.hi, hn::Zero(d)))};
   }
-  out.centered = {subtract_or_zero<A>(out.used.lo, x.lo, center.lo),
-                  subtract_or_zero<A>(out.used.hi, x.hi, center.hi)};
-  if (in.activation != Activation::kNone) {
-    const auto scale = source.get(u, source.c.scale), shift = source.get(u, source.c.shift);
-    Pair<A> z = {hn::MulAdd(out.centered.lo, scale.lo, shift.lo),
-                 hn::MulAdd(out.centered.hi, scale.hi, shift.hi)};
+  out.centered = {subtract_or_zero<A>(out.used.lo, x.lo, c.center.lo),
+                  subtract_or_zero<A>(out.used.hi, x.hi, c.center.hi)};
+  if constexpr (kActivation != Activation::kNone) {
+    Pair<A> z = {hn::MulAdd(out.centered.lo, c.scale.lo, c.shift.lo),
+                 hn::MulAdd(out.centered.hi, c.scale.hi, c.shift.hi)};
     if (in.residual) {
       const auto r = load_any<A>(u, in.residual);
       z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)};
     }
     out.g = {hn::IfThenElseZero(out.used.lo,
-                                hn::Mul(out.g.lo, activation_derivative<A>(in.activation, z.lo))),
+                                hn::Mul(out.g.lo, activation_derivative<kActivation, A>(z.lo))),
              hn::IfThenElseZero(out.used.hi,
-                                hn::Mul(out.g.hi, activation_derivative<A>(in.activation, z.hi)))};
+                                hn::Mul(out.g.hi, activation_derivative<kActivation, A>(z.hi)))};
   }
   return out;
 }
 
+// Calls f(TypeTag<T>, is_plain, activation), the latter two as constants.
 template <class A, class F>
 HWY_INLINE void visit_gradient(const GradientArgs<A>& args, F&& f) {
   visit_elements<A>(args.x.dtype, [&](auto tag) HWY_ATTR {
     if (args.grad_y.dtype == args.x.dtype && args.activation == Activation::kNone &&
         args.mask.data == nullptr) {
-      f(tag, std::integral_constant<Epilogue, Epilogue::kPlain>());
+      f(tag, std::true_type(), std::integral_constant<Activation, Activation::kNone>());
     } else {
-      f(tag, std::integral_constant<Epilogue, Epilogue::kGeneral>());
+      visit_activation(args.activation,
+                       [&](auto activation) HWY_ATTR { f(tag, std::false_type(), activation); });
     }
   });
 }
@@ -149,11 +156,11 @@ struct SumPair {
 
 template <class A>
 void sums_of_runs(const GradientArgs<A>& args, const RunBlock& block, GradientSums* out) {
-  visit_gradient(args, [&](auto tag, auto epilogue) HWY_ATTR {
+  visit_gradient(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
+    using Whole = WholeUnit<A, kOrderOf<A, T>>;
     for (std::int64_t record = 0; record < block.records; ++record) {
-      const RunSource<A> source{args.coefficients, record};
-      const auto center = broadcast(args.coefficients.center[record]);
+      const RunSource<A> source(args.coefficients, record);
       SumPair<A> even, odd;
       for (std::int64_t run = 0; run < block.runs; ++run) {
         const std::uint8_t* mask =
@@ -163,20 +170,20 @@ void sums_of_runs(const GradientArgs<A>& args, const RunBlock& block, GradientSu
         const Operands<T, A> in(args, record * block.record_stride + run * block.run_stride, mask,
                                 false);
         const auto add = [&](const auto& u, SumPair<A>& sums) HWY_ATTR {
-          const auto v = gradient_of_unit<epilogue()>(u, in, source, center);
+          const auto v = gradient_of_unit<plain(), activation()>(u, in, source.values);
           sums.add(u.only_new(v.g), u.only_new(v.centered));
         };
         const std::int64_t step = unit<A>();
         std::int64_t i = 0;
         for (; i + 2 * step <= block.length; i += 2 * step) {
-          add(WholeUnit<A>{i}, even);
-          add(WholeUnit<A>{i + step}, odd);
+          add(Whole{i}, even);
+          add(Whole{i + step}, odd);
         }
         if (i + step <= block.length) {
-          add(WholeUnit<A>{i}, even);
+          add(Whole{i}, even);
           i += step;
         }
-        if (i < block.length) add(LastUnit<A>(block.length), odd);
+        if (i < block.length) add(LastUnit<A, kOrderOf<A, T>>(block.length), odd);
       }
       out[record].g =
           sum_of_lanes<A>(hn::Add(hn::Add(even.g.lo, odd.g.lo), hn::Add(even.g.hi, odd.g.hi)));
@@ -201,18 +208,18 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
                   A* g_centered) {
   std::fill(g, g + width, A{0});
   std::fill(g_centered, g_centered + width, A{0});
-  visit_gradient(args, [&](auto tag, auto epilogue) HWY_ATTR {
+  visit_gradient(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     const ColumnSource<A> source{args.coefficients};
-    constexpr int kRows = 2;  // rows that share one load of the accumulators
+    constexpr int kRows = plain() ? 4 : 1;  // rows that share one load of the accumulators
     std::int64_t row = 0;
     const auto add_rows = [&](auto count) HWY_ATTR {
-      for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
-        const auto center = u.load(args.coefficients.center);
+      for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {
+        const auto coefficients = source.at(u);
         SumPair<A> sums(u.load(g), u.load(g_centered));
         for (int k = 0; k < count(); ++k) {
           const auto in = row_operands<T>(args, row + k, width);
-          const auto v = gradient_of_unit<epilogue()>(u, in, source, center);
+          const auto v = gradient_of_unit<plain(), activation()>(u, in, coefficients);
           sums.add(u.only_new(v.g), u.only_new(v.centered));
         }
         u.store(sums.g, g);
@@ -227,60 +234,87 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
 
 // ---- gradients
 
-template <Epilogue kEpilogue, class T, class A, class Source>
-HWY_INLINE void gradient_of_run(const GradientArgs<A>& args, const Operands<T, A>& in,
-                                std::int64_t offset, std::int64_t n, const Source& source) {
-  const bool constant_statistics = args.coefficients.slope == nullptr;
-  const auto grad_x = advance(args.grad_x, offset);
+// grad_x of what gradient_of_unit() gave.
+template <bool kPlain, class A>
+HWY_INLINE Pair<A> input_gradient(const Gradient<A>& v, const UnitCoefficients<A>& c,
+                                  bool constant_statistics) {
+  Pair<A> dx = {hn::Mul(v.g.lo, c.scale.lo), hn::Mul(v.g.hi, c.scale.hi)};
+  if (constant_statistics) return dx;
+  Pair<A> through = {hn::MulAdd(v.centered.lo, c.slope.lo, c.offset.lo),
+                     hn::MulAdd(v.centered.hi, c.slope.hi, c.offset.hi)};
+  if constexpr (!kPlain) {
+    through = {hn::IfThenElseZero(v.counts.lo, through.lo),
+               hn::IfThenElseZero(v.counts.hi, through.hi)};
+  }
+  dx = {hn::MulAdd(v.g.lo, c.scale.lo, through.lo), hn::MulAdd(v.g.hi, c.scale.hi, through.hi)};
+  if constexpr (!kPlain) {  // scale is NaN where no value counts
+    dx = {hn::IfThenElseZero(v.used.lo, dx.lo), hn::IfThenElseZero(v.used.hi, dx.hi)};
+  }
+  return dx;
+}
+
+// kRows runs of n values that share their coefficients; operands(row) and `stride` lead from run to
+// run.
+template <bool kPlain, Activation kActivation, int kRows, class T, class A, class Source,
+          class RowOperands>
+HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, std::int64_t offset,
+                                  std::int64_t stride, std::int64_t n, const Source& source,
+                                  const RowOperands& operands) {
+  T* const grad_x = static_cast<T*>(advance(args.grad_x, offset).data);
   const auto grad_residual = advance(args.grad_residual, offset);
-  for_each_unit<A>(n, [&](const auto& u) HWY_ATTR {
-    const auto center = source.get(u, args.coefficients.center);
-    const auto v = gradient_of_unit<kEpilogue>(u, in, source, center);
-    if (grad_x) {
-      const auto scale = source.get(u, args.coefficients.scale);
-      Pair<A> dx = {hn::Mul(v.g.lo, scale.lo), hn::Mul(v.g.hi, scale.hi)};
-      if (!constant_statistics) {
-        const auto slope = source.get(u, args.coefficients.slope);
-        const auto shift = source.get(u, args.coefficients.offset);
-        Pair<A> through = {hn::MulAdd(v.centered.lo, slope.lo, shift.lo),
-                           hn::MulAdd(v.centered.hi, slope.hi, shift.hi)};
-        if constexpr (kEpilogue == Epilogue::kGeneral) {
-          through = {hn::IfThenElseZero(v.counts.lo, through.lo),
-                     hn::IfThenElseZero(v.counts.hi, through.hi)};
-        }
-        dx = {hn::MulAdd(v.g.lo, scale.lo, through.lo), hn::MulAdd(v.g.hi, scale.hi, through.hi)};
-        if constexpr (kEpilogue == Epilogue::kGeneral) {  // scale is NaN where no value counts
-          dx = {hn::IfThenElseZero(v.used.lo, dx.lo), hn::IfThenElseZero(v.used.hi, dx.hi)};
-        }
+  const bool constant_statistics = args.coefficients.slope == nullptr;
+  const auto step = [&](const auto& u, auto options) HWY_ATTR {
+    const auto& c = source.at(u);
+    for (int row = 0; row < kRows; ++row) {
+      const auto v = gradient_of_unit<kPlain, kActivation>(u, operands(row), c);
+      if (grad_x != nullptr) {
+        u.template store<options()>(input_gradient<kPlain>(v, c, constant_statistics),
+                                    grad_x + row * stride);
       }
-      u.store(dx, static_cast<T*>(grad_x.data));
+      if (grad_residual) store_any<A>(u, v.g, advance(grad_residual, row * stride));
     }
-    if (grad_residual) store_any<A>(u, v.g, grad_residual);
-  });
+  };
+  if constexpr (kPlain) {
+    for_each_stored_unit<A, kOrderOf<A, T>, StoreOptions{.canonical_nan = true}>(
+        n, grad_x, args.stream && (kRows == 1 || is_stream_stride(grad_x, stride)), step);
+  } else {
+    for_each_unit<A, kOrderOf<A, T>>(n, [&](const auto& u) HWY_ATTR {
+      step(u, std::integral_constant<StoreOptions, StoreOptions{}>());
+    });
+  }
 }
 
 template <class A>
 void gradient_of_runs(const GradientArgs<A>& args, std::int64_t count, std::int64_t length) {
-  visit_gradient(args, [&](auto tag, auto epilogue) HWY_ATTR {
+  visit_gradient(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     for (std::int64_t run = 0; run < count; ++run) {
       const std::uint8_t* mask =
           args.mask.data == nullptr ? nullptr : args.mask.data + run * args.mask.record_stride;
       const Operands<T, A> in(args, run * length, mask, false);
-      gradient_of_run<epilogue()>(args, in, run * length, length,
-                                  RunSource<A>{args.coefficients, run});
+      gradient_of_block<plain(), activation(), 1, T>(
+          args, run * length, length, length, RunSource<A>(args.coefficients, run),
+          [&](int) HWY_ATTR -> const Operands<T, A>& { return in; });
     }
   });
 }
 
 template <class A>
 void gradient_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width) {
-  visit_gradient(args, [&](auto tag, auto epilogue) HWY_ATTR {
+  visit_gradient(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
-    for (std::int64_t row = 0; row < rows; ++row) {
-      gradient_of_run<epilogue()>(args, row_operands<T>(args, row, width), row * width, width,
-                                  ColumnSource<A>{args.coefficients});
-    }
+    const ColumnSource<A> source{args.coefficients};
+    // Rows that share one load of the coefficients: worth it where that has to be put in order.
+    constexpr int kRows = plain() && kOrderOf<A, T> == Order::kEvenOdd ? 2 : 1;
+    std::int64_t row = 0;
+    const auto block = [&](auto count) HWY_ATTR {
+      gradient_of_block<plain(), activation(), count(), T>(
+          args, row * width, width, width, source,
+          [&](int k) HWY_ATTR { return row_operands<T>(args, row + k, width); });
+      row += count();
+    };
+    while (row + kRows <= rows) block(std::integral_constant<int, kRows>());
+    while (row < rows) block(std::integral_constant<int, 1>());
   });
 }
 

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "cpu/affine.h"
 #include "cpu/primitives.h"
@@ -37,10 +39,11 @@ class TileState {
                   std::int64_t sample, std::int64_t channel) const {
     const A rounded_mean = static_cast<A>(statistics.mean);
     const A gain = statistics.rstd * affine.scale(sample, channel);
-    center[entry] = rounded_mean;
-    scale[entry] = gain;
-    shift[entry] = static_cast<A>(affine.bias(sample, channel) -
-                                  (statistics.mean - rounded_mean) * static_cast<double>(gain));
+    center[entry] = canonical(rounded_mean);
+    scale[entry] = canonical(gain);
+    shift[entry] =
+        canonical(static_cast<A>(affine.bias(sample, channel) -
+                                 (statistics.mean - rounded_mean) * static_cast<double>(gain)));
   }
 
   // Repeats the first `count` entries of every array up to `entries`: columns of folded rows.
@@ -56,6 +59,11 @@ class TileState {
     const bool gradient = slope != nullptr && with_statistics;
     return {center + first, scale + first, shift + first, gradient ? slope + first : nullptr,
             gradient ? offset + first : nullptr};
+  }
+
+  // The value; a NaN without what it carries (StoreOptions in convert-inl.h).
+  static A canonical(A value) {
+    return std::isnan(value) ? std::numeric_limits<A>::quiet_NaN() : value;
   }
 
  private:

@@ -45,14 +45,28 @@ HWY_INLINE hn::Vec<DF> float_from_bfloat16(DF df, VU bits) {
   return hn::BitCast(df, hn::ShiftLeft<16>(bits));
 }
 
-template <class DF, class V>
-HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> bfloat16_from_float(DF, V v) {
+// How values are written. canonical_nan: the low halves of NaN lanes are 0, so that rounding them to
+// bfloat16 by integer addition keeps them NaN. stream: past the caches, to aligned addresses.
+struct StoreOptions {
+  bool canonical_nan = false;
+  bool stream = false;
+};
+
+// The rounded value in the high halves; the low halves are left over.
+template <bool kCanonicalNaN, class DF, class V>
+HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> round_to_high_half(DF, V v) {
   const hn::RebindToUnsigned<DF> du;
   const auto u = hn::BitCast(du, v);
   const auto odd = hn::And(hn::ShiftRight<16>(u), hn::Set(du, 1u));
-  const auto rounded = hn::ShiftRight<16>(hn::Add(hn::Add(u, hn::Set(du, 0x7fffu)), odd));
-  const auto quiet = hn::Or(hn::ShiftRight<16>(u), hn::Set(du, 0x40u));
+  const auto rounded = hn::Add(hn::Add(u, hn::Set(du, 0x7fffu)), odd);
+  if constexpr (kCanonicalNaN) return rounded;
+  const auto quiet = hn::Or(u, hn::Set(du, 0x400000u));
   return hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(v)), quiet, rounded);
+}
+
+template <class DF, class V>
+HWY_INLINE hn::Vec<hn::RebindToUnsigned<DF>> bfloat16_from_float(DF df, V v) {
+  return hn::ShiftRight<16>(round_to_high_half<false>(df, v));
 }
 
 template <class DF, class VU>
@@ -163,10 +177,12 @@ HWY_INLINE Vector<A> load_vector(const T* p) {
   }
 }
 
-template <class A, class T>
+template <class A, StoreOptions kOptions = StoreOptions{}, class T>
 HWY_INLINE void store_vector(Vector<A> v, T* p) {
   const Tag<A> d;
-  if constexpr (std::is_same_v<A, T>) {
+  if constexpr (std::is_same_v<A, T> && kOptions.stream) {
+    hn::Stream(v, d, p);
+  } else if constexpr (std::is_same_v<A, T>) {
     hn::StoreU(v, d, p);
   } else if constexpr (std::is_same_v<A, double> && std::is_same_v<T, float> &&
                        !kDemotionSaturates) {
@@ -216,25 +232,61 @@ HWY_INLINE Pair<A> broadcast(A value) {
   return {v, v};
 }
 
-// A whole unit at [at, at + unit).
-template <class A>
-struct WholeUnit {
-  static constexpr bool kWhole = true;
-  std::int64_t at;
+// Which values of a unit a pair holds in lo and hi: the first and the last half, or the even and the
+// odd ones. The latter is what a load of bfloat16 as 32-bit words gives for a shift and a mask; tensors
+// beside it follow.
+enum class Order { kHalves, kEvenOdd };
 
-  template <class T>
-  HWY_INLINE Pair<A> load(const T* run) const {
-    return {load_vector<A>(run + at), load_vector<A>(run + at + lanes<A>())};
+template <class A, class T>
+inline constexpr Order kOrderOf =
+    std::is_same_v<A, float> && std::is_same_v<T, BFloat16> && HWY_TARGET != HWY_SCALAR
+        ? Order::kEvenOdd
+        : Order::kHalves;
+
+template <class T>
+HWY_INLINE Pair<float> load_even_odd(const T* p) {
+  const Tag<float> d;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const hn::RebindToUnsigned<Tag<float>> du;
+    const auto words = hn::LoadU(du, reinterpret_cast<const std::uint32_t*>(p));
+    return {float_from_bfloat16(d, words),
+            hn::BitCast(d, hn::And(words, hn::Set(du, 0xffff0000u)))};
+  } else if constexpr (std::is_same_v<T, float>) {
+    Pair<float> v;
+    hn::LoadInterleaved2(d, p, v.lo, v.hi);
+    return v;
+  } else {
+    HWY_ALIGN float values[2 * HWY_MAX_BYTES / sizeof(float)];
+    hn::Store(load_vector<float>(p), d, values);
+    hn::Store(load_vector<float>(p + lanes<float>()), d, values + lanes<float>());
+    return load_even_odd(values);
   }
-  template <class T>
-  HWY_INLINE void store(const Pair<A>& v, T* run) const {
-    store_vector<A>(v.lo, run + at);
-    store_vector<A>(v.hi, run + at + lanes<A>());
+}
+
+template <StoreOptions kOptions, class T>
+HWY_INLINE void store_even_odd(const Pair<float>& v, T* p) {
+  const Tag<float> d;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const hn::RebindToUnsigned<Tag<float>> du;
+    constexpr bool kCanonicalNaN = kOptions.canonical_nan;
+    const auto words =
+        hn::Or(hn::ShiftRight<16>(round_to_high_half<kCanonicalNaN>(d, v.lo)),
+               hn::And(round_to_high_half<kCanonicalNaN>(d, v.hi), hn::Set(du, 0xffff0000u)));
+    auto* const out = reinterpret_cast<std::uint32_t*>(p);
+    if constexpr (kOptions.stream) {
+      hn::Stream(words, du, out);
+    } else {
+      hn::StoreU(words, du, out);
+    }
+  } else if constexpr (std::is_same_v<T, float>) {
+    hn::StoreInterleaved2(v.lo, v.hi, d, p);
+  } else {
+    HWY_ALIGN float values[2 * HWY_MAX_BYTES / sizeof(float)];
+    hn::StoreInterleaved2(v.lo, v.hi, d, values);
+    store_vector<float>(hn::Load(d, values), p);
+    store_vector<float>(hn::Load(d, values + lanes<float>()), p + lanes<float>());
   }
-  HWY_INLINE PairMask<A> load_mask(const std::uint8_t* run) const;
-  HWY_INLINE Pair<A> only_new(const Pair<A>& v) const { return v; }
-  HWY_INLINE PairMask<A> only_new(const PairMask<A>& m) const { return m; }
-};
+}
 
 template <class A>
 HWY_INLINE hn::Mask<Tag<A>> load_mask_vector(const std::uint8_t* p) {
@@ -251,17 +303,48 @@ HWY_INLINE hn::Mask<Tag<A>> load_mask_vector(const std::uint8_t* p) {
   }
 }
 
-template <class A>
-HWY_INLINE PairMask<A> WholeUnit<A>::load_mask(const std::uint8_t* run) const {
-  return {load_mask_vector<A>(run + at), load_mask_vector<A>(run + at + lanes<A>())};
-}
+// A whole unit at [at, at + unit).
+template <class A, Order kOrder>
+struct WholeUnit {
+  std::int64_t at;
+
+  template <class T>
+  HWY_INLINE Pair<A> load(const T* run) const {
+    if constexpr (kOrder == Order::kEvenOdd) return load_even_odd(run + at);
+    return {load_vector<A>(run + at), load_vector<A>(run + at + lanes<A>())};
+  }
+  template <StoreOptions kOptions = StoreOptions{}, class T>
+  HWY_INLINE void store(const Pair<A>& v, T* run) const {
+    if constexpr (kOrder == Order::kEvenOdd) {
+      store_even_odd<kOptions>(v, run + at);
+    } else {
+      store_vector<A, kOptions>(v.lo, run + at);
+      store_vector<A, kOptions>(v.hi, run + at + lanes<A>());
+    }
+  }
+  HWY_INLINE PairMask<A> load_mask(const std::uint8_t* run) const {
+    const PairMask<A> halves{load_mask_vector<A>(run + at),
+                             load_mask_vector<A>(run + at + lanes<A>())};
+#if HWY_TARGET != HWY_SCALAR  // which knows no even lanes, and needs none
+    if constexpr (kOrder == Order::kEvenOdd) {
+      const Tag<A> d;
+      const auto lo = hn::VecFromMask(d, halves.lo), hi = hn::VecFromMask(d, halves.hi);
+      return {hn::MaskFromVec(hn::ConcatEven(d, hi, lo)),
+              hn::MaskFromVec(hn::ConcatOdd(d, hi, lo))};
+    }
+#endif
+    return halves;
+  }
+  HWY_INLINE Pair<A> only_new(const Pair<A>& v) const { return v; }
+  HWY_INLINE PairMask<A> only_new(const PairMask<A>& m) const { return m; }
+};
 
 // The end of a run. Runs of at least a unit: the last whole unit, which overlaps values already
 // seen; `only_new` clears those, storing them again writes the same bits. Shorter runs: `count`
 // values, the rest of the lanes is 0.
-template <class A>
+template <class A, Order kOrder>
 struct LastUnit {
-  static constexpr bool kWhole = false;
+  using Whole = WholeUnit<A, kOrder>;
   std::int64_t at, seen, count;
 
   HWY_INLINE explicit LastUnit(std::int64_t n) {
@@ -273,28 +356,32 @@ struct LastUnit {
 
   template <class T>
   HWY_INLINE Pair<A> load(const T* run) const {
-    if (count == unit<A>()) return WholeUnit<A>{at}.load(run);
+    if (count == unit<A>()) return Whole{at}.load(run);
     T buffer[2 * HWY_MAX_BYTES / sizeof(A)] = {};
     std::memcpy(buffer, run, static_cast<std::size_t>(count) * sizeof(T));
-    return WholeUnit<A>{0}.load(buffer);
+    return Whole{0}.load(buffer);
   }
-  template <class T>
+  template <StoreOptions = StoreOptions{}, class T>
   HWY_INLINE void store(const Pair<A>& v, T* run) const {
-    if (count == unit<A>()) return WholeUnit<A>{at}.store(v, run);
+    if (count == unit<A>()) return Whole{at}.store(v, run);
     T buffer[2 * HWY_MAX_BYTES / sizeof(A)];
-    WholeUnit<A>{0}.store(v, buffer);
+    Whole{0}.store(v, buffer);
     std::memcpy(run, buffer, static_cast<std::size_t>(count) * sizeof(T));
   }
   HWY_INLINE PairMask<A> load_mask(const std::uint8_t* run) const {
-    if (count == unit<A>()) return WholeUnit<A>{at}.load_mask(run);
+    if (count == unit<A>()) return Whole{at}.load_mask(run);
     std::uint8_t buffer[2 * HWY_MAX_BYTES / sizeof(A)] = {};
     std::memcpy(buffer, run, static_cast<std::size_t>(count));
-    return WholeUnit<A>{0}.load_mask(buffer);
+    return Whole{0}.load_mask(buffer);
   }
   HWY_INLINE PairMask<A> new_lanes() const {
     const Tag<A> d;
     const auto from = hn::Set(d, static_cast<A>(seen)), to = hn::Set(d, static_cast<A>(count));
-    const auto lo = hn::Iota(d, A{0}), hi = hn::Iota(d, static_cast<A>(lanes<A>()));
+    auto lo = hn::Iota(d, A{0}), hi = hn::Iota(d, static_cast<A>(lanes<A>()));
+    if constexpr (kOrder == Order::kEvenOdd) {
+      lo = hn::Add(lo, lo);
+      hi = hn::Add(lo, hn::Set(d, A{1}));
+    }
     return {hn::And(hn::Ge(lo, from), hn::Lt(lo, to)), hn::And(hn::Ge(hi, from), hn::Lt(hi, to))};
   }
   HWY_INLINE Pair<A> only_new(const Pair<A>& v) const {
@@ -307,12 +394,49 @@ struct LastUnit {
   }
 };
 
-// Calls body(unit) for the units that cover n values.
-template <class A, class Body>
-HWY_INLINE void for_each_unit(std::int64_t n, Body&& body) {
-  std::int64_t i = 0;
-  for (; i + unit<A>() <= n; i += unit<A>()) body(WholeUnit<A>{i});
-  if (i < n) body(LastUnit<A>(n));
+// Calls body(unit) for the units that cover n values, from `first` on.
+template <class A, Order kOrder, class Body>
+HWY_INLINE void for_each_unit(std::int64_t n, Body&& body, std::int64_t first = 0) {
+  std::int64_t i = first;
+  for (; i + unit<A>() <= n; i += unit<A>()) body(WholeUnit<A, kOrder>{i});
+  if (i < n) body(LastUnit<A, kOrder>(n));
+}
+
+// Whether store() can stream values of T.
+template <class A, Order kOrder, class T>
+inline constexpr bool kCanStream =
+    kOrder == Order::kEvenOdd ? std::is_same_v<T, BFloat16> : std::is_same_v<T, A>;
+
+// Values up to the next address that streams may be written to.
+template <class T>
+HWY_INLINE std::int64_t values_to_alignment(const T* p) {
+  constexpr std::size_t kBytes = HWY_MAX_BYTES;
+  const std::size_t over = reinterpret_cast<std::uintptr_t>(p) % kBytes;
+  return static_cast<std::int64_t>((kBytes - over) % kBytes / sizeof(T));
+}
+
+// Whether runs at this distance are aligned alike.
+template <class T>
+HWY_INLINE bool is_stream_stride(const T*, std::int64_t stride) {
+  return static_cast<std::size_t>(stride) * sizeof(T) % HWY_MAX_BYTES == 0;
+}
+
+// Calls body(unit, options) for the units that cover n values of which the outputs at `out` are
+// stored: streamed if that is worth it. Values may be stored twice.
+template <class A, Order kOrder, StoreOptions kOptions, class T, class Body>
+HWY_INLINE void for_each_stored_unit(std::int64_t n, const T* out, bool stream, Body&& body) {
+  using Cached = std::integral_constant<StoreOptions, StoreOptions{kOptions.canonical_nan, false}>;
+  constexpr std::int64_t kMinStreamedUnits = 8;
+  if (kCanStream<A, kOrder, T> && stream && n >= kMinStreamedUnits * unit<A>()) {
+    using Streamed =
+        std::integral_constant<StoreOptions, StoreOptions{kOptions.canonical_nan, true}>;
+    std::int64_t i = values_to_alignment(out);
+    if (i != 0) body(WholeUnit<A, kOrder>{0}, Cached());
+    for (; i + unit<A>() <= n; i += unit<A>()) body(WholeUnit<A, kOrder>{i}, Streamed());
+    if (i < n) body(LastUnit<A, kOrder>(n), Cached());
+    return;
+  }
+  for_each_unit<A, kOrder>(n, [&](const auto& u) HWY_ATTR { body(u, Cached()); });
 }
 
 // Calls f(TypeTag<T>) for the dtype of x: float64 tensors are computed in float64, all others in

@@ -15,12 +15,17 @@ struct ForwardCall {
   std::int64_t num_groups;
   const Statistics& statistics;
   MutableTensor y;
+  bool stream;
   Affine<A> affine;
   Primitives<A> simd;
 
   ApplyArgs<A> apply_args(std::int64_t offset, const Coefficients<A>& coefficients) const {
-    return {advance(input.x, offset), advance(input.residual, offset), advance(y, offset),
-            input.activation, coefficients};
+    return {advance(input.x, offset),
+            advance(input.residual, offset),
+            advance(y, offset),
+            input.activation,
+            coefficients,
+            stream};
   }
 };
 
@@ -193,7 +198,9 @@ void run_forward(const NormInput& input, std::int64_t num_groups, Pass pass,
   using A = typename Statistics::Arithmetic;
   auto* base = static_cast<char*>(workspace);
   const ForwardCall<A, Statistics> call{
-      input,          num_groups, statistics, y, Affine<A>(input, reinterpret_cast<A*>(base)),
+      input,          num_groups,
+      statistics,     y,
+      plan.stream,    Affine<A>(input, reinterpret_cast<A*>(base)),
       primitives<A>()};
   char* const slots = base + layout.affine + layout.parameters;
   if (input.layout == Layout::kNCS) {

@@ -56,7 +56,7 @@ template <class T, class A>
 HWY_INLINE A sum_about(const T* x, std::int64_t n, A pivot) {
   const auto p = broadcast(pivot);
   auto sum = broadcast(A{0});
-  for_each_unit<A>(n, [&](const auto& u) HWY_ATTR {
+  for_each_unit<A, kOrderOf<A, T>>(n, [&](const auto& u) HWY_ATTR {
     const auto v = u.only_new(subtract(u.load(x), p));
     sum = {hn::Add(sum.lo, v.lo), hn::Add(sum.hi, v.hi)};
   });
@@ -66,13 +66,14 @@ HWY_INLINE A sum_about(const T* x, std::int64_t n, A pivot) {
 template <class T, class A>
 HWY_INLINE void accumulate_run(const T* x, std::int64_t n, const Pair<A>& pivot,
                                ShiftedSums<A>& sums) {
+  using Whole = WholeUnit<A, kOrderOf<A, T>>;
   const std::int64_t u = unit<A>();
   std::int64_t i = 0;
   for (; i + 2 * u <= n; i += 2 * u) {
-    sums.add(0, subtract(WholeUnit<A>{i}.load(x), pivot));
-    sums.add(1, subtract(WholeUnit<A>{i + u}.load(x), pivot));
+    sums.add(0, subtract(Whole{i}.load(x), pivot));
+    sums.add(1, subtract(Whole{i + u}.load(x), pivot));
   }
-  for_each_unit<A>(n - i, [&](const auto& rest) HWY_ATTR {
+  for_each_unit<A, kOrderOf<A, T>>(n - i, [&](const auto& rest) HWY_ATTR {
     sums.add(0, rest.only_new(subtract(rest.load(x + i), pivot)));
   });
 }
@@ -124,7 +125,7 @@ HWY_INLINE Moments masked_moments_of_record(const T* x, const std::uint8_t* mask
     return Pair<A>{hn::IfThenElseZero(m.lo, v.lo), hn::IfThenElseZero(m.hi, v.hi)};
   };
   for (std::int64_t r = 0; r < block.runs; ++r) {
-    for_each_unit<A>(block.length, [&](const auto& u) HWY_ATTR {
+    for_each_unit<A, kOrderOf<A, T>>(block.length, [&](const auto& u) HWY_ATTR {
       const auto v = masked(u, r, shift);
       total = {hn::Add(total.lo, v.lo), hn::Add(total.hi, v.hi)};
     });
@@ -133,7 +134,8 @@ HWY_INLINE Moments masked_moments_of_record(const T* x, const std::uint8_t* mask
   const auto p = broadcast(pivot);
   ShiftedSums<A> sums;
   for (std::int64_t r = 0; r < block.runs; ++r) {
-    for_each_unit<A>(block.length, [&](const auto& u) HWY_ATTR { sums.add(0, masked(u, r, p)); });
+    for_each_unit<A, kOrderOf<A, T>>(block.length,
+                                     [&](const auto& u) HWY_ATTR { sums.add(0, masked(u, r, p)); });
   }
   return Moments::from_shifted_sums(static_cast<double>(count), pivot,
                                     ShiftedSums<A>::total(sums.sum),
@@ -184,14 +186,14 @@ HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t widt
   fill_zero(s.sum, width);
   for (std::int64_t i = 1; i < head; ++i) {
     const T* row = x + rows[i] * stride;
-    for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
+    for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {
       const auto v = u.only_new(subtract(u.load(row), u.load(first)));
       const auto sum = u.load(s.sum);
       u.store(Pair<A>{hn::Add(sum.lo, v.lo), hn::Add(sum.hi, v.hi)}, s.sum);
     });
   }
   const auto weight = hn::Set(Tag<A>(), A{1} / static_cast<A>(head));
-  for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
+  for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {
     const auto sum = u.load(s.sum), base = u.load(first);
     u.store(Pair<A>{hn::MulAdd(sum.lo, weight, base.lo), hn::MulAdd(sum.hi, weight, base.hi)},
             s.pivot);
@@ -203,7 +205,7 @@ HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t widt
   const auto add_rows = [&](auto count) HWY_ATTR {
     const T* row[kRows];
     for (int k = 0; k < count(); ++k) row[k] = x + rows[i + k] * stride;
-    for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
+    for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {
       const auto pivot = u.load(s.pivot);
       auto sum = u.load(s.sum), square = u.load(s.square);
       for (int k = 0; k < count(); ++k) {
@@ -230,7 +232,7 @@ HWY_INLINE void masked_strip_moments(const T* x, const std::uint8_t* mask, std::
   fill_zero(s.sum, width);
   fill_zero(s.count, width);
   for (std::int64_t r = 0; r < rows; ++r) {
-    for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
+    for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {
       const auto m = u.only_new(u.load_mask(mask + r * stride));
       const auto v = u.load(x + r * stride), old_first = u.load(first), count = u.load(s.count),
                  sum = u.load(s.sum);
@@ -254,7 +256,7 @@ HWY_INLINE void masked_strip_moments(const T* x, const std::uint8_t* mask, std::
   fill_zero(s.sum, width);
   fill_zero(s.square, width);
   for (std::int64_t r = 0; r < rows; ++r) {
-    for_each_unit<A>(width, [&](const auto& u) HWY_ATTR {
+    for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {
       const auto m = u.only_new(u.load_mask(mask + r * stride));
       const auto centered = subtract(u.load(x + r * stride), u.load(s.pivot));
       const auto lo = hn::IfThenElseZero(m.lo, centered.lo),
@@ -339,58 +341,84 @@ struct ColumnCoefficients {
   }
 };
 
-// kPlain: y has the dtype of x and there is no epilogue.
-template <class T, class A, bool kPlain, class Source>
-HWY_INLINE void apply_run(const ApplyArgs<A>& args, std::int64_t offset, std::int64_t n,
-                          const Source& source) {
-  const T* x = static_cast<const T*>(args.x.data) + offset;
+// y of kRows runs of n values that share their coefficients; `stride` leads from run to run. kPlain: y
+// has the dtype of x and there is no epilogue.
+template <class T, class A, bool kPlain, Activation kActivation, int kRows, class Source>
+HWY_INLINE void apply_block(const ApplyArgs<A>& args, std::int64_t offset, std::int64_t stride,
+                            std::int64_t n, const Source& source) {
+  constexpr Order kOrder = kOrderOf<A, T>;
+  const T* const x = static_cast<const T*>(args.x.data) + offset;
   const auto residual = advance(args.residual, offset);
   const auto y = advance(args.y, offset);
-  for_each_unit<A>(n, [&](const auto& u) HWY_ATTR {
-    const auto& c = source.at(u);
-    const auto v = u.load(x);
-    Pair<A> z = {hn::MulAdd(hn::Sub(v.lo, c.center.lo), c.scale.lo, c.shift.lo),
-                 hn::MulAdd(hn::Sub(v.hi, c.center.hi), c.scale.hi, c.shift.hi)};
-    if constexpr (kPlain) {
-      u.store(z, static_cast<T*>(y.data));
-    } else {
-      if (residual) {
-        const auto r = load_any<A>(u, residual);
-        z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)};
+  const auto normalized = [&](const auto& u, const auto& c, int row) HWY_ATTR {
+    const auto v = u.load(x + row * stride);
+    return Pair<A>{hn::MulAdd(hn::Sub(v.lo, c.center.lo), c.scale.lo, c.shift.lo),
+                   hn::MulAdd(hn::Sub(v.hi, c.center.hi), c.scale.hi, c.shift.hi)};
+  };
+  if constexpr (kPlain) {
+    T* const out = static_cast<T*>(y.data);
+    // Coefficients hold canonical NaNs only.
+    for_each_stored_unit<A, kOrder, StoreOptions{.canonical_nan = true}>(
+        n, out, args.stream && (kRows == 1 || is_stream_stride(out, stride)),
+        [&](const auto& u, auto options) HWY_ATTR {
+          const auto& c = source.at(u);
+          for (int row = 0; row < kRows; ++row) {
+            u.template store<options()>(normalized(u, c, row), out + row * stride);
+          }
+        });
+  } else {
+    for_each_unit<A, kOrder>(n, [&](const auto& u) HWY_ATTR {
+      const auto& c = source.at(u);
+      for (int row = 0; row < kRows; ++row) {
+        auto z = normalized(u, c, row);
+        if (residual) {
+          const auto r = load_any<A>(u, advance(residual, row * stride));
+          z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)};
+        }
+        z = {activate<kActivation, A>(z.lo), activate<kActivation, A>(z.hi)};
+        store_any<A>(u, z, advance(y, row * stride));
       }
-      z = {activate<A>(args.activation, z.lo), activate<A>(args.activation, z.hi)};
-      store_any<A>(u, z, y);
-    }
-  });
+    });
+  }
 }
 
+// Calls f(TypeTag<T>, is_plain, activation), the latter two as constants.
 template <class A, class F>
 HWY_INLINE void visit_apply(const ApplyArgs<A>& args, F&& f) {
   visit_elements<A>(args.x.dtype, [&](auto tag) HWY_ATTR {
     if (args.y.dtype == args.x.dtype && !args.residual && args.activation == Activation::kNone) {
-      f(tag, std::true_type());
+      f(tag, std::true_type(), std::integral_constant<Activation, Activation::kNone>());
     } else {
-      f(tag, std::false_type());
+      visit_activation(args.activation,
+                       [&](auto activation) HWY_ATTR { f(tag, std::false_type(), activation); });
     }
   });
 }
 
 template <class A>
 void apply_runs(const ApplyArgs<A>& args, std::int64_t count, std::int64_t length) {
-  visit_apply(args, [&](auto tag, auto plain) HWY_ATTR {
+  visit_apply(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
+    using T = typename decltype(tag)::type;
     for (std::int64_t r = 0; r < count; ++r) {
-      apply_run<typename decltype(tag)::type, A, plain()>(args, r * length, length,
-                                                          RunCoefficients<A>(args.coefficients, r));
+      apply_block<T, A, plain(), activation(), 1>(args, r * length, length, length,
+                                                  RunCoefficients<A>(args.coefficients, r));
     }
   });
 }
 
 template <class A>
 void apply_rows(const ApplyArgs<A>& args, std::int64_t rows, std::int64_t width) {
-  visit_apply(args, [&](auto tag, auto plain) HWY_ATTR {
-    for (std::int64_t r = 0; r < rows; ++r) {
-      apply_run<typename decltype(tag)::type, A, plain()>(args, r * width, width,
-                                                          ColumnCoefficients<A>{args.coefficients});
+  visit_apply(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
+    using T = typename decltype(tag)::type;
+    // Rows that share one load of the coefficients: worth it where that has to be put in order.
+    constexpr int kRows = plain() && kOrderOf<A, T> == Order::kEvenOdd ? 4 : 1;
+    const ColumnCoefficients<A> source{args.coefficients};
+    std::int64_t row = 0;
+    for (; row + kRows <= rows; row += kRows) {
+      apply_block<T, A, plain(), activation(), kRows>(args, row * width, width, width, source);
+    }
+    for (; row < rows; ++row) {
+      apply_block<T, A, plain(), activation(), 1>(args, row * width, width, width, source);
     }
   });
 }

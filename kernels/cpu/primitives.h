@@ -42,7 +42,7 @@ struct ColumnMoments {
   double* count = nullptr;
 };
 
-// Coefficients of z = (x - center) * scale + shift + residual, and in the backward pass of
+// Coefficients (NaNs among them are canonical) of z = (x - center) * scale + shift + residual, and in the backward pass of
 // grad_x = scale * g + mask * (slope * (x - center) + offset): one per run, or one per column.
 template <class A>
 struct Coefficients {
@@ -60,6 +60,7 @@ struct ApplyArgs {
   MutableTensor y;
   Activation activation = Activation::kNone;
   Coefficients<A> coefficients;
+  bool stream = false;  // y will not be read before it leaves the caches: write past them
 };
 
 template <class A>
@@ -72,6 +73,7 @@ struct GradientArgs {
   Coefficients<A> coefficients;
   MutableTensor grad_x;         // read by gradient_of_* only
   MutableTensor grad_residual;  // likewise; either may be absent
+  bool stream = false;          // grad_x, like y of ApplyArgs
 };
 
 struct GradientSums {

@@ -9,6 +9,8 @@
 // bits.
 #pragma once
 
+#include <hwy/cache_control.h>
+
 #include <algorithm>
 #include <cstdint>
 
@@ -56,6 +58,7 @@ void run_tiles(const Driver& driver, const Problem& problem, const CpuPlan& plan
           for (std::int64_t k = driver.pieces(tile) - 1; k >= 0; --k) driver.apply(tile, k, own);
         }
       }
+      if (plan.stream) hwy::FlushStream();
     });
     return;
   }
@@ -83,6 +86,7 @@ void run_tiles(const Driver& driver, const Problem& problem, const CpuPlan& plan
       const std::int64_t tile = i / pieces, k = i % pieces;
       if (k < driver.pieces(tile)) driver.apply(tile, k, state(tile));
     }
+    if (plan.stream) hwy::FlushStream();
   });
 }
 

@@ -12,7 +12,7 @@ constexpr std::int64_t kRowChunkValues =
     65536;  // values per leaf of the tree, kNSC, within the next two limits
 constexpr std::int64_t kMinRows = 128, kMaxRowsPerChunk = 1024;
 constexpr std::int64_t kLaneMultiple =
-    16;  // columns of a folded row are a multiple of this when possible
+    32;  // columns of a folded row are a multiple of this when possible
 constexpr std::int64_t kWideRow = 128;  // columns from which rows are not folded further
 constexpr std::int64_t kMaxFoldedColumns = 2048;
 

@@ -1,3 +1,7 @@
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstdio>
 
@@ -9,9 +13,23 @@ namespace {
 
 constexpr std::int64_t kTaskBytes = 32 << 10;  // less input is not worth another thread
 
+// Outputs from this size on are streamed past the caches, which saves reading what they overwrite and
+// keeps x in the cache: half of the last level, within limits, since a large one is shared with
+// others.
+constexpr std::int64_t kMinStreamed = 4 << 20, kMaxCached = 32 << 20;
+constexpr std::int64_t kUnknownCache = 32 << 20;
+
 }  // namespace
 
-CpuPlan plan_cpu(const Problem& problem, int num_threads) {
+std::int64_t last_level_cache() {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  static const std::int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return kUnknownCache;
+}
+
+CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_bytes) {
   CpuPlan plan;
   if (problem.extent.numel() == 0) {
     plan.reason = "empty";
@@ -30,6 +48,7 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads) {
     plan.chunks = g.chunks();
   }
   const auto bytes = problem.extent.numel() * static_cast<std::int64_t>(size_of(problem.dtype));
+  plan.stream = bytes >= std::clamp(cache_bytes / 2, kMinStreamed, kMaxCached);
   const std::int64_t groups = ceil_div(plan.tiles, tiles_per_group(problem));
   const std::int64_t wanted =
       std::clamp<std::int64_t>(bytes / kTaskBytes, 1, std::max(num_threads, 1));
@@ -53,15 +72,15 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads) {
 }
 
 std::string describe(const CpuPlan& plan) {
-  char text[256];
+  char text[320];
   std::snprintf(
       text, sizeof(text),
       "%s path: %lld tiles of %lld chunks (chunk %lld, fold %lld), %lld tasks, %zu bytes of "
-      "workspace: %s",
+      "workspace, %s stores: %s",
       plan.path == CpuPath::kSlice ? "slice" : "chunk", static_cast<long long>(plan.tiles),
       static_cast<long long>(plan.chunks), static_cast<long long>(plan.chunk),
       static_cast<long long>(plan.fold), static_cast<long long>(plan.tasks), plan.workspace_bytes,
-      plan.reason);
+      plan.stream ? "streaming" : "cached", plan.reason);
   return text;
 }
 

@@ -1,4 +1,4 @@
-// How one call will run: a pure function of shape, dtype and number of threads, so that every
+// How one call will run: a pure function of shape, dtype, threads and cache size, so that every
 // choice can be tested and printed without running anything. The reduction tree (chunk, fold) of
 // kNCS depends on the shape of one slice only, that of kNSC on the shape of the rows that its slices
 // share. It never depends on the number of threads or of samples beside those of the slice: results
@@ -53,11 +53,16 @@ struct CpuPlan {
   std::int64_t tiles = 0;   // slices or groups of slices that are finished together
   std::int64_t chunks = 0;  // chunks per tile
   std::int64_t tasks = 1;   // kSlice: ranges of tiles that run in parallel
+  bool stream = false;      // the output leaves no trace in the caches: it is larger than they are
   std::size_t workspace_bytes = 0;
   const char* reason = "";  // why this path, static storage
 };
 
-CpuPlan plan_cpu(const Problem& problem, int num_threads);
+// Bytes of this machine's last level of cache; a guess where it does not tell.
+std::int64_t last_level_cache();
+
+CpuPlan plan_cpu(const Problem& problem, int num_threads,
+                 std::int64_t cache_bytes = last_level_cache());
 
 // One line for people: path, chunk, workspace and reason.
 std::string describe(const CpuPlan& plan);
