@@ -42,7 +42,7 @@ $(environment):
 	@echo "installing torch and the Python packages into $(venv); the first time takes minutes"
 	python -m pip install --quiet --upgrade "pip>=25.1"
 	python -m pip install --quiet torch$(addprefix ==,$(TORCH_VERSION)) \
-	  --group build --group test --group examples --group lint
+	  --group build --group test --group examples --group benchmarks --group lint
 	@mkdir -p $(stamps) && rm -f $(stamps)/environment-* && touch $@
 
 # setuptools' own build folder may hold files of another version.
@@ -74,11 +74,12 @@ test: $(installed) ## C++ tests, then Python tests of the installed package from
 	cd build && python -m pytest --config-file=../pyproject.toml ../tests/python ../tests/gpu
 
 .PHONY: bench
-bench: $(installed) ## speed of the CPU kernels alone, and beside torch, as JSON in build/
+bench: $(installed) ## speed of the CPU kernels alone, and beside torch, in build/
 	cmake -S . -B $(build) -DNORMCORE_BENCHMARKS=ON --log-level=WARNING
 	cmake --build $(build) --target normcore_kernels_benchmark
 	$(build)/benchmarks/normcore_kernels_benchmark --benchmark_out=build/kernels$(variant).json
-	python benchmarks/compare.py --output build/compare$(variant).json
+	python -m benchmarks run --output build/speed$(variant).json
+	python -m benchmarks report build/speed$(variant).json --output build/speed$(variant) >/dev/null
 
 .PHONY: lint
 lint: $(environment) ## formatting, style, types and layering

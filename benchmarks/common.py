@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 from collections.abc import Callable, Sequence
@@ -16,11 +15,6 @@ from torch import Tensor
 import normcore
 
 ROOT = Path(__file__).resolve().parents[1]
-MEMORY_FORMATS = {
-    "contiguous": torch.contiguous_format,
-    "channels_last": torch.channels_last,
-    "channels_last_3d": torch.channels_last_3d,
-}
 Norm = Callable[[Tensor], Tensor]
 
 
@@ -30,13 +24,18 @@ class Operands:
     weight: Tensor
     bias: Tensor
     grad: Tensor
-    axis: int
     groups: int
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The values of `x` with the positions ("contiguous") or the channels next to each other."""
+    if layout == "contiguous":
+        return x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def make_operands(
     size: Sequence[int],
-    axis: int,
     groups: int,
     layout: str,
     dtype: torch.dtype,
@@ -48,11 +47,9 @@ def make_operands(
     def random(function: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
         return function(shape, generator=generator, device=device)
 
-    x = random(torch.randn, size).to(dtype).contiguous(memory_format=MEMORY_FORMATS[layout])
-    weight, bias = random(torch.rand, [x.shape[axis]]) + 0.5, random(torch.randn, [x.shape[axis]])
-    return Operands(
-        x, weight.requires_grad_(), bias.requires_grad_(), torch.randn_like(x), axis, groups
-    )
+    x = lay_out(random(torch.randn, size).to(dtype), layout)
+    weight, bias = random(torch.rand, size[1:2]) + 0.5, random(torch.randn, size[1:2])
+    return Operands(x, weight.requires_grad_(), bias.requires_grad_(), torch.randn_like(x), groups)
 
 
 def batch_norms(o: Operands, training: bool) -> tuple[Norm, Norm]:
@@ -60,33 +57,43 @@ def batch_norms(o: Operands, training: bool) -> tuple[Norm, Norm]:
     # Running statistics of their own: a later call must not change what a backward has saved.
     their_mean, their_var = torch.zeros_like(o.bias), torch.ones_like(o.bias)
     our_mean, our_var = torch.zeros_like(o.bias), torch.ones_like(o.bias)
-    move = o.axis not in (1, 1 - o.x.dim())
 
     def torch_norm(x: Tensor) -> Tensor:
-        moved = x.reshape(-1, x.shape[-1]) if move else x  # torch has only axis 1
-        y = torch_functional.batch_norm(moved, their_mean, their_var, o.weight, o.bias, training)
-        return y.reshape(x.shape) if move else y
+        return torch_functional.batch_norm(x, their_mean, their_var, o.weight, o.bias, training)
+
+    def our_norm(x: Tensor) -> Tensor:
+        return normcore.functional.batch_norm(x, our_mean, our_var, o.weight, o.bias, training)
+
+    return our_norm, torch_norm
+
+
+def add_relu_batch_norms(o: Operands) -> tuple[Norm, Norm]:
+    """relu(norm(x) + residual) in training: the end of a block of ResNet, in place in torch."""
+    residual = torch.randn_like(o.x)
+    _, torch_batch_norm = batch_norms(o, True)
+    mean, var = torch.zeros_like(o.bias), torch.ones_like(o.bias)
+
+    def torch_norm(x: Tensor) -> Tensor:
+        return torch_batch_norm(x).add_(residual).relu_()
 
     def our_norm(x: Tensor) -> Tensor:
         return normcore.functional.batch_norm(
-            x, our_mean, our_var, o.weight, o.bias, training, axis=o.axis
+            x, mean, var, o.weight, o.bias, True, activation="relu", residual=residual
         )
 
     return our_norm, torch_norm
 
 
 def group_norms(o: Operands, silu: bool) -> tuple[Norm, Norm]:
-    """The group norm of normcore and of torch, the latter with the channels on axis 1."""
-    move = o.axis not in (1, 1 - o.x.dim())
+    """The group norm of normcore and of torch."""
 
     def torch_norm(x: Tensor) -> Tensor:
-        moved = x.movedim(-1, 1) if move else x
-        y = torch_functional.group_norm(moved, o.groups, o.weight, o.bias)
+        y = torch_functional.group_norm(x, o.groups, o.weight, o.bias)
         return torch_functional.silu(y) if silu else y
 
     def our_norm(x: Tensor) -> Tensor:
         return normcore.functional.group_norm(
-            x, o.groups, o.weight, o.bias, axis=o.axis, activation="silu" if silu else None
+            x, o.groups, o.weight, o.bias, activation="silu" if silu else None
         )
 
     return our_norm, torch_norm
@@ -96,9 +103,8 @@ def backward_of(norm: Norm, o: Operands) -> Callable[[], tuple[Tensor, ...]]:
     """The backward pass of one call, for all three gradients."""
     x = o.x.detach().requires_grad_()
     y = norm(x)
-    grad = o.grad if y.shape == o.grad.shape else o.grad.movedim(-1, 1)
     leaves = (x, o.weight, o.bias)
-    return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+    return lambda: torch.autograd.grad(y, leaves, o.grad, retain_graph=True)
 
 
 def commit() -> str:
@@ -115,7 +121,3 @@ def commit() -> str:
     except FileNotFoundError:
         return "unknown"
     return answer.stdout.strip() or "unknown"
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))

@@ -45,7 +45,6 @@ from common import (
     backward_of,
     batch_norms,
     commit,
-    geometric_mean,
     group_norms,
     make_operands,
 )
@@ -279,14 +278,12 @@ def candidates(
 
 def difference(got: Tensor, want: Tensor) -> float:
     got, want = got.detach().float(), want.float()
-    if got.shape != want.shape:
-        got = got.movedim(1, -1)
     return ((got - want).norm() / want.norm()).item()
 
 
 def wanted(case: Case, o: Operands) -> dict[str, Tensor]:
     """Results of torch in float32 for the same operands."""
-    wide = Operands(o.x.float(), o.weight, o.bias, o.grad.float(), o.axis, o.groups)
+    wide = Operands(o.x.float(), o.weight, o.bias, o.grad.float(), o.groups)
     _, theirs = norms_of(case, wide)
     operation = "batch_norm train" if case.norm == "batch_norm" else case.norm
     with torch.no_grad():
@@ -298,7 +295,7 @@ def measure(
     case: Case, watch: Any, device: str, seconds: float, peers: set[str], report: Report
 ) -> None:
     shape = case.shape
-    o = make_operands(shape.size, 1, shape.groups, case.layout, case.dtype, device)
+    o = make_operands(shape.size, shape.groups, case.layout, case.dtype, device)
     target = torch.empty_like(o.x)
     operations = candidates(case, o, peers, report.failures)
     exact = wanted(case, o) if o.x.numel() <= 1 << 30 else {}
@@ -429,7 +426,7 @@ def show(report: Report, console: Console) -> None:
     for name, values in ratios.items():
         if values:
             console.print(
-                f"against {name}: geometric mean {geometric_mean(values):.2f}, worst "
+                f"against {name}: geometric mean {statistics.geometric_mean(values):.2f}, worst "
                 f"{min(values):.2f}, best {max(values):.2f} over {len(values)} cases"
             )
     for title, lines in (("left out", report.left_out), ("failed", report.failures)):
