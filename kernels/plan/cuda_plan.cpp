@@ -309,6 +309,10 @@ class Planner {
 
   void set_shared_rows(const RowsTiling& tiling) {
     plan_.shared_bytes = tiling.units * shared_bytes_of_rows(tiling.columns, tiling.row_lanes);
+    if (plan_.path != CudaPath::kSplit) return;
+    // The last block merges with one record per thread.
+    const auto threads = static_cast<std::size_t>(plan_.threads);
+    plan_.shared_bytes = std::max(plan_.shared_bytes, threads * kShiftedSumsBytes);
   }
 
   const Problem& problem_;
@@ -408,6 +412,8 @@ CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan
     } else {
       take(layout.records, is_rows ? row_records : plane_chunks,
            is_rows ? 4 * arithmetic : kShiftedSumsBytes);
+      take(layout.channel_sums, is_rows && is_group_norm(problem) ? e.n * e.c : 0,
+           kShiftedSumsBytes);
     }
   }
   if (is_backward(problem) && is_group_norm(problem) && !problem.affine_per_sample &&
