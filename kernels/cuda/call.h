@@ -41,6 +41,7 @@ struct ForwardCall {
   RunningStatistics running;
   ConstTensor given_mean, given_var;  // of batch norm with running statistics
   void* records = nullptr;  // workspace: ShiftedSums of every chunk, ColumnSums of its channels
+  ShiftedSums* channel_sums = nullptr;  // workspace of group norm over kNSC: per sample and channel
   unsigned* counters = nullptr;
 };
 

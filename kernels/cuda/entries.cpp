@@ -33,6 +33,7 @@ Status start(cuda::ForwardCall call, const Problem& problem, const CudaPlan& pla
   if (const Status status = check_plan(problem, plan, workspace); !status.ok()) return status;
   const CudaWorkspaceLayout layout = cuda_workspace_layout(problem, plan);
   call.records = part<void>(workspace, layout.records);
+  call.channel_sums = part<cuda::ShiftedSums>(workspace, layout.channel_sums);
   call.counters = workspace.counters;
   return plan.layout == Layout::kNCS
              ? cuda::planes_forward(call, planes_tiling(problem, plan), plan, stream)

@@ -26,6 +26,12 @@ struct PartialSums {
   }
 };
 
+__device__ inline void merge(ChannelSums& total, const ChannelSums& other) {
+  total.g += other.g;
+  total.g_centered += other.g_centered;
+  total.count += other.count;
+}
+
 // All sums that `items` ask for, by the whole block: sum i has `terms` terms, of which `lanes`
 // neighbouring threads (a power of two up to 32) take turns. term(i, j) gives PartialSums; the
 // first of the lanes calls store(i, ChannelSums).

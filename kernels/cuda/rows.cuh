@@ -93,6 +93,44 @@ class RowsChunk {
   std::uint32_t column_tile_, chunk_, row_lane_;
 };
 
+// Merges the `terms` records of each of `columns` columns, by the whole block: the j-th of column i is
+// records[j * stride + i]. Neighbouring threads read neighbouring columns, and the lanes of a column
+// take turns at its records; the lanes are merged in a fixed order. One thread per column calls
+// store(i, Sums). Dynamic shared memory, of which a Sums per thread is used, is free before and after.
+template <class Sums, class Record, class Store>
+__device__ void merge_columns(const Record* records, std::int64_t stride, std::uint32_t columns,
+                              std::uint32_t terms, Store store) {
+  constexpr unsigned kInFlight = 4;  // records that a thread loads before it waits for the first
+  Sums* const handed_over = dynamic_shared<Sums>();
+  for (std::uint32_t first = 0; first < columns; first += blockDim.x) {
+    const unsigned width = columns - first < blockDim.x ? columns - first : blockDim.x;
+    unsigned lanes = 1;
+    while (lanes < terms && 2 * lanes * width <= blockDim.x) lanes *= 2;
+    const unsigned lane = threadIdx.x / width;
+    const std::uint32_t column = first + threadIdx.x % width;
+    Sums total{};
+    for (std::uint64_t term = lane; lane < lanes && term < terms; term += kInFlight * lanes) {
+      Record parts[kInFlight];
+#pragma unroll
+      for (unsigned k = 0; k < kInFlight; ++k) {
+        const std::uint64_t at = term + k * lanes;
+        parts[k] = records[static_cast<std::int64_t>(at < terms ? at : term) * stride + column];
+      }
+#pragma unroll
+      for (unsigned k = 0; k < kInFlight; ++k) {
+        if (term + k * lanes < terms) merge(total, static_cast<Sums>(parts[k]));
+      }
+    }
+    for (unsigned half = lanes / 2; half != 0; half /= 2) {
+      if (half <= lane && lane < 2 * half) handed_over[threadIdx.x] = total;
+      __syncthreads();
+      if (lane < half) merge(total, handed_over[threadIdx.x + half * width]);
+      __syncthreads();
+    }
+    if (lane == 0) store(column, total);
+  }
+}
+
 // The column tiles that the last block to arrive finishes together: whole slices.
 struct RowsFinish {
   std::int64_t counter, first_channel, channels;

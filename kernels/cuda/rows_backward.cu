@@ -183,7 +183,7 @@ class RowsBackward {
     __syncthreads();
   }
 
-  // The last block to arrive sums the records of whole slices, column by column.
+  // The last block to arrive merges the records of whole slices, column by column.
   __device__ void finish_split(const Chunk& chunk) const {
     const std::int64_t c = call_.input.extent.c;
     const RowsFinish finish(tiling_, c, chunk.tile(), chunk.column_tile());
@@ -191,9 +191,8 @@ class RowsBackward {
     const ChannelSums* const records =
         call_.records + chunk.tile() * tiling_.chunks * c + finish.first_channel;
     ChannelSums* const sums = call_.channel_sums + chunk.tile() * c + finish.first_channel;
-    sum_terms(
-        static_cast<std::uint32_t>(finish.channels), tiling_.chunks, lanes_for(tiling_.chunks),
-        [&](std::uint32_t column, std::uint32_t term) { return records[term * c + column]; },
+    merge_columns<ChannelSums>(
+        records, c, static_cast<std::uint32_t>(finish.channels), tiling_.chunks,
         [&](std::uint32_t column, const ChannelSums& total) { sums[column] = total; });
     __syncthreads();
     const auto width = static_cast<std::uint32_t>(chunk.channels_per_slice());

@@ -16,9 +16,9 @@ namespace {
 
 // ShiftedSums of the rows of a chunk in one column, in the arithmetic type.
 template <class A>
-struct ColumnSums {
+struct alignas(16) ColumnSums {
   A count, pivot, sum, square;
-  __device__ ShiftedSums widen() const {
+  __device__ explicit operator ShiftedSums() const {
     return {static_cast<double>(count), static_cast<double>(pivot), static_cast<double>(sum),
             static_cast<double>(square)};
   }
@@ -207,8 +207,8 @@ class RowsForward {
       const std::uint32_t unit = item < items ? item / slices : 0, slice = item % slices;
       const Chunk chunk = chunk_of(first, unit, chunks);
       const ColumnSums<A>* const sums = column_sums() + unit * tiling_.columns + slice * width;
-      const ShiftedSums all =
-          merge_records(width, lane, lanes, [&](std::uint64_t i) { return sums[i].widen(); });
+      const ShiftedSums all = merge_records(
+          width, lane, lanes, [&](std::uint64_t i) { return static_cast<ShiftedSums>(sums[i]); });
       if (item >= items || lane != 0) continue;
       if (first + unit >= chunks || slice >= chunk.slices()) continue;
       slice_statistics()[item] = save_statistics<A>(
@@ -218,7 +218,7 @@ class RowsForward {
     __syncthreads();
   }
 
-  // The last block to arrive merges the records of whole slices.
+  // The last block to arrive merges the records of whole slices, column by column.
   __device__ void finish_split(const Chunk& chunk) const {
     const std::int64_t c = call_.input.extent.c;
     auto* const records =
@@ -232,20 +232,29 @@ class RowsForward {
     if (!is_last_block(call_.counters + finish.counter, finish.blocks)) return;
     const auto width = static_cast<std::uint32_t>(chunk.channels_per_slice());
     const auto slices = static_cast<std::uint32_t>(finish.channels / width);
-    const std::uint64_t terms = static_cast<std::uint64_t>(tiling_.chunks) * width;
-    const unsigned lanes = lanes_for(terms < kWarp ? static_cast<std::uint32_t>(terms) : kWarp);
-    const unsigned lane = threadIdx.x % lanes;
+    const auto save = [&](std::uint32_t slice, const ShiftedSums& all) {
+      const std::int64_t first_slice = finish.first_channel / width;
+      save_statistics<A>(call_, chunk.tile() * chunk.slices_per_tile() + first_slice + slice,
+                         to_moments(all));
+    };
+    // A workspace for batch norm has no channel sums: its slices are columns.
+    ShiftedSums* const sums = call_.channel_sums + chunk.tile() * c + finish.first_channel;
+    merge_columns<ShiftedSums>(records + finish.first_channel, c,
+                               static_cast<std::uint32_t>(finish.channels), tiling_.chunks,
+                               [&](std::uint32_t column, const ShiftedSums& all) {
+                                 if (width == 1) return save(column, all);
+                                 sums[column] = all;
+                               });
+    if (width == 1) return;
+    __syncthreads();
+    const unsigned lanes = lanes_for(width), lane = threadIdx.x % lanes;
     for (std::uint32_t at = 0; at < slices; at += blockDim.x / lanes) {
       const std::uint32_t slice = at + threadIdx.x / lanes;
-      const std::int64_t channel =
-          finish.first_channel + static_cast<std::int64_t>(slice < slices ? slice : 0) * width;
-      const ShiftedSums all = merge_records(terms, lane, lanes, [&](std::uint64_t i) {
-        return records[static_cast<std::int64_t>(i / width) * c + channel + i % width].widen();
-      });
-      if (slice < slices && lane == 0) {
-        save_statistics<A>(call_, chunk.tile() * chunk.slices_per_tile() + channel / width,
-                           to_moments(all));
-      }
+      const ShiftedSums* const own =
+          sums + static_cast<std::int64_t>(slice < slices ? slice : 0) * width;
+      const ShiftedSums all =
+          merge_records(width, lane, lanes, [&](std::uint64_t i) { return own[i]; });
+      if (slice < slices && lane == 0) save(slice, all);
     }
   }
 

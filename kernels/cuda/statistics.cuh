@@ -17,6 +17,19 @@ __device__ inline ShiftedSums move_pivot(const ShiftedSums& sums, double pivot) 
           sums.square + shift * (2.0 * sums.sum + sums.count * shift)};
 }
 
+// Both together, about the pivot of the first that has a value.
+__device__ inline void merge(ShiftedSums& total, const ShiftedSums& other) {
+  if (other.count == 0.0) return;
+  if (total.count == 0.0) {
+    total = other;
+    return;
+  }
+  const ShiftedSums part = move_pivot(other, total.pivot);
+  total.count += part.count;
+  total.sum += part.sum;
+  total.square += part.square;
+}
+
 __device__ inline Moments to_moments(const ShiftedSums& sums) {
   return Moments::from_shifted_sums(sums.count, sums.pivot, sums.sum, sums.square);
 }

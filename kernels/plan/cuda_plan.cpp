@@ -17,6 +17,7 @@ struct Constants {
   std::int64_t warp = 32;
   std::int64_t block_threads = 256;       // of kPack, kSplit and kStream
   std::int64_t row_bytes = 128;           // neighbouring bytes that a tile of columns should have
+  std::int64_t sector_bytes = 32;         // of memory: read as a whole or not at all
   std::int64_t column_lanes = 8;          // of kSplit with vectors: 128 bytes
   std::int64_t narrow_column_lanes = 32;  // of kSplit without vectors
   std::int64_t blocks_per_multiprocessor = 8;  // that kSplit aims at before its chunks grow
@@ -222,11 +223,8 @@ class Planner {
     plan_.width = problem_.aligned && c % width == 0 ? static_cast<int>(width) : 1;
     const std::int64_t rows =
         is_group_norm(problem_) ? problem_.extent.s : problem_.extent.n * problem_.extent.s;
-    if (may_reside() && plan_resident_rows(rows)) return true;
-    const char* const reason = problem_.dtype == DType::kFloat64
-                                   ? "float64 takes too many registers to hold a slice"
-                                   : "a tile of rows and whole slices does not fit into the "
-                                     "registers of a block";
+    const char* reason = "float64 takes too many registers to hold a slice";
+    if (may_reside() && plan_resident_rows(rows, reason)) return true;
     if (!plan_split_or_stream(reason)) return false;
     plan_.samples_per_block = 1;
     const std::int64_t column_lanes =
@@ -252,7 +250,10 @@ class Planner {
     return true;
   }
 
-  bool plan_resident_rows(std::int64_t rows) {
+  // Never left out for an idle device: a tile is no larger than a chunk of kSplit.
+  bool plan_resident_rows(std::int64_t rows, const char*& why_not) {
+    why_not = "a tile of rows and whole slices does not fit into the registers of a block";
+    const auto bytes = static_cast<std::int64_t>(size_of(problem_.dtype));
     const std::int64_t c = problem_.extent.c,
                        max_threads = std::min(kMaxRowsThreads, options_.max_threads);
     const bool is_few = plan_.width > 1 && rows <= few_vectors(problem_);
@@ -261,13 +262,19 @@ class Planner {
     const std::int64_t whole = std::lcm(channels_per_slice(problem_), plan_.width);
     if (whole / plan_.width * row_lanes > max_threads) return false;
     std::int64_t columns = whole;
-    while (columns * static_cast<std::int64_t>(size_of(problem_.dtype)) < kConstants.row_bytes &&
-           columns + whole <= c && (columns + whole) / plan_.width * row_lanes <= max_threads) {
+    while (columns * bytes < kConstants.row_bytes && columns + whole <= c &&
+           (columns + whole) / plan_.width * row_lanes <= max_threads) {
       columns += whole;
     }
     const std::int64_t lanes = columns / plan_.width * row_lanes;
     const std::size_t unit_bytes = shared_bytes_of_rows(columns, row_lanes);
     if (unit_bytes > kMaxDynamicShared) return false;
+    if (!options_.path && columns * bytes < kConstants.sector_bytes &&
+        c * bytes >= kConstants.sector_bytes) {
+      why_not =
+          "a tile that fits into the registers of a block has rows shorter than a sector of memory";
+      return false;
+    }
     set_sample_blocks();
     const std::int64_t all_units = resident_units(ceil_div(c, columns));
     std::int64_t units =
@@ -309,6 +316,10 @@ class Planner {
 
   void set_shared_rows(const RowsTiling& tiling) {
     plan_.shared_bytes = tiling.units * shared_bytes_of_rows(tiling.columns, tiling.row_lanes);
+    if (plan_.path != CudaPath::kSplit) return;
+    // The last block merges with one record per thread.
+    const auto threads = static_cast<std::size_t>(plan_.threads);
+    plan_.shared_bytes = std::max(plan_.shared_bytes, threads * kShiftedSumsBytes);
   }
 
   const Problem& problem_;
@@ -408,6 +419,8 @@ CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan
     } else {
       take(layout.records, is_rows ? row_records : plane_chunks,
            is_rows ? 4 * arithmetic : kShiftedSumsBytes);
+      take(layout.channel_sums, is_rows && is_group_norm(problem) ? e.n * e.c : 0,
+           kShiftedSumsBytes);
     }
   }
   if (is_backward(problem) && is_group_norm(problem) && !problem.affine_per_sample &&

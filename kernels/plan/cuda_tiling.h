@@ -80,7 +80,7 @@ RowsTiling rows_tiling(const Problem& problem, const CudaPlan& plan);
 // The parts of a call's workspace: offsets in bytes, each a multiple of 256.
 struct CudaWorkspaceLayout {
   std::size_t records = 0;          // partial sums of chunks (kSplit)
-  std::size_t channel_sums = 0;     // backward (kSplit)
+  std::size_t channel_sums = 0;     // backward, and forward of group norm over kNSC (kSplit)
   std::size_t slice_gradients = 0;  // backward (kSplit)
   std::size_t parameters = 0;       // backward of group norm: per block of samples and channel
   std::int64_t sample_blocks = 0;   // 0: parameter gradients need no second sum

@@ -180,6 +180,38 @@ TEST(CudaPlan, SaysWhySlicesAreSplit) {
   EXPECT_NE(reason_of(p).find("float64"), std::string::npos);
 }
 
+constexpr std::int64_t kSector = 32;
+
+// A row of a resident tile has whole sectors of memory, where the tensor's rows have.
+TEST(CudaPlan, TilesOfRowsHaveWholeSectors) {
+  const auto expect_sectors = [](const Problem& p, const CudaPlan& plan) {
+    const auto bytes = static_cast<std::int64_t>(size_of(p.dtype));
+    const bool is_resident = plan.path == CudaPath::kPack || plan.path == CudaPath::kBlock;
+    if (plan.layout != Layout::kNSC || !is_resident || p.extent.c * bytes < kSector) return;
+    ASSERT_GE(plan.columns * bytes, kSector) << to_string(p) << ": " << describe(plan);
+  };
+  for_each_plan({}, expect_sectors);
+  CudaOptions options;
+  options.batch_invariant = true;
+  for_each_plan(options, expect_sectors);
+
+  // 16 bytes of 2048 rows fill a block, 32 of 1024 rows.
+  Problem p;
+  p.layout = Layout::kNSC;
+  p.extent = {2, 64, 1024};
+  const auto plan = plan_cuda(p, kDevices[0]);
+  EXPECT_EQ(plan->path, CudaPath::kSplit);
+  EXPECT_NE(std::string(plan->reason).find("sector"), std::string::npos);
+  options = {};
+  options.path = CudaPath::kBlock;
+  EXPECT_TRUE(plan_cuda(p, kDevices[0], options));
+  p.extent.s = 512;
+  EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kBlock);
+  // The tensor's rows have 28 bytes.
+  p.extent = {2, 7, 1024};
+  EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kBlock);
+}
+
 TEST(CudaPlan, ReadsSmallSlicesOnce) {
   Problem p;
   p.dtype = DType::kBFloat16;
