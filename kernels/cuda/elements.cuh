@@ -180,14 +180,17 @@ __device__ void keep_packed(Vector<T, kWidth>& vector) {
   }
 }
 
+// Bit i is set if element i of a vector exists.
+__device__ inline unsigned existing_elements(Span span) {
+  return span.is_empty() ? 0 : (1u << span.end) - (1u << span.begin);
+}
+
 // Bit i is set if element i of the vector exists and counts for the statistics. `row` indexes a mask
 // [n][s], `index` one of the extent of x; both are those of the vector's first element.
 template <int kWidth>
 __device__ unsigned counting_elements(const Mask& mask, std::int64_t index, std::int64_t row,
                                       bool row_per_element, Span span) {
-  if (span.is_empty()) return 0;
-  const unsigned existing = (1u << span.end) - (1u << span.begin);
-  if (!mask) return existing;
+  if (!mask) return existing_elements(span);
   unsigned counting = 0;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {

@@ -60,14 +60,14 @@ __device__ void apply_forward(const ForwardCall& call, const Vector<T, kWidth>& 
   store_values(call.y, index, span, z);
 }
 
-// The gradient behind the activation. A masked-out value whose grad_y is 0 passes nothing on, not
-// even a NaN: its g is 0, and what has g = 0 and does not count is taken out of every sum.
+// Makes the gradient behind the activation of grad_y. A masked-out value whose grad_y is 0 passes
+// nothing on, not even a NaN: its g is 0, and what has g = 0 and does not count is taken out of every
+// sum.
 template <class T, int kWidth, class Affines>
 __device__ void output_gradient(const BackwardCall& call, const Vector<T, kWidth>& x,
                                 std::int64_t index, Span span, unsigned counting,
                                 const Affines& affine, Arithmetic<T> (&g)[kWidth]) {
   using A = Arithmetic<T>;
-  load_values(call.grad_y, index, span, g);
   if (call.input.activation == Activation::kNone) return;
   A z[kWidth];
   pre_activation(call.input, x, index, span, affine, z);
@@ -75,6 +75,36 @@ __device__ void output_gradient(const BackwardCall& call, const Vector<T, kWidth
   for (int i = 0; i < kWidth; ++i) {
     const bool is_used = (counting >> i & 1) != 0 || g[i] != A{0};
     g[i] = is_used ? g[i] * activate_derivative(call.input.activation, z[i]) : A{0};
+  }
+}
+
+// Loads x and grad_y of a batch of vectors, each tensor's before any is waited for where both have
+// the same dtype. for_each(f) calls f(k, index of the vector, span) for those that exist.
+template <class T, int kWidth, int kVectors, class ForEach>
+__device__ void load_batch(const BackwardCall& call, Vector<T, kWidth> (&x)[kVectors],
+                           Arithmetic<T> (&grad_y)[kVectors][kWidth], ForEach for_each) {
+  const T* const data = static_cast<const T*>(call.input.x.data);
+  if (call.grad_y.dtype != call.input.x.dtype) {
+    for_each([&](int k, std::int64_t index, Span span) {
+      x[k] = load_vector<T, kWidth>(data, index, span);
+    });
+    for_each([&](int k, std::int64_t index, Span span) {
+      load_values(call.grad_y, index, span, grad_y[k]);
+    });
+    return;
+  }
+  const T* const gradients = static_cast<const T*>(call.grad_y.data);
+  Vector<T, kWidth> packed[kVectors];
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) packed[k] = Vector<T, kWidth>::zero();
+  for_each([&](int k, std::int64_t index, Span span) {
+    packed[k] = load_vector<T, kWidth>(gradients, index, span);
+    x[k] = load_vector<T, kWidth>(data, index, span);
+  });
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) grad_y[k][i] = convert_from<Arithmetic<T>>(packed[k][i]);
   }
 }
 

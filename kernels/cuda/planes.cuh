@@ -60,6 +60,7 @@ class PlanesChunk {
 
   // Bits of the elements that count for the statistics.
   __device__ unsigned counting(const Mask& mask, const PlanesPosition& p) const {
+    if (!mask) return existing_elements(p.span);  // without the division of sample()
     const std::int64_t row = sample(p.segment) * extent_.s + p.position;
     return counting_elements<kWidth>(mask, p.index, row, true, p.span);
   }

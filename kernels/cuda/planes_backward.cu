@@ -42,14 +42,15 @@ class PlanesBackward {
 
     Vector<T, kWidth> x[kVectors];
     A g[kVectors][kWidth];
-    const T* const data = static_cast<const T*>(call_.input.x.data);
+    load_batch(call_, x, g, [&](auto f) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      const std::uint32_t slot = lane_ + k * lanes_;
-      if (slot >= slots) continue;
-      const PlanesPosition p = chunk.at(slot);
-      x[k] = load_vector<T, kWidth>(data, p.index, p.span);
-    }
+      for (int k = 0; k < kVectors; ++k) {
+        const std::uint32_t slot = lane_ + k * lanes_;
+        if (slot >= slots) continue;
+        const PlanesPosition p = chunk.at(slot);
+        f(k, p.index, p.span);
+      }
+    });
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const std::uint32_t slot = lane_ + k * lanes_;

@@ -83,12 +83,26 @@ class RowsBackward {
 
   __device__ void load(const Chunk& chunk, std::uint32_t batch, const Affines& affine,
                        Vector<T, kWidth> (&x)[kVectors], A (&g)[kVectors][kWidth]) const {
-    const T* const data = static_cast<const T*>(call_.input.x.data);
+    // One by one where the registers of a whole batch would leave a multiprocessor fewer blocks.
+    constexpr bool kIsAtOnce = sizeof(T) == 2 && kWidth > 1;
+    if constexpr (kIsAtOnce) {
+      load_batch(call_, x, g, [&](auto f) {
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) {
+          std::int64_t row;
+          if (chunk.row(batch, k, row)) f(k, chunk.index(row), Span{0, kWidth});
+        }
+      });
+    }
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       std::int64_t row;
       if (!chunk.row(batch, k, row)) continue;
-      x[k] = load_vector<T, kWidth>(data, chunk.index(row), {0, kWidth});
+      if constexpr (!kIsAtOnce) {
+        const T* const data = static_cast<const T*>(call_.input.x.data);
+        x[k] = load_vector<T, kWidth>(data, chunk.index(row), {0, kWidth});
+        load_values(call_.grad_y, chunk.index(row), {0, kWidth}, g[k]);
+      }
       output_gradient(call_, x[k], chunk.index(row), {0, kWidth},
                       chunk.counting(call_.input.mask, row), affine, g[k]);
       keep_packed(x[k]);
