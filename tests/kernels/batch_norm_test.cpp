@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
@@ -227,6 +229,29 @@ TEST(BatchNorm, NonFiniteValuesStayInTheirChannel) {
               EXPECT_EQ(y, find(clean, "y").get(i));
             }
           });
+        }
+      }
+    }
+  }
+}
+
+// All bits set: rounding such a NaN to 16 bits by adding half a unit would make it 0.
+TEST(BatchNorm, ParametersOfAnyNaNGiveNaN) {
+  for (const Layout layout : kBothLayouts) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      for (const Extent extent : {Extent{4, 5, 37}, Extent{2, 48, 600}}) {
+        NormCase c = small_case(layout, dtype);
+        c.extent = extent;
+        Inputs inputs(c);
+        const Statistics statistics = batch_statistics(inputs, true);
+        std::memset(inputs.scale.data(), 0xff, inputs.scale.buffer().bytes());
+        for (const auto& [name, out] :
+             {std::pair{"y", run_forward(inputs)}, std::pair{"y", run_inference(inputs)},
+              std::pair{"grad_x", run_backward(inputs, statistics)}}) {
+          const auto values = find(out, name).values();
+          const auto is_nan = [](double v) { return std::isnan(v); };
+          EXPECT_TRUE(std::all_of(values.begin(), values.end(), is_nan))
+              << name << " of " << to_string(c);
         }
       }
     }

@@ -9,12 +9,14 @@ namespace {
 
 class CpuRunner : public RunnerOf<CpuRunner> {
  public:
-  CpuRunner(const std::string& name, const CpuExecutor& executor)
-      : RunnerOf(name), executor_(executor) {}
+  // `stream`: writes outputs past the caches whatever their size.
+  CpuRunner(const std::string& name, const CpuExecutor& executor, bool stream = false)
+      : RunnerOf(name), executor_(executor), stream_(stream) {}
 
   template <class Args>
   bool run_any(const Args& args) const {
-    const CpuPlan plan = plan_cpu(problem_of(args), executor_.num_threads);
+    CpuPlan plan = plan_cpu(problem_of(args), executor_.num_threads);
+    if (stream_) plan.stream = true;
     const GuardedBuffer workspace(plan.workspace_bytes, 64, Placement::kEnd);
     void* const data = plan.workspace_bytes == 0 ? nullptr : workspace.data();
     const Status status = kernels::run(args, plan, data, executor_);
@@ -25,6 +27,7 @@ class CpuRunner : public RunnerOf<CpuRunner> {
 
  private:
   CpuExecutor executor_;
+  bool stream_;
 };
 
 }  // namespace
@@ -35,6 +38,8 @@ const std::vector<EqualRunners>& all_runners() {
     for (const NamedExecutor& other : other_executors()) {
       equal.push_back(std::make_shared<CpuRunner>(other.name, other.executor));
     }
+    equal.push_back(
+        std::make_shared<CpuRunner>("serial, streaming stores", serial_executor(), true));
     return std::vector<EqualRunners>{equal};
   }();
   return runners;

@@ -93,6 +93,24 @@ TEST(Plan, UsesThreadsForLargeInputsOnly) {
   EXPECT_EQ(plan_cpu(large, 8).path, CpuPath::kChunk) << "2 channels for 8 threads";
 }
 
+TEST(Plan, StreamsOutputsThatTheCacheCannotHold) {
+  constexpr std::int64_t kMiB = 1 << 20;
+  const auto streams = [](std::int64_t output, std::int64_t cache) {
+    Problem problem;
+    problem.dtype = DType::kBFloat16;
+    problem.extent = {1, 2, output / 4};
+    const bool stream = plan_cpu(problem, 1, cache).stream;
+    EXPECT_EQ(plan_cpu(problem, 8, cache).stream, stream) << "whatever the threads";
+    return stream;
+  };
+  EXPECT_FALSE(streams(15 * kMiB, 32 * kMiB));
+  EXPECT_TRUE(streams(16 * kMiB, 32 * kMiB));
+  EXPECT_FALSE(streams(3 * kMiB, kMiB)) << "too small to matter";
+  EXPECT_TRUE(streams(4 * kMiB, kMiB));
+  EXPECT_FALSE(streams(31 * kMiB, 1024 * kMiB));
+  EXPECT_TRUE(streams(32 * kMiB, 1024 * kMiB)) << "a large cache is shared with others";
+}
+
 TEST(Plan, OfEmptyInput) {
   for (const Extent extent : {Extent{0, 4, 5}, Extent{4, 0, 5}, Extent{4, 4, 0}}) {
     for (const Layout layout : kBothLayouts) {
@@ -116,6 +134,8 @@ TEST(Plan, DescribesItself) {
   EXPECT_NE(text.find("chunk path"), std::string::npos) << text;
   EXPECT_NE(text.find(plan.reason), std::string::npos) << text;
   EXPECT_NE(text.find(std::to_string(plan.workspace_bytes)), std::string::npos) << text;
+  EXPECT_NE(text.find(plan.stream ? "streaming stores" : "cached stores"), std::string::npos)
+      << text;
 }
 
 }  // namespace
