@@ -8,6 +8,7 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/statistics.cuh"
+#include "plan/cuda_constants.h"
 
 namespace normcore::kernels::cuda {
 

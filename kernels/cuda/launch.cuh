@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <type_traits>
 
-#include "plan/cuda_tiling.h"
+#include "plan/cuda_constants.h"
 
 #if defined(__CUDACC__)
 #include <cuda/atomic>
@@ -56,8 +56,7 @@ __device__ inline void keep(unsigned& value) { asm volatile("" : "+r"(value)); }
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& config,
                    std::type_identity_t<Parameters>... arguments) {
-  constexpr std::size_t kDefaultShared = 48 << 10;
-  if (config.dynamic_shared > kDefaultShared) {
+  if (config.dynamic_shared > kDefaultDynamicShared) {
     // The same for every call: another thread may be about to launch the kernel.
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxDynamicShared));

@@ -5,11 +5,12 @@
 #include "cuda/dispatch.cuh"
 #include "cuda/passes.h"
 #include "cuda/reduce.cuh"
+#include "plan/cuda_constants.h"
 
 namespace normcore::kernels::cuda {
 namespace {
 
-constexpr unsigned kChannels = 32, kLanes = 8;  // a block: neighbouring channels, lanes over blocks
+constexpr unsigned kChannels = kParameterChannels, kLanes = kParameterLanes;
 
 struct LaneSums {
   ParameterSums of[kLanes][kChannels];

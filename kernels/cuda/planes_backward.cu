@@ -8,6 +8,7 @@
 #include "cuda/planes.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/statistics.cuh"
+#include "plan/cuda_constants.h"
 
 namespace normcore::kernels::cuda {
 namespace {

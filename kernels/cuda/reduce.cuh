@@ -5,11 +5,11 @@
 #pragma once
 
 #include "cuda/launch.cuh"
-#include "plan/cuda_tiling.h"
+#include "plan/cuda_constants.h"
 
 namespace normcore::kernels::cuda {
 
-inline constexpr unsigned kWarp = 32, kMaxWarps = kMaxForwardThreads / kWarp;
+inline constexpr unsigned kMaxWarps = kMaxForwardThreads / kWarp;
 
 template <class A>
 __device__ A warp_sum(A value, unsigned lanes) {

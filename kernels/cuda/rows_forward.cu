@@ -10,6 +10,7 @@
 #include "cuda/reduce.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/statistics.cuh"
+#include "plan/cuda_constants.h"
 
 namespace normcore::kernels::cuda {
 namespace {

@@ -6,32 +6,15 @@
 #include <numeric>
 
 #include "plan/cpu_geometry.h"
+#include "plan/cuda_constants.h"
 #include "plan/cuda_tiling.h"
 
 namespace normcore::kernels {
 namespace {
 
-// What the choices below depend on, beside the problem. Not tuned on a device yet.
-struct Constants {
-  std::int64_t vector_bytes = 16;
-  std::int64_t warp = 32;
-  std::int64_t block_threads = 256;       // of kPack, kSplit and kStream
-  std::int64_t row_bytes = 128;           // neighbouring bytes that a tile of columns should have
-  std::int64_t sector_bytes = 32;         // of memory: read as a whole or not at all
-  std::int64_t column_lanes = 8;          // of kSplit with vectors: 128 bytes
-  std::int64_t narrow_column_lanes = 32;  // of kSplit without vectors
-  std::int64_t blocks_per_multiprocessor = 8;  // that kSplit aims at before its chunks grow
-  std::int64_t max_batches = 32;               // of a chunk: float32 sums stay short
-  std::int64_t few_slices = 4;       // multiprocessors per slice above which one is left idle
-  std::int64_t sample_blocks = 512;  // that parameter gradients are summed over
-};
-constexpr Constants kConstants;
-
 constexpr std::int64_t kMaxGrid = std::numeric_limits<std::int32_t>::max();
 // Of the numbers that kernels hold in 32 bits: vectors of a segment, segments, chunks.
 constexpr std::int64_t kMaxCount = std::numeric_limits<std::int32_t>::max();
-
-constexpr std::size_t kAlignment = 256;
 
 std::int64_t round_up(std::int64_t value, std::int64_t to) { return ceil_div(value, to) * to; }
 
@@ -67,7 +50,7 @@ Layout layout_of(const Problem& p) {
 }
 
 std::int64_t full_width(const Problem& p) {
-  return kConstants.vector_bytes / static_cast<std::int64_t>(size_of(p.dtype));
+  return kVectorBytes / static_cast<std::int64_t>(size_of(p.dtype));
 }
 
 std::int64_t granules_per_segment(std::int64_t s, std::int64_t width) {
@@ -102,7 +85,7 @@ class Planner {
   // Slices that leave most of the device idle if a block takes a whole one.
   bool is_idle(std::int64_t blocks) const {
     return !options_.batch_invariant && !options_.path &&
-           blocks * kConstants.few_slices < device_.multiprocessors;
+           blocks * kFewSlices < device_.multiprocessors;
   }
 
   std::int64_t max_planes_threads() const {
@@ -111,18 +94,24 @@ class Planner {
   }
 
   std::int64_t block_threads() const {
-    return std::min<std::int64_t>(kConstants.block_threads, options_.max_threads);
+    return std::min<std::int64_t>(kBlockThreads, options_.max_threads);
   }
 
   void set_sample_blocks() {
     if (is_backward(problem_) && is_group_norm(problem_) && !problem_.affine_per_sample) {
-      plan_.samples_per_block = ceil_div(problem_.extent.n, kConstants.sample_blocks);
+      plan_.samples_per_block = ceil_div(problem_.extent.n, kSampleBlocks);
     }
   }
   // Groups of lanes that a resident pass needs.
   std::int64_t resident_units(std::int64_t slices_per_sample) const {
     if (!is_group_norm(problem_)) return slices_per_sample;
     return ceil_div(problem_.extent.n, plan_.samples_per_block) * slices_per_sample;
+  }
+
+  // The paths that hold a slice on the chip, from the smallest holder to the largest. A cluster of
+  // blocks and a team of blocks of a cooperative grid would be tried next.
+  bool plan_resident_planes(std::int64_t slots) {
+    return may_reside() && (plan_packed_planes(slots) || plan_block_planes(slots));
   }
 
   bool plan_split_or_stream(const char* split_reason) {
@@ -147,7 +136,7 @@ class Planner {
     const std::int64_t granules = granules_per_segment(e.s, plan_.width);
     if (granules > kMaxCount || segments > kMaxCount) return false;
     const std::int64_t slots = segments * granules;
-    if (may_reside() && (plan_packed_planes(slots) || plan_block_planes(slots))) {
+    if (plan_resident_planes(slots)) {
       set_shared_planes(plan_.lanes);
       return true;
     }
@@ -169,8 +158,8 @@ class Planner {
 
   bool plan_packed_planes(std::int64_t slots) {
     const std::int64_t many = many_vectors(problem_);
-    if (slots > kConstants.warp * many || !may_take(CudaPath::kPack)) return false;
-    const bool is_few = plan_.width > 1 && slots <= kConstants.warp * few_vectors(problem_);
+    if (slots > kWarp * many || !may_take(CudaPath::kPack)) return false;
+    const bool is_few = plan_.width > 1 && slots <= kWarp * few_vectors(problem_);
     plan_.path = CudaPath::kPack;
     plan_.reason = "slices of a few vectors: several share a block, each is read once";
     plan_.vectors = is_few ? few_vectors(problem_) : static_cast<int>(many);
@@ -179,7 +168,7 @@ class Planner {
     const std::int64_t units =
         resident_units(is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c);
     plan_.threads =
-        static_cast<int>(std::min(block_threads(), round_up(units * plan_.lanes, kConstants.warp)));
+        static_cast<int>(std::min(block_threads(), round_up(units * plan_.lanes, kWarp)));
     plan_.blocks = ceil_div(units, plan_.threads / plan_.lanes);
     return true;
   }
@@ -198,7 +187,7 @@ class Planner {
     }
     plan_.path = CudaPath::kBlock;
     plan_.reason = "the slice fits into the registers of a block: it is read once";
-    plan_.threads = static_cast<int>(round_up(ceil_div(slots, plan_.vectors), kConstants.warp));
+    plan_.threads = static_cast<int>(round_up(ceil_div(slots, plan_.vectors), kWarp));
     plan_.lanes = plan_.threads;
     plan_.blocks = units;
     return true;
@@ -228,7 +217,7 @@ class Planner {
     if (!plan_split_or_stream(reason)) return false;
     plan_.samples_per_block = 1;
     const std::int64_t column_lanes =
-        std::min(plan_.width > 1 ? kConstants.column_lanes : kConstants.narrow_column_lanes,
+        std::min(plan_.width > 1 ? kColumnLanes : kNarrowColumnLanes,
                  c / plan_.width);
     plan_.threads = static_cast<int>(block_threads());
     const std::int64_t row_lanes = plan_.threads / column_lanes;
@@ -238,9 +227,9 @@ class Planner {
     const std::int64_t tiles =
         is_group_norm(problem_) && !options_.batch_invariant ? problem_.extent.n : 1;
     const std::int64_t blocks = tiles * ceil_div(c, plan_.columns) * ceil_div(rows, batch);
-    const std::int64_t enough = kConstants.blocks_per_multiprocessor * device_.multiprocessors;
+    const std::int64_t enough = kBlocksPerMultiprocessor * device_.multiprocessors;
     const std::int64_t batches =
-        std::clamp<std::int64_t>(blocks / enough, 1, kConstants.max_batches);
+        std::clamp<std::int64_t>(blocks / enough, 1, kMaxBatches);
     plan_.rows_per_chunk = batch * std::min(batches, ceil_div(rows, batch));
     const RowsTiling tiling = rows_tiling(problem_, plan_);
     plan_.blocks = tiling.tiles * tiling.chunks * tiling.column_tiles;
@@ -262,15 +251,15 @@ class Planner {
     const std::int64_t whole = std::lcm(channels_per_slice(problem_), plan_.width);
     if (whole / plan_.width * row_lanes > max_threads) return false;
     std::int64_t columns = whole;
-    while (columns * bytes < kConstants.row_bytes && columns + whole <= c &&
+    while (columns * bytes < kRowBytes && columns + whole <= c &&
            (columns + whole) / plan_.width * row_lanes <= max_threads) {
       columns += whole;
     }
     const std::int64_t lanes = columns / plan_.width * row_lanes;
     const std::size_t unit_bytes = shared_bytes_of_rows(columns, row_lanes);
     if (unit_bytes > kMaxDynamicShared) return false;
-    if (!options_.path && columns * bytes < kConstants.sector_bytes &&
-        c * bytes >= kConstants.sector_bytes) {
+    if (!options_.path && columns * bytes < kSectorBytes &&
+        c * bytes >= kSectorBytes) {
       why_not =
           "a tile that fits into the registers of a block has rows shorter than a sector of memory";
       return false;
@@ -280,7 +269,7 @@ class Planner {
     std::int64_t units =
         std::clamp<std::int64_t>(std::min(block_threads(), max_threads) / lanes, 1, all_units);
     // Whole warps may have room for more of them.
-    const auto units_of_block = [&] { return round_up(units * lanes, kConstants.warp) / lanes; };
+    const auto units_of_block = [&] { return round_up(units * lanes, kWarp) / lanes; };
     while (units > 1 &&
            static_cast<std::size_t>(units_of_block()) * unit_bytes > kMaxDynamicShared) {
       --units;
@@ -298,7 +287,7 @@ class Planner {
     plan_.lanes = static_cast<int>(lanes);
     plan_.columns = static_cast<int>(columns);
     plan_.rows_per_chunk = row_lanes * vectors;
-    plan_.threads = static_cast<int>(round_up((is_packed ? units : 1) * lanes, kConstants.warp));
+    plan_.threads = static_cast<int>(round_up((is_packed ? units : 1) * lanes, kWarp));
     plan_.blocks = ceil_div(all_units, is_packed ? units : 1);
     set_shared_rows(rows_tiling(problem_, plan_));
     return true;
@@ -398,7 +387,7 @@ CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan
   const auto take = [&](std::size_t& offset, std::int64_t count, std::size_t bytes) {
     offset = layout.total;
     const std::size_t size = static_cast<std::size_t>(count) * bytes;
-    layout.total += (size + kAlignment - 1) / kAlignment * kAlignment;
+    layout.total += (size + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
   };
   const Extent& e = problem.extent;
   const bool is_rows = plan.layout == Layout::kNSC, is_split = plan.path == CudaPath::kSplit;

@@ -13,21 +13,9 @@
 
 namespace normcore::kernels {
 
-// Vectors that a thread holds, by pass. Forward: x. Backward: x, and the gradient behind the
-// activation in the arithmetic type.
-inline constexpr int kForwardVectors = 8, kForwardFewVectors = 2;
-inline constexpr int kBackwardVectors = 4, kBackwardFewVectors = 1;
-
-// Largest blocks, by layout and pass: what a thread holds leaves registers for no more.
-inline constexpr int kMaxForwardThreads = 512, kMaxBackwardThreads = 384, kMaxRowsThreads = 256;
-
 // Sizes of what kernels keep in the workspace and in shared memory (cuda/call.h).
 inline constexpr std::size_t kShiftedSumsBytes = 32, kChannelSumsBytes = 24,
                              kParameterSumsBytes = 16;
-
-// Largest dynamic shared memory per block: of the 99 KiB that every device from sm_80 on allows, the
-// kernels' static part needs up to 7.
-inline constexpr std::size_t kMaxDynamicShared = 88 << 10;
 
 // kNCS. A slice is `segments` runs of s neighbouring elements: the channels of a group (group norm),
 // or the samples of a channel (batch norm). Each segment is covered by `granules` vectors, aligned

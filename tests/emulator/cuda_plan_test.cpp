@@ -8,6 +8,7 @@
 #include <string>
 
 #include "norm_case.h"
+#include "plan/cuda_constants.h"
 #include "plan/cuda_tiling.h"
 #include "problems.h"
 

@@ -1,0 +1,49 @@
+// Every number that the choices of plan_cuda() and the shape of the CUDA kernels depend on, beside
+// the problem and the device. None has been tuned on a device yet.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace normcore::kernels {
+
+inline constexpr unsigned kWarp = 32;
+inline constexpr std::int64_t kVectorBytes = 16;  // largest access of a thread
+inline constexpr std::int64_t kSectorBytes = 32;  // of memory: read as a whole or not at all
+
+// ---- what the kernels are compiled for
+
+// Vectors that a thread holds, by pass. Forward: x. Backward: x, and the gradient behind the
+// activation in the arithmetic type.
+inline constexpr int kForwardVectors = 8, kForwardFewVectors = 2;
+inline constexpr int kBackwardVectors = 4, kBackwardFewVectors = 1;
+
+// Largest blocks, by layout and pass: what a thread holds leaves registers for no more.
+inline constexpr int kMaxForwardThreads = 512, kMaxBackwardThreads = 384, kMaxRowsThreads = 256;
+
+// Dynamic shared memory per block that a kernel gets without asking.
+inline constexpr std::size_t kDefaultDynamicShared = 48 << 10;
+// The most that one asks for: of the 99 KiB that every device from sm_80 on allows, the kernels'
+// static part needs up to 7.
+inline constexpr std::size_t kMaxDynamicShared = 88 << 10;
+
+// Block of the sum over blocks of samples: neighbouring channels, and lanes over the blocks.
+inline constexpr int kParameterChannels = 32, kParameterLanes = 8;
+
+// ---- what plan_cuda() aims at
+
+inline constexpr std::int64_t kBlockThreads = 256;  // of kPack, kSplit and kStream
+// Rows: neighbouring bytes that a resident tile of columns should have, and lanes of a row of kSplit
+// with vectors (128 bytes) and without.
+inline constexpr std::int64_t kRowBytes = 128, kColumnLanes = 8, kNarrowColumnLanes = 32;
+// Rows of kSplit: blocks before chunks grow, and the most batches of a chunk, so that float32 sums
+// stay short.
+inline constexpr std::int64_t kBlocksPerMultiprocessor = 8, kMaxBatches = 32;
+// Multiprocessors per slice above which a block for each slice leaves too many of them idle.
+inline constexpr std::int64_t kFewSlices = 4;
+// Blocks of samples that parameter gradients of group norm are summed over.
+inline constexpr std::int64_t kSampleBlocks = 512;
+// Of the parts of a workspace.
+inline constexpr std::size_t kWorkspaceAlignment = 256;
+
+}  // namespace normcore::kernels
