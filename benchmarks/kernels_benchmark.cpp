@@ -1,7 +1,7 @@
 // Speed of the CPU kernels alone, on one thread, without torch: every op and layout on the shapes
 // of tests/shapes/shapes.txt that are worth measuring, as bytes per second of minimal traffic
-// (forward 2, backward 3 tensors).
-//   normcore_kernels_benchmark --benchmark_filter=group_norm
+// (forward 2, backward 3 tensors). Another file of shapes may come first.
+//   normcore_kernels_benchmark [SHAPES.txt] --benchmark_filter=group_norm
 #include <benchmark/benchmark.h>
 
 #include <cstdlib>
@@ -22,7 +22,9 @@ enum class Operation {
   kBatchNormInference,
   kBatchNormBackward,
   kGroupNormForward,
-  kGroupNormBackward
+  kGroupNormBackward,
+  kGroupNormSiluForward,
+  kGroupNormSiluBackward
 };
 
 const char* name_of(Operation operation) {
@@ -37,12 +39,23 @@ const char* name_of(Operation operation) {
       return "group_norm_forward";
     case Operation::kGroupNormBackward:
       return "group_norm_backward";
+    case Operation::kGroupNormSiluForward:
+      return "group_norm_silu_forward";
+    case Operation::kGroupNormSiluBackward:
+      return "group_norm_silu_backward";
   }
   return "";
 }
 
 bool is_backward(Operation operation) {
-  return operation == Operation::kBatchNormBackward || operation == Operation::kGroupNormBackward;
+  return operation == Operation::kBatchNormBackward ||
+         operation == Operation::kGroupNormBackward ||
+         operation == Operation::kGroupNormSiluBackward;
+}
+
+bool has_silu(Operation operation) {
+  return operation == Operation::kGroupNormSiluForward ||
+         operation == Operation::kGroupNormSiluBackward;
 }
 
 struct Case {
@@ -107,6 +120,7 @@ void measure(benchmark::State& state, Operation operation, const Case& c, Layout
   input.x = {x.get(), dtype};
   input.scale = {scale.data()};
   input.bias = {bias.data()};
+  if (has_silu(operation)) input.activation = Activation::kSiLU;
   const MutableTensor y{out.get(), dtype}, saved_rstd{rstd.data()};
   const NormGradients grad{y, {grad_scale.data()}, {grad_bias.data()}, {}};
   // Calls body(args) with the args of the operation.
@@ -124,8 +138,10 @@ void measure(benchmark::State& state, Operation operation, const Case& c, Layout
                                           true,
                                           grad});
       case Operation::kGroupNormForward:
+      case Operation::kGroupNormSiluForward:
         return body(GroupNormForwardArgs{input, c.groups, y, mean.data(), saved_rstd});
       case Operation::kGroupNormBackward:
+      case Operation::kGroupNormSiluBackward:
         break;
     }
     return body(GroupNormBackwardArgs{
@@ -153,7 +169,8 @@ void register_all(const char* shapes) {
   for (const Case& c : read_cases(shapes)) {
     for (const auto operation : {Operation::kBatchNormForward, Operation::kBatchNormInference,
                                  Operation::kBatchNormBackward, Operation::kGroupNormForward,
-                                 Operation::kGroupNormBackward}) {
+                                 Operation::kGroupNormBackward, Operation::kGroupNormSiluForward,
+                                 Operation::kGroupNormSiluBackward}) {
       for (const auto layout : {Layout::kNCS, Layout::kNSC}) {
         for (const auto dtype : {DType::kFloat32, DType::kBFloat16}) {
           const std::string name = std::string(name_of(operation)) + "/" + c.name + "/" +
@@ -172,8 +189,10 @@ void register_all(const char* shapes) {
 }  // namespace normcore::kernels
 
 int main(int argc, char** argv) {
-  normcore::kernels::register_all(NORMCORE_SHAPES);
   benchmark::Initialize(&argc, argv);
+  const bool has_shapes = argc == 2 && argv[1][0] != '-';
+  normcore::kernels::register_all(has_shapes ? argv[1] : NORMCORE_SHAPES);
+  if (has_shapes) --argc;
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
   benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "cpu/element.h"
 #include "normcore/kernels/norm_input.h"
@@ -31,8 +30,7 @@ class Affine {
  private:
   static const A* converted(ConstTensor tensor, std::int64_t count, A* out) {
     if (!tensor) return nullptr;
-    constexpr DType kArithmetic = std::is_same_v<A, double> ? DType::kFloat64 : DType::kFloat32;
-    if (tensor.dtype == kArithmetic) return static_cast<const A*>(tensor.data);
+    if (tensor.dtype == kArithmeticType<A>) return static_cast<const A*>(tensor.data);
     for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<A>(load_element(tensor, i));
     return out;
   }

@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "cpu/coefficients.h"
+#include "cpu/element.h"
 #include "cpu/sweep.h"
 
 namespace normcore::kernels {
@@ -21,10 +22,12 @@ struct ChannelSums {
 template <class A>
 class Gradients {
  public:
-  Gradients(const BackwardCall& call, const Problem& problem, bool stream, A* affine,
-            double* parameters)
+  // `kept`: where g is kept behind the state of a tile; 0: nowhere.
+  Gradients(const BackwardCall& call, const Problem& problem, bool stream, std::size_t kept,
+            A* affine, double* parameters)
       : call_(call),
         stream_(stream),
+        kept_(kept),
         affine_(call.input, affine),
         parameters_(parameters),
         block_(call.num_groups == 0 ? 1 : samples_per_block(problem.extent.n)),
@@ -87,15 +90,28 @@ class Gradients {
 
   GradientArgs<A> args(std::int64_t offset, const MaskBlock& mask,
                        const Coefficients<A>& coefficients) const {
-    return {advance(call_.input.x, offset),
-            advance(call_.grad_y, offset),
-            advance(call_.input.residual, offset),
-            mask,
-            call_.input.activation,
-            coefficients,
-            advance(call_.grad.x, offset),
-            advance(call_.grad.residual, offset),
-            stream_};
+    GradientArgs<A> out;
+    out.x = advance(call_.input.x, offset);
+    out.grad_y = advance(call_.grad_y, offset);
+    out.residual = advance(call_.input.residual, offset);
+    out.mask = mask;
+    out.activation = call_.input.activation;
+    out.coefficients = coefficients;
+    out.grad_x = advance(call_.grad.x, offset);
+    out.grad_residual = advance(call_.grad.residual, offset);
+    out.stream = stream_;
+    return out;
+  }
+
+  // What the first sweep keeps for the second one, if anything: g of the values from `offset` on.
+  A* kept(char* state, std::int64_t offset) const {
+    return kept_ == 0 ? nullptr : reinterpret_cast<A*>(state + kept_) + offset;
+  }
+  static void read_kept(const A* g, GradientArgs<A>& args) {
+    if (g == nullptr) return;
+    args.grad_y = {g, kArithmeticType<A>};
+    args.residual = {};
+    args.activation = Activation::kNone;
   }
 
   // Sums the partial parameter gradients of group norm over blocks of samples, in order.
@@ -145,6 +161,7 @@ class Gradients {
 
   const BackwardCall& call_;
   bool stream_;
+  std::size_t kept_;
   Affine<A> affine_;
   double* parameters_;
   std::int64_t block_, slice_size_;
@@ -181,8 +198,10 @@ class PlanesBackward {
     const std::int64_t offset = geometry_.offset(tile) + chunk.offset;
     const RunBlock block{geometry_.records(tile), geometry_.record_stride(), chunk.runs,
                          geometry_.run_stride(), chunk.length};
-    const auto args =
+    auto args =
         gradients_.args(offset, mask(offset, chunk.row_mask_offset), tile_state(state).view(0));
+    args.kept_gradient = gradients_.kept(state, chunk.kept_offset);
+    args.kept_run_stride = geometry_.kept_run_stride();
     simd_.sums_of_runs(args, block, static_cast<GradientSums*>(partial));
   }
 
@@ -211,9 +230,9 @@ class PlanesBackward {
     const std::int64_t offset = geometry_.offset(tile) + piece.offset;
     const auto coefficients =
         tile_state(state).view(piece.first_plane, gradients_.call().batch_statistics);
-    simd_.gradient_of_runs(
-        gradients_.args(offset, mask(offset, piece.row_mask_offset), coefficients), piece.planes,
-        piece.length);
+    auto args = gradients_.args(offset, mask(offset, piece.row_mask_offset), coefficients);
+    gradients_.read_kept(gradients_.kept(state, piece.kept_offset), args);
+    simd_.gradient_of_runs(args, piece.planes, piece.length);
   }
 
  private:
@@ -280,8 +299,9 @@ class RowsBackward {
   void reduce(std::int64_t tile, std::int64_t index, char* state, void* partial) const {
     const RowChunk chunk = geometry_.chunk(index);
     auto* const g = static_cast<A*>(partial);
-    simd_.sums_of_rows(args(tile, chunk, state), chunk.rows, chunk.columns, g,
-                       g + geometry_.width());
+    auto args = this->args(tile, chunk, state);
+    args.kept_gradient = kept(chunk, state);
+    simd_.sums_of_rows(args, chunk.rows, chunk.columns, g, g + geometry_.width());
   }
 
   void finish(std::int64_t tile, char* state, const Partials& partials) const {
@@ -314,7 +334,9 @@ class RowsBackward {
 
   void apply(std::int64_t tile, std::int64_t index, char* state) const {
     const RowChunk chunk = geometry_.chunk(index);
-    simd_.gradient_of_rows(args(tile, chunk, state), chunk.rows, chunk.columns);
+    auto args = this->args(tile, chunk, state);
+    gradients_.read_kept(kept(chunk, state), args);
+    simd_.gradient_of_rows(args, chunk.rows, chunk.columns);
   }
 
  private:
@@ -329,6 +351,9 @@ class RowsBackward {
     const auto mask = mask_of_rows(in.mask, offset, tile * geometry_.rows() + chunk.first_row);
     return gradients_.args(offset, mask,
                            tile_state(state).view(0, gradients_.call().batch_statistics));
+  }
+  A* kept(const RowChunk& chunk, char* state) const {
+    return gradients_.kept(state, chunk.first_row * gradients_.call().input.extent.c);
   }
   // Values of each channel that count for the statistics.
   void count_valid(std::int64_t tile, std::int64_t* counts) const {
@@ -357,7 +382,8 @@ void run_typed(const BackwardCall& call, const CpuPlan& plan, void* workspace,
   const Problem problem(call.input, call.num_groups, Pass::kBackward);
   WorkspaceLayout layout = workspace_layout(problem, plan);
   auto* const base = static_cast<char*>(workspace);
-  const Gradients<A> gradients(call, problem, plan.stream, reinterpret_cast<A*>(base),
+  const Gradients<A> gradients(call, problem, plan.stream, plan.keep ? layout.before_kept() : 0,
+                               reinterpret_cast<A*>(base),
                                reinterpret_cast<double*>(base + layout.affine));
   if (!gradients.needs_sums() && !gradients.needs_sweep()) return;
   char* const slots = base + layout.affine + layout.parameters;

@@ -1,7 +1,8 @@
 // Backward primitives: sums of g and g * (x - center), and the gradients with respect to x and the
 // residual, where g = grad_y * activation'(z). z is computed again from x: nothing but mean and
 // rstd is kept from the forward pass. A masked-out value whose grad_y is 0 takes part with g = 0
-// and x = center, whatever it holds.
+// and x = center, whatever it holds. Sums may keep g for the gradients, which then read it as a grad_y
+// without an activation.
 #include "cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -12,6 +13,7 @@
 // clang-format on
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/activation-inl.h"
 #include "cpu/convert-inl.h"
@@ -83,15 +85,18 @@ HWY_INLINE Vector<A> subtract_or_zero(hn::Mask<Tag<A>> keep, Vector<A> x, Vector
   return hn::IfThenElseZero(keep, hn::Sub(x, center));
 }
 
-// kPlain: grad_y has the dtype of x, there is neither an activation nor a mask.
-template <bool kPlain, Activation kActivation, class T, class A, class Unit>
+// G: the type of grad_y where there is neither an activation nor a mask; void: any of all these.
+template <class G>
+inline constexpr bool kPlain = !std::is_void_v<G>;
+
+template <class G, Activation kActivation, class T, class A, class Unit>
 HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, A>& in,
                                         const UnitCoefficients<A>& c) {
   const Tag<A> d;
   const auto x = u.load(in.x);
   Gradient<A> out;
-  if constexpr (kPlain) {
-    out.g = u.load(static_cast<const T*>(in.grad_y.data));
+  if constexpr (kPlain<G>) {
+    out.g = u.load(static_cast<const G*>(in.grad_y.data));
     out.centered = {hn::Sub(x.lo, c.center.lo), hn::Sub(x.hi, c.center.hi)};
     return out;
   }
@@ -125,16 +130,19 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, A>& in,
   return out;
 }
 
-// Calls f(TypeTag<T>, is_plain, activation), the latter two as constants.
+// Calls f(TypeTag<T>, TypeTag<G>, activation), the latter as a constant.
 template <class A, class F>
 HWY_INLINE void visit_gradient(const GradientArgs<A>& args, F&& f) {
   visit_elements<A>(args.x.dtype, [&](auto tag) HWY_ATTR {
-    if (args.grad_y.dtype == args.x.dtype && args.activation == Activation::kNone &&
-        args.mask.data == nullptr) {
-      f(tag, std::true_type(), std::integral_constant<Activation, Activation::kNone>());
+    constexpr std::integral_constant<Activation, Activation::kNone> kNone;
+    const bool is_plain = args.activation == Activation::kNone && args.mask.data == nullptr;
+    if (is_plain && args.grad_y.dtype == args.x.dtype) {
+      f(tag, tag, kNone);
+    } else if (is_plain && args.grad_y.dtype == kArithmeticType<A>) {
+      f(tag, TypeTag<A>(), kNone);
     } else {
       visit_activation(args.activation,
-                       [&](auto activation) HWY_ATTR { f(tag, std::false_type(), activation); });
+                       [&](auto activation) HWY_ATTR { f(tag, TypeTag<void>(), activation); });
     }
   });
 }
@@ -156,8 +164,9 @@ struct SumPair {
 
 template <class A>
 void sums_of_runs(const GradientArgs<A>& args, const RunBlock& block, GradientSums* out) {
-  visit_gradient(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
+  visit_gradient(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
+    using G = typename decltype(grad_tag)::type;
     using Whole = WholeUnit<A, kOrderOf<A, T>>;
     for (std::int64_t record = 0; record < block.records; ++record) {
       const RunSource<A> source(args.coefficients, record);
@@ -167,11 +176,18 @@ void sums_of_runs(const GradientArgs<A>& args, const RunBlock& block, GradientSu
             args.mask.data == nullptr
                 ? nullptr
                 : args.mask.data + record * args.mask.record_stride + run * args.mask.run_stride;
-        const Operands<T, A> in(args, record * block.record_stride + run * block.run_stride, mask,
-                                false);
+        const std::int64_t offset = record * block.record_stride + run * block.run_stride;
+        const Operands<T, A> in(args, offset, mask, false);
+        A* const kept =
+            args.kept_gradient == nullptr
+                ? nullptr
+                : args.kept_gradient + record * block.record_stride + run * args.kept_run_stride;
         const auto add = [&](const auto& u, SumPair<A>& sums) HWY_ATTR {
-          const auto v = gradient_of_unit<plain(), activation()>(u, in, source.values);
+          const auto v = gradient_of_unit<G, activation()>(u, in, source.values);
           sums.add(u.only_new(v.g), u.only_new(v.centered));
+          if constexpr (!kPlain<G>) {
+            if (kept != nullptr) u.store(v.g, kept);
+          }
         };
         const std::int64_t step = unit<A>();
         std::int64_t i = 0;
@@ -208,10 +224,11 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
                   A* g_centered) {
   std::fill(g, g + width, A{0});
   std::fill(g_centered, g_centered + width, A{0});
-  visit_gradient(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
+  visit_gradient(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
+    using G = typename decltype(grad_tag)::type;
     const ColumnSource<A> source{args.coefficients};
-    constexpr int kRows = plain() ? 4 : 1;  // rows that share one load of the accumulators
+    constexpr int kRows = kPlain<G> ? 4 : 1;  // rows that share one load of the accumulators
     std::int64_t row = 0;
     const auto add_rows = [&](auto count) HWY_ATTR {
       for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {
@@ -219,8 +236,13 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
         SumPair<A> sums(u.load(g), u.load(g_centered));
         for (int k = 0; k < count(); ++k) {
           const auto in = row_operands<T>(args, row + k, width);
-          const auto v = gradient_of_unit<plain(), activation()>(u, in, coefficients);
+          const auto v = gradient_of_unit<G, activation()>(u, in, coefficients);
           sums.add(u.only_new(v.g), u.only_new(v.centered));
+          if constexpr (!kPlain<G>) {
+            if (args.kept_gradient != nullptr) {
+              u.store(v.g, args.kept_gradient + (row + k) * width);
+            }
+          }
         }
         u.store(sums.g, g);
         u.store(sums.g_centered, g_centered);
@@ -235,19 +257,19 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
 // ---- gradients
 
 // grad_x of what gradient_of_unit() gave.
-template <bool kPlain, class A>
+template <class G, class A>
 HWY_INLINE Pair<A> input_gradient(const Gradient<A>& v, const UnitCoefficients<A>& c,
                                   bool constant_statistics) {
   Pair<A> dx = {hn::Mul(v.g.lo, c.scale.lo), hn::Mul(v.g.hi, c.scale.hi)};
   if (constant_statistics) return dx;
   Pair<A> through = {hn::MulAdd(v.centered.lo, c.slope.lo, c.offset.lo),
                      hn::MulAdd(v.centered.hi, c.slope.hi, c.offset.hi)};
-  if constexpr (!kPlain) {
+  if constexpr (!kPlain<G>) {
     through = {hn::IfThenElseZero(v.counts.lo, through.lo),
                hn::IfThenElseZero(v.counts.hi, through.hi)};
   }
   dx = {hn::MulAdd(v.g.lo, c.scale.lo, through.lo), hn::MulAdd(v.g.hi, c.scale.hi, through.hi)};
-  if constexpr (!kPlain) {  // scale is NaN where no value counts
+  if constexpr (!kPlain<G>) {  // scale is NaN where no value counts
     dx = {hn::IfThenElseZero(v.used.lo, dx.lo), hn::IfThenElseZero(v.used.hi, dx.hi)};
   }
   return dx;
@@ -255,7 +277,7 @@ HWY_INLINE Pair<A> input_gradient(const Gradient<A>& v, const UnitCoefficients<A
 
 // kRows runs of n values that share their coefficients; operands(row) and `stride` lead from run to
 // run.
-template <bool kPlain, Activation kActivation, int kRows, class T, class A, class Source,
+template <class G, Activation kActivation, int kRows, class T, class A, class Source,
           class RowOperands>
 HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, std::int64_t offset,
                                   std::int64_t stride, std::int64_t n, const Source& source,
@@ -266,16 +288,17 @@ HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, std::int64_t offs
   const auto step = [&](const auto& u, auto options) HWY_ATTR {
     const auto& c = source.at(u);
     for (int row = 0; row < kRows; ++row) {
-      const auto v = gradient_of_unit<kPlain, kActivation>(u, operands(row), c);
+      const auto v = gradient_of_unit<G, kActivation>(u, operands(row), c);
       if (grad_x != nullptr) {
-        u.template store<options()>(input_gradient<kPlain>(v, c, constant_statistics),
+        u.template store<options()>(input_gradient<G>(v, c, constant_statistics),
                                     grad_x + row * stride);
       }
       if (grad_residual) store_any<A>(u, v.g, advance(grad_residual, row * stride));
     }
   };
-  if constexpr (kPlain) {
-    for_each_stored_unit<A, kOrderOf<A, T>, StoreOptions{.canonical_nan = true}>(
+  if constexpr (kPlain<G>) {
+    // Coefficients hold canonical NaNs only, and so do values of T.
+    for_each_stored_unit<A, kOrderOf<A, T>, StoreOptions{.canonical_nan = std::is_same_v<G, T>}>(
         n, grad_x, args.stream && (kRows == 1 || is_stream_stride(grad_x, stride)), step);
   } else {
     for_each_unit<A, kOrderOf<A, T>>(n, [&](const auto& u) HWY_ATTR {
@@ -286,13 +309,14 @@ HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, std::int64_t offs
 
 template <class A>
 void gradient_of_runs(const GradientArgs<A>& args, std::int64_t count, std::int64_t length) {
-  visit_gradient(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
+  visit_gradient(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
+    using G = typename decltype(grad_tag)::type;
     for (std::int64_t run = 0; run < count; ++run) {
       const std::uint8_t* mask =
           args.mask.data == nullptr ? nullptr : args.mask.data + run * args.mask.record_stride;
       const Operands<T, A> in(args, run * length, mask, false);
-      gradient_of_block<plain(), activation(), 1, T>(
+      gradient_of_block<G, activation(), 1, T>(
           args, run * length, length, length, RunSource<A>(args.coefficients, run),
           [&](int) HWY_ATTR -> const Operands<T, A>& { return in; });
     }
@@ -301,14 +325,15 @@ void gradient_of_runs(const GradientArgs<A>& args, std::int64_t count, std::int6
 
 template <class A>
 void gradient_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width) {
-  visit_gradient(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
+  visit_gradient(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
+    using G = typename decltype(grad_tag)::type;
     const ColumnSource<A> source{args.coefficients};
     // Rows that share one load of the coefficients: worth it where that has to be put in order.
-    constexpr int kRows = plain() && kOrderOf<A, T> == Order::kEvenOdd ? 2 : 1;
+    constexpr int kRows = kPlain<G> && kOrderOf<A, T> == Order::kEvenOdd ? 2 : 1;
     std::int64_t row = 0;
     const auto block = [&](auto count) HWY_ATTR {
-      gradient_of_block<plain(), activation(), count(), T>(
+      gradient_of_block<G, activation(), count(), T>(
           args, row * width, width, width, source,
           [&](int k) HWY_ATTR { return row_operands<T>(args, row + k, width); });
       row += count();

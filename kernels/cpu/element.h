@@ -6,6 +6,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "normcore/kernels/types.h"
@@ -23,6 +24,10 @@ template <class T>
 struct TypeTag {
   using type = T;
 };
+
+template <class A>
+inline constexpr DType kArithmeticType =
+    std::is_same_v<A, double> ? DType::kFloat64 : DType::kFloat32;
 
 // Calls f(TypeTag<T>) with the element type of `dtype`.
 template <class F>

@@ -74,6 +74,8 @@ struct GradientArgs {
   MutableTensor grad_x;         // read by gradient_of_* only
   MutableTensor grad_residual;  // likewise; either may be absent
   bool stream = false;          // grad_x, like y of ApplyArgs
+  A* kept_gradient = nullptr;   // written by sums_of_* of an activation: g
+  std::int64_t kept_run_stride = 0;
 };
 
 struct GradientSums {

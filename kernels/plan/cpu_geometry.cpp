@@ -94,6 +94,7 @@ RunChunk PlanesGeometry::chunk(std::int64_t tile, std::int64_t index) const {
     out.length = length_;
   }
   out.offset = run * run_stride_ + start;
+  out.kept_offset = run * kept_run_stride() + start;
   out.row_mask_offset = sample(tile) * s_ + run * row_mask_run_stride() + start;
   return out;
 }
@@ -114,6 +115,7 @@ PlanePiece PlanesGeometry::piece(std::int64_t tile, std::int64_t index) const {
   out.planes = std::min(planes_per_piece_, planes(tile) - out.first_plane);
   out.length = std::min(piece_length_, s_ - start);
   out.offset = block * run_stride_ + out.first_plane * s_ + start;
+  out.kept_offset = block * kept_run_stride() + out.first_plane * s_ + start;
   out.row_mask_offset = (group_norm_ ? sample(tile) : block) * s_ + start;
   return out;
 }
@@ -154,10 +156,12 @@ WorkspaceLayout workspace_layout(const Problem& p, const CpuPlan& plan) {
     w.state =
         coefficients * round_up(g.max_planes() * element) + round_up(g.max_records() * 3 * kDouble);
     w.partial = round_up(g.max_records() * (backward ? 2 : 3) * kDouble);
+    w.kept = plan.keep ? round_up(g.tile_size() * element) : 0;
   } else {
     const RowsGeometry g(p);
     w.state = coefficients * round_up(g.width() * element) + 3 * round_up(p.extent.c * kDouble);
     w.partial = backward ? 2 * round_up(g.width() * element) : 3 * round_up(g.width() * kDouble);
+    w.kept = plan.keep ? round_up(g.tile_size() * element) : 0;
   }
   w.slots = plan.path == CpuPath::kSlice ? plan.tasks : plan.tiles;
   w.chunks = p.pass == Pass::kInference ? 0 : plan.chunks;

@@ -17,6 +17,7 @@ inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1
 struct RunChunk {
   std::int64_t offset = 0;           // from the tile's first value
   std::int64_t row_mask_offset = 0;  // from the mask's first byte, for a mask [n][s]
+  std::int64_t kept_offset = 0;      // the same in a copy of the tile without gaps
   std::int64_t runs = 0, length = 0;
 };
 
@@ -24,6 +25,7 @@ struct RunChunk {
 struct PlanePiece {
   std::int64_t offset = 0;           // from the tile's first value
   std::int64_t row_mask_offset = 0;  // from the mask's first byte, for a mask [n][s]
+  std::int64_t kept_offset = 0;      // the same in a copy of the tile without gaps
   std::int64_t first_plane = 0, planes = 0, length = 0;
 };
 
@@ -42,11 +44,13 @@ class PlanesGeometry {
   std::int64_t sample(std::int64_t tile) const;         // of the tile; 0 for batch norm
   std::int64_t planes(std::int64_t tile) const;         // channels in the tile
   std::int64_t max_planes() const { return planes_; }
+  std::int64_t tile_size() const { return (group_norm_ ? 1 : n_) * planes_ * s_; }  // values
   std::int64_t records(std::int64_t tile) const;  // independent reductions per chunk
   std::int64_t max_records() const { return channel_records_ ? planes_ : 1; }
   std::int64_t offset(std::int64_t tile) const;
   std::int64_t record_stride() const { return s_; }
   std::int64_t run_stride() const { return run_stride_; }
+  std::int64_t kept_run_stride() const { return planes_ * s_; }
   std::int64_t row_mask_run_stride() const { return group_norm_ ? 0 : s_; }
   std::int64_t chunk_size() const { return chunk_; }
 
@@ -84,6 +88,7 @@ class RowsGeometry {
   std::int64_t fold() const { return fold_; }
   std::int64_t width() const { return fold_ * c_; }
   std::int64_t chunk_size() const { return chunk_; }
+  std::int64_t tile_size() const { return rows_ * c_; }  // values
   std::int64_t offset(std::int64_t tile) const { return tile * rows_ * c_; }
 
   RowChunk chunk(std::int64_t index) const;
@@ -104,10 +109,12 @@ struct WorkspaceLayout {
   std::size_t parameters = 0;  // partial parameter gradients of group norm, once
   std::size_t state = 0;       // coefficients and scratch, per tile
   std::size_t partial = 0;     // per chunk of a tile
+  std::size_t kept = 0;        // gradient behind the activation, per tile
   std::int64_t slots = 0;      // tiles that need state and partials at the same time
   std::int64_t chunks = 0;
 
-  std::size_t slot() const { return state + partial * static_cast<std::size_t>(chunks); }
+  std::size_t before_kept() const { return state + partial * static_cast<std::size_t>(chunks); }
+  std::size_t slot() const { return before_kept() + kept; }
   std::size_t total() const {
     return affine + parameters + slot() * static_cast<std::size_t>(slots);
   }

@@ -19,6 +19,17 @@ constexpr std::int64_t kTaskBytes = 32 << 10;  // less input is not worth anothe
 constexpr std::int64_t kMinStreamed = 4 << 20, kMaxCached = 32 << 20;
 constexpr std::int64_t kUnknownCache = 32 << 20;
 
+// Gradients behind an activation that are worth keeping, of all tiles that are under way: reading them
+// back is cheaper than an exponential even from memory, but not than the first touch of new pages.
+constexpr std::size_t kMaxKept = 32 << 20;
+
+// Whether the backward pass would compute an exponential per value and sweep. Under a mask what is
+// kept would not say which values take part.
+bool may_keep(const Problem& p) {
+  return p.pass == Pass::kBackward && p.reduces && p.applies && p.mask == MaskKind::kNone &&
+         p.activation != Activation::kNone && p.activation != Activation::kReLU;
+}
+
 }  // namespace
 
 std::int64_t last_level_cache() {
@@ -67,6 +78,11 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_byt
     plan.path = CpuPath::kChunk;
     plan.reason = "fewer slices than threads: threads share the chunks of a slice";
   }
+  if (may_keep(problem)) {
+    plan.keep = true;
+    const WorkspaceLayout layout = workspace_layout(problem, plan);
+    plan.keep = layout.kept * static_cast<std::size_t>(layout.slots) <= kMaxKept;
+  }
   plan.workspace_bytes = workspace_layout(problem, plan).total();
   return plan;
 }
@@ -76,11 +92,12 @@ std::string describe(const CpuPlan& plan) {
   std::snprintf(
       text, sizeof(text),
       "%s path: %lld tiles of %lld chunks (chunk %lld, fold %lld), %lld tasks, %zu bytes of "
-      "workspace, %s stores: %s",
+      "workspace, %s stores%s: %s",
       plan.path == CpuPath::kSlice ? "slice" : "chunk", static_cast<long long>(plan.tiles),
       static_cast<long long>(plan.chunks), static_cast<long long>(plan.chunk),
       static_cast<long long>(plan.fold), static_cast<long long>(plan.tasks), plan.workspace_bytes,
-      plan.stream ? "streaming" : "cached", plan.reason);
+      plan.stream ? "streaming" : "cached", plan.keep ? ", gradient behind the activation kept" : "",
+      plan.reason);
   return text;
 }
 

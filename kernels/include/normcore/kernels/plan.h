@@ -24,9 +24,12 @@ struct Problem {
   bool affine_per_sample = false;
   std::int64_t num_groups = 0;
   Pass pass = Pass::kForward;
-  // CUDA only: every tensor over the extent starts at a multiple of 16 bytes; the backward pass needs
-  // sums over slices; it writes a gradient over the extent; running statistics are cumulative.
-  bool aligned = true, reduces = true, applies = true, cumulative = false;
+  Activation activation = Activation::kNone;
+  // The backward pass needs sums over slices; it writes a gradient over the extent.
+  bool reduces = true, applies = true;
+  // CUDA only: every tensor over the extent starts at a multiple of 16 bytes; running statistics are
+  // cumulative.
+  bool aligned = true, cumulative = false;
 
   Problem() = default;
   Problem(const NormInput& input, std::int64_t num_groups, Pass pass)
@@ -36,7 +39,8 @@ struct Problem {
         mask(input.mask.kind),
         affine_per_sample(input.affine_per_sample),
         num_groups(num_groups),
-        pass(pass) {}
+        pass(pass),
+        activation(input.activation) {}
 };
 
 enum class CpuPath : std::uint8_t {
@@ -54,6 +58,8 @@ struct CpuPlan {
   std::int64_t chunks = 0;  // chunks per tile
   std::int64_t tasks = 1;   // kSlice: ranges of tiles that run in parallel
   bool stream = false;      // the output leaves no trace in the caches: it is larger than they are
+  bool keep = false;        // the backward pass keeps the gradient behind the activation for its
+                            // second sweep; otherwise it computes it again
   std::size_t workspace_bytes = 0;
   const char* reason = "";  // why this path, static storage
 };
