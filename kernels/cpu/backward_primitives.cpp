@@ -228,7 +228,9 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
     using T = typename decltype(tag)::type;
     using G = typename decltype(grad_tag)::type;
     const ColumnSource<A> source{args.coefficients};
-    constexpr int kRows = kPlain<G> ? 4 : 1;  // rows that share one load of the accumulators
+    // Rows that share one load of the accumulators: worth it where that has to be put in order. Plain
+    // loads are rather followed by prefetchers along one row.
+    constexpr int kRows = kPlain<G> && kOrderOf<A, T> == Order::kEvenOdd ? 4 : 1;
     std::int64_t row = 0;
     const auto add_rows = [&](auto count) HWY_ATTR {
       for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {

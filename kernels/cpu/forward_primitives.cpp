@@ -200,7 +200,7 @@ HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t widt
   });
   fill_zero(s.sum, width);
   fill_zero(s.square, width);
-  constexpr int kRows = 4;  // rows that share one load of the accumulators
+  constexpr int kRows = kOrderOf<A, T> == Order::kEvenOdd ? 4 : 1;
   std::int64_t i = 0;
   const auto add_rows = [&](auto count) HWY_ATTR {
     const T* row[kRows];
