@@ -41,7 +41,8 @@ HWY_INLINE Vector<A> exp_nonpositive(Vector<A> x) {
     // exp(r) = 1 + r + r^2 p(r): minimax for |r| <= ln(2) / 2, relative error 3.1e-9;
     // in short chains: latency is what limits this.
     const auto r2 = hn::Mul(r, r);
-    const auto low = hn::MulAdd(r, constant<A>(0.1666652113199234), constant<A>(0.4999999403953552));
+    const auto low =
+        hn::MulAdd(r, constant<A>(0.1666652113199234), constant<A>(0.4999999403953552));
     const auto high =
         hn::MulAdd(r, constant<A>(0.008368718437850475), constant<A>(0.04166838899254799));
     const auto p = hn::MulAdd(r2, hn::MulAdd(r2, constant<A>(0.0013814604608342052), high), low);

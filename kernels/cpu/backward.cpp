@@ -7,6 +7,8 @@
 #include "check.h"
 #include "cpu/coefficients.h"
 #include "cpu/element.h"
+#include "cpu/parameters.h"
+#include "cpu/samples.h"
 #include "cpu/sweep.h"
 
 namespace normcore::kernels {
@@ -117,27 +119,14 @@ class Gradients {
   // Sums the partial parameter gradients of group norm over blocks of samples, in order.
   void fold_parameters(const CpuExecutor& executor) const {
     if (!partial_parameters()) return;
-    const std::int64_t c = call_.input.extent.c, blocks = ceil_div(call_.input.extent.n, block_);
-    executor.parallel_for(c, 1024, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t channel = begin; channel < end; ++channel) {
-        double scale = 0.0, bias = 0.0;
-        for (std::int64_t b = 0; b < blocks; ++b) {
-          scale += parameters_[(b * c + channel) * 2];
-          bias += parameters_[(b * c + channel) * 2 + 1];
-        }
-        store_gradients(channel, scale, bias);
-      }
-    });
+    const Extent& extent = call_.input.extent;
+    kernels::fold_parameters(call_.grad, parameters_, ceil_div(extent.n, block_), extent.c,
+                             executor);
   }
 
  private:
   bool partial_parameters() const {
     return group_norm() && !call_.input.affine_per_sample && (call_.grad.scale || call_.grad.bias);
-  }
-
-  void store_gradients(std::int64_t index, double scale, double bias) const {
-    if (call_.grad.scale) store_element(call_.grad.scale, index, scale);
-    if (call_.grad.bias) store_element(call_.grad.bias, index, bias);
   }
 
   // `first` is the index of the slice's first channel.
@@ -146,7 +135,8 @@ class Gradients {
     const std::int64_t c = call_.input.extent.c;
     if (!partial_parameters()) {
       for (std::int64_t i = 0; i < channels; ++i) {
-        store_gradients(sample * c + first + i, sums[i].g_centered * rstd, sums[i].g);
+        kernels::store_parameters(call_.grad, sample * c + first + i, sums[i].g_centered * rstd,
+                                  sums[i].g);
       }
       return;
     }
@@ -416,10 +406,13 @@ Status run_backward(const BackwardCall& call, const CpuPlan& plan, void* workspa
       !status.ok()) {
     return status;
   }
+  const bool is_samples = plan.path == CpuPath::kSample;
   if (compute_type(input.x.dtype) == DType::kFloat64) {
-    run_typed<double>(call, plan, workspace, executor);
+    is_samples ? run_samples<double>(call, plan, workspace, executor)
+               : run_typed<double>(call, plan, workspace, executor);
   } else {
-    run_typed<float>(call, plan, workspace, executor);
+    is_samples ? run_samples<float>(call, plan, workspace, executor)
+               : run_typed<float>(call, plan, workspace, executor);
   }
   return Status::success();
 }

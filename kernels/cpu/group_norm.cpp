@@ -3,6 +3,7 @@
 #include "check.h"
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/samples.h"
 
 namespace normcore::kernels {
 namespace {
@@ -10,6 +11,7 @@ namespace {
 template <class A>
 void forward(const GroupNormForwardArgs& args, const CpuPlan& plan, void* workspace,
              const CpuExecutor& executor) {
+  if (plan.path == CpuPath::kSample) return run_samples<A>(args, plan, workspace, executor);
   const BatchStatistics<A> statistics{args.input.eps, args.mean, args.rstd};
   run_forward(args.input, args.num_groups, Pass::kForward, statistics, args.y, plan, workspace,
               executor);

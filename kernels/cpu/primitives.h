@@ -3,9 +3,10 @@
 // or the order in which partial results are merged (forward.cpp and backward.cpp do). `A` is the
 // type of arithmetic: float, or double for float64 tensors.
 //
-// Two shapes of work:
-//   runs   contiguous values that share one set of coefficients (a plane of an NCS tensor)
-//   rows   contiguous values with one set of coefficients per column (rows of an NSC tensor)
+// Three shapes of work:
+//   runs     contiguous values that share one set of coefficients (a plane of an NCS tensor)
+//   rows     contiguous values with one set of coefficients per column (rows of an NSC tensor)
+//   samples  contiguous slices, each a few values, that are normalized from end to end
 // Pointers need only the alignment of their element. Inputs and outputs do not overlap.
 #pragma once
 
@@ -83,6 +84,47 @@ struct GradientSums {
   double g_centered = 0.0;  // sum g * (x - center)
 };
 
+// A sample of neighbouring dense slices of `size` values each.
+struct SampleShape {
+  std::int64_t slices = 0, size = 0;
+  std::int64_t columns() const { return slices * size; }
+};
+
+// What both passes over neighbouring samples take. Scale and bias are given for every column of a
+// sample; affine_stride leads to the next sample's.
+template <class A>
+struct SamplesArgs {
+  std::int64_t samples = 0;
+  SampleShape shape;
+  ConstTensor x;
+  ConstTensor residual;
+  Activation activation = Activation::kNone;
+  const A* scale = nullptr;
+  const A* bias = nullptr;
+  std::int64_t affine_stride = 0;
+  A* scratch = nullptr;  // arrays as SamplesGeometry counts them, this far from each other
+  std::int64_t scratch_stride = 0;
+};
+
+template <class A>
+struct SamplesForwardArgs : SamplesArgs<A> {
+  double eps = 0.0;
+  MutableTensor y;
+  double* mean = nullptr;  // [samples][slices], like rstd
+  A* rstd = nullptr;
+};
+
+template <class A>
+struct SamplesBackwardArgs : SamplesArgs<A> {
+  ConstTensor grad_y;
+  const double* mean = nullptr;  // [samples][slices], like rstd
+  const A* rstd = nullptr;
+  MutableTensor grad_x;  // either may be absent
+  MutableTensor grad_residual;
+  A* scale_sums = nullptr;  // of columns, added to; both or none
+  A* bias_sums = nullptr;
+};
+
 template <class A>
 struct Primitives {
   // out[record] = moments of the record's values.
@@ -103,6 +145,10 @@ struct Primitives {
   // record_stride leads from run to run.
   void (*gradient_of_runs)(const GradientArgs<A>& args, std::int64_t count, std::int64_t length);
   void (*gradient_of_rows)(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width);
+  // Statistics of every slice of every sample, and y.
+  void (*normalize_samples)(const SamplesForwardArgs<A>& args);
+  // grad_x, grad_residual, and the samples' part in the sums over columns.
+  void (*gradient_of_samples)(const SamplesBackwardArgs<A>& args);
 };
 
 // The primitives of the best instruction set that this CPU offers.

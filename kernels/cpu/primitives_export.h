@@ -7,5 +7,6 @@ namespace normcore::kernels {
 
 void add_forward_primitives(Primitives<float>& f, Primitives<double>& d);
 void add_backward_primitives(Primitives<float>& f, Primitives<double>& d);
+void add_sample_primitives(Primitives<float>& f, Primitives<double>& d);
 
 }  // namespace normcore::kernels

@@ -15,6 +15,8 @@ constexpr std::int64_t kLaneMultiple =
     32;  // columns of a folded row are a multiple of this when possible
 constexpr std::int64_t kWideRow = 128;  // columns from which rows are not folded further
 constexpr std::int64_t kMaxFoldedColumns = 2048;
+// Whole samples: columns of a channel that have coefficients of their own, and columns.
+constexpr std::int64_t kMaxPositions = 16, kMaxColumns = 4096;
 
 std::size_t round_up(std::int64_t bytes) {
   return static_cast<std::size_t>((bytes + 63) / 64 * 64);
@@ -135,6 +137,20 @@ RowChunk RowsGeometry::chunk(std::int64_t index) const {
   return {folded * fold_, 1, rows_ % fold_ * c_};
 }
 
+SamplesGeometry::SamplesGeometry(const Problem& p)
+    : n_(p.extent.n),
+      c_(p.extent.c),
+      s_(p.extent.s),
+      groups_(p.num_groups),
+      per_block_(samples_per_block(p.extent.n)) {}
+
+bool SamplesGeometry::fits(const Problem& p) {
+  if (p.num_groups == 0 || p.mask != MaskKind::kNone) return false;
+  const bool is_dense = p.layout == Layout::kNCS || p.extent.s == 1;
+  return is_dense && p.extent.s <= (p.affine_per_sample ? 1 : kMaxPositions) &&
+         p.extent.c * p.extent.s <= kMaxColumns;
+}
+
 std::int64_t tiles_per_group(const Problem& p) {
   if (p.num_groups == 0 || p.pass != Pass::kBackward) return 1;
   return samples_per_block(p.extent.n) * (p.layout == Layout::kNCS ? p.num_groups : 1);
@@ -146,12 +162,18 @@ WorkspaceLayout workspace_layout(const Problem& p, const CpuPlan& plan) {
   constexpr std::int64_t kDouble = sizeof(double);
   const std::int64_t coefficients = backward ? 5 : 3;
   WorkspaceLayout w;
-  w.affine = 2 * round_up(p.extent.c * (p.affine_per_sample ? p.extent.n : 1) * element);
+  const bool is_samples = plan.path == CpuPath::kSample;
+  w.affine = 2 * round_up(p.extent.c * (is_samples ? p.extent.s : 1) *
+                          (p.affine_per_sample ? p.extent.n : 1) * element);
   if (backward && p.num_groups != 0) {
     w.parameters =
         round_up(ceil_div(p.extent.n, samples_per_block(p.extent.n)) * p.extent.c * 2 * kDouble);
   }
-  if (planes) {
+  if (is_samples) {
+    const SamplesGeometry g(p);
+    const std::int64_t arrays = backward ? g.kBackwardArrays + g.kSumArrays : g.kForwardArrays;
+    w.state = round_up(arrays * g.padded_columns() * element);
+  } else if (planes) {
     const PlanesGeometry g(p);
     w.state =
         coefficients * round_up(g.max_planes() * element) + round_up(g.max_records() * 3 * kDouble);
@@ -163,7 +185,7 @@ WorkspaceLayout workspace_layout(const Problem& p, const CpuPlan& plan) {
     w.partial = backward ? 2 * round_up(g.width() * element) : 3 * round_up(g.width() * kDouble);
     w.kept = plan.keep ? round_up(g.tile_size() * element) : 0;
   }
-  w.slots = plan.path == CpuPath::kSlice ? plan.tasks : plan.tiles;
+  w.slots = plan.path == CpuPath::kChunk ? plan.tiles : plan.tasks;
   w.chunks = p.pass == Pass::kInference ? 0 : plan.chunks;
   return w;
 }

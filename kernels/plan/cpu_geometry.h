@@ -97,6 +97,33 @@ class RowsGeometry {
   std::int64_t c_, tiles_, rows_, fold_, chunk_, chunks_;
 };
 
+// Group norm of short slices that lie one after the other: whole samples are normalized, block by block
+// of samples.
+class SamplesGeometry {
+ public:
+  explicit SamplesGeometry(const Problem& problem);
+
+  // Whether slices are short, and a sample of them leaves room in the first-level cache.
+  static bool fits(const Problem& problem);
+
+  std::int64_t blocks() const { return ceil_div(n_, per_block_); }
+  std::int64_t first_sample(std::int64_t block) const { return block * per_block_; }
+  std::int64_t samples(std::int64_t block) const {
+    return std::min(per_block_, n_ - first_sample(block));
+  }
+  std::int64_t columns() const { return c_ * s_; }  // values of a sample
+  std::int64_t slices() const { return groups_; }   // per sample
+  std::int64_t slice_size() const { return columns() / groups_; }
+  std::int64_t positions() const { return s_; }  // columns per channel
+  // Scratch arrays of the primitives, and behind them, in the backward pass, two of sums over columns.
+  static constexpr std::int64_t kForwardArrays = 7, kBackwardArrays = 13, kSumArrays = 2;
+  // Values of such an array: a sample and a vector of any instruction set.
+  std::int64_t padded_columns() const { return (columns() + 31) / 16 * 16; }
+
+ private:
+  std::int64_t n_, c_, s_, groups_, per_block_;
+};
+
 // Group norm sums its parameter gradients over samples in two levels: over blocks of neighbouring
 // samples, then over the blocks. All tiles of a block run in one task, in order.
 inline std::int64_t samples_per_block(std::int64_t samples) {

@@ -46,6 +46,18 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_byt
     plan.reason = "empty";
     return plan;
   }
+  const auto bytes = problem.extent.numel() * static_cast<std::int64_t>(size_of(problem.dtype));
+  const std::int64_t wanted =
+      std::clamp<std::int64_t>(bytes / kTaskBytes, 1, std::max(num_threads, 1));
+  if (SamplesGeometry::fits(problem)) {
+    const SamplesGeometry g(problem);
+    plan.path = CpuPath::kSample;
+    plan.tiles = g.blocks();
+    plan.tasks = std::min(plan.tiles, wanted);
+    plan.reason = "short slices in a row: statistics of many at a time";
+    plan.workspace_bytes = workspace_layout(problem, plan).total();
+    return plan;
+  }
   if (problem.layout == Layout::kNCS) {
     const PlanesGeometry g(problem);
     plan.chunk = g.chunk_size();
@@ -58,11 +70,8 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_byt
     plan.tiles = g.tiles();
     plan.chunks = g.chunks();
   }
-  const auto bytes = problem.extent.numel() * static_cast<std::int64_t>(size_of(problem.dtype));
   plan.stream = bytes >= std::clamp(cache_bytes / 2, kMinStreamed, kMaxCached);
   const std::int64_t groups = ceil_div(plan.tiles, tiles_per_group(problem));
-  const std::int64_t wanted =
-      std::clamp<std::int64_t>(bytes / kTaskBytes, 1, std::max(num_threads, 1));
   if (problem.pass == Pass::kInference) {
     plan.path = CpuPath::kChunk;
     plan.reason = "no statistics to reduce: one sweep in memory order";
@@ -87,17 +96,33 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_byt
   return plan;
 }
 
+namespace {
+
+const char* name_of(CpuPath path) {
+  switch (path) {
+    case CpuPath::kSample:
+      return "sample";
+    case CpuPath::kSlice:
+      return "slice";
+    case CpuPath::kChunk:
+      break;
+  }
+  return "chunk";
+}
+
+}  // namespace
+
 std::string describe(const CpuPlan& plan) {
   char text[320];
   std::snprintf(
       text, sizeof(text),
       "%s path: %lld tiles of %lld chunks (chunk %lld, fold %lld), %lld tasks, %zu bytes of "
       "workspace, %s stores%s: %s",
-      plan.path == CpuPath::kSlice ? "slice" : "chunk", static_cast<long long>(plan.tiles),
-      static_cast<long long>(plan.chunks), static_cast<long long>(plan.chunk),
-      static_cast<long long>(plan.fold), static_cast<long long>(plan.tasks), plan.workspace_bytes,
-      plan.stream ? "streaming" : "cached", plan.keep ? ", gradient behind the activation kept" : "",
-      plan.reason);
+      name_of(plan.path), static_cast<long long>(plan.tiles), static_cast<long long>(plan.chunks),
+      static_cast<long long>(plan.chunk), static_cast<long long>(plan.fold),
+      static_cast<long long>(plan.tasks), plan.workspace_bytes,
+      plan.stream ? "streaming" : "cached",
+      plan.keep ? ", gradient behind the activation kept" : "", plan.reason);
   return text;
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Initializer, NormBase, integer, integers, number, result_type
-from .functional import batch_norm_op, group_norm_op, require_single_rank
+from .functional import batch_norm_op, given_options, group_norm_op, require_single_rank
 
 __all__ = ["BatchNorm", "GroupNorm", "freeze", "unfreeze"]
 
@@ -185,22 +185,37 @@ class BatchNorm(NormBase):
             dtype = result_type(x, scale, bias)
         if not x.is_floating_point() and not x.is_complex():
             x = x.to(torch.promote_types(dtype, torch.float32))
-        return batch_norm_op(
-            x,
-            mean,
-            var,
-            scale,
-            bias,
-            batch,
-            1.0 - float(self.momentum),
-            self.epsilon,
-            axis=self.axis,
-            mask=mask,
-            activation=self.activation,
-            residual=residual,
-            unbiased=False,
-            dtype=None if dtype == x.dtype else dtype,  # None is quicker to pass
-        )
+        momentum = 1.0 - float(self.momentum)
+        out_dtype = None if dtype == x.dtype else dtype
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return batch_norm_op(
+                x,
+                mean,
+                var,
+                scale,
+                bias,
+                batch,
+                momentum,
+                self.epsilon,
+                axis=self.axis,
+                mask=mask,
+                activation=self.activation,
+                residual=residual,
+                unbiased=False,
+                dtype=out_dtype,
+            )
+        else:
+            options = given_options(
+                axis=None if self.axis == [1] else self.axis,
+                mask=mask,
+                activation=self.activation,
+                residual=residual,
+                unbiased=False if batch else None,
+                dtype=out_dtype,
+            )
+            return batch_norm_op(
+                x, mean, var, scale, bias, batch, momentum, self.epsilon, **options
+            )
 
     @torch.jit.unused
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -377,19 +392,31 @@ class GroupNorm(NormBase):
             dtype = result_type(x, scale, bias)
         if not x.is_floating_point() and not x.is_complex():
             x = x.to(torch.promote_types(dtype, torch.float32))
-        return group_norm_op(
-            x,
-            self._num_groups(),
-            scale,
-            bias,
-            self.epsilon,
-            axis=self.axis,
-            reduction_axes=self.reduction_axes,
-            mask=mask,
-            activation=self.activation,
-            residual=residual,
-            dtype=None if dtype == x.dtype else dtype,  # None is quicker to pass
-        )
+        out_dtype = None if dtype == x.dtype else dtype
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return group_norm_op(
+                x,
+                self._num_groups(),
+                scale,
+                bias,
+                self.epsilon,
+                axis=self.axis,
+                reduction_axes=self.reduction_axes,
+                mask=mask,
+                activation=self.activation,
+                residual=residual,
+                dtype=out_dtype,
+            )
+        else:
+            options = given_options(
+                axis=None if self.axis == [1] else self.axis,
+                reduction_axes=self.reduction_axes,
+                mask=mask,
+                activation=self.activation,
+                residual=residual,
+                dtype=out_dtype,
+            )
+            return group_norm_op(x, self._num_groups(), scale, bias, self.epsilon, **options)
 
     @torch.jit.unused
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -44,9 +44,10 @@ struct Problem {
 };
 
 enum class CpuPath : std::uint8_t {
-  kSlice,  // a task owns whole slices: it reduces, then applies while the slice is in cache
-  kChunk,  // all chunks of all slices are reduced in parallel, then all pieces are applied in
-           // parallel
+  kSample,  // a task owns whole samples of short slices: it normalizes one after the other
+  kSlice,   // a task owns whole slices: it reduces, then applies while the slice is in cache
+  kChunk,   // all chunks of all slices are reduced in parallel, then all pieces are applied in
+            // parallel
 };
 
 struct CpuPlan {
@@ -54,9 +55,9 @@ struct CpuPlan {
   std::int64_t chunk =
       0;  // kNCS: values of a run, kNSC: (folded) rows that are reduced in compute_type arithmetic
   std::int64_t fold = 1;    // kNSC: rows treated as one row of fold * c columns
-  std::int64_t tiles = 0;   // slices or groups of slices that are finished together
+  std::int64_t tiles = 0;   // slices, groups of slices or blocks of samples, finished together
   std::int64_t chunks = 0;  // chunks per tile
-  std::int64_t tasks = 1;   // kSlice: ranges of tiles that run in parallel
+  std::int64_t tasks = 1;   // kSample, kSlice: ranges of tiles that run in parallel
   bool stream = false;      // the output leaves no trace in the caches: it is larger than they are
   bool keep = false;        // the backward pass keeps the gradient behind the activation for its
                             // second sweep; otherwise it computes it again

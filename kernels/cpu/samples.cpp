@@ -1,0 +1,184 @@
+#include "cpu/samples.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/affine.h"
+#include "cpu/coefficients.h"
+#include "cpu/parameters.h"
+#include "cpu/primitives.h"
+#include "plan/cpu_geometry.h"
+
+namespace normcore::kernels {
+namespace {
+
+// What both passes share: the parts of the workspace, and the arguments of a block of samples.
+template <class A>
+class Samples {
+ public:
+  Samples(const NormInput& input, const Problem& problem, const CpuPlan& plan, void* workspace)
+      : input_(input),
+        geometry_(problem),
+        plan_(plan),
+        layout_(workspace_layout(problem, plan)),
+        base_(static_cast<char*>(workspace)) {
+    set_affine();
+  }
+
+  const SamplesGeometry& geometry() const { return geometry_; }
+  double* parameters() const { return reinterpret_cast<double*>(base_ + layout_.affine); }
+  A* scratch(std::int64_t task) const {
+    return reinterpret_cast<A*>(base_ + layout_.affine + layout_.parameters +
+                                static_cast<std::size_t>(task) * layout_.slot());
+  }
+
+  // Calls body(task, block) for all blocks.
+  template <class Body>
+  void for_each_block(const CpuExecutor& executor, const Body& body) const {
+    executor.parallel_for(plan_.tasks, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t task = begin; task < end; ++task) {
+        const std::int64_t last = (task + 1) * plan_.tiles / plan_.tasks;
+        for (std::int64_t b = task * plan_.tiles / plan_.tasks; b < last; ++b) body(task, b);
+      }
+    });
+  }
+
+  void set_args(std::int64_t task, std::int64_t sample, std::int64_t samples,
+                SamplesArgs<A>& args) const {
+    const std::int64_t offset = sample * geometry_.columns();
+    args.samples = samples;
+    args.shape = {geometry_.slices(), geometry_.slice_size()};
+    args.x = advance(input_.x, offset);
+    args.residual = advance(input_.residual, offset);
+    args.activation = input_.activation;
+    args.affine_stride = input_.affine_per_sample ? geometry_.columns() : 0;
+    args.scale = scale_ + sample * args.affine_stride;
+    args.bias = bias_ + sample * args.affine_stride;
+    args.scratch = scratch(task);
+    args.scratch_stride = geometry_.padded_columns();
+  }
+
+ private:
+  // Scale and bias of every column. Their NaNs are canonical, like all others here.
+  void set_affine() {
+    const Affine<A> affine(input_, reinterpret_cast<A*>(base_));
+    const std::int64_t rows = input_.affine_per_sample ? input_.extent.n : 1, c = input_.extent.c,
+                       s = geometry_.positions();
+    scale_ = reinterpret_cast<A*>(base_);
+    bias_ = scale_ + rows * geometry_.columns();
+    // From the end: what lies in the workspace already is read before it is overwritten.
+    for (std::int64_t row = rows - 1; row >= 0; --row) {
+      for (std::int64_t i = c - 1; i >= 0; --i) {
+        const std::int64_t at = (row * c + i) * s;
+        std::fill_n(bias_ + at, s, TileState<A>::canonical(affine.bias(row, i)));
+      }
+    }
+    for (std::int64_t row = rows - 1; row >= 0; --row) {
+      for (std::int64_t i = c - 1; i >= 0; --i) {
+        const std::int64_t at = (row * c + i) * s;
+        std::fill_n(scale_ + at, s, TileState<A>::canonical(affine.scale(row, i)));
+      }
+    }
+  }
+
+  const NormInput& input_;
+  SamplesGeometry geometry_;
+  const CpuPlan& plan_;
+  WorkspaceLayout layout_;
+  char* base_;
+  A* scale_ = nullptr;
+  A* bias_ = nullptr;
+};
+
+}  // namespace
+
+template <class A>
+void run_samples(const GroupNormForwardArgs& args, const CpuPlan& plan, void* workspace,
+                 const CpuExecutor& executor) {
+  const Problem problem(args.input, args.num_groups, Pass::kForward);
+  const Samples<A> samples(args.input, problem, plan, workspace);
+  const auto simd = primitives<A>();
+  const SamplesGeometry& g = samples.geometry();
+  samples.for_each_block(executor, [&](std::int64_t task, std::int64_t block) {
+    const std::int64_t first = g.first_sample(block);
+    SamplesForwardArgs<A> of_block;
+    samples.set_args(task, first, g.samples(block), of_block);
+    of_block.eps = args.input.eps;
+    of_block.y = advance(args.y, first * g.columns());
+    of_block.mean = args.mean + first * g.slices();
+    of_block.rstd = static_cast<A*>(args.rstd.data) + first * g.slices();
+    simd.normalize_samples(of_block);
+  });
+}
+
+template <class A>
+void run_samples(const BackwardCall& call, const CpuPlan& plan, void* workspace,
+                 const CpuExecutor& executor) {
+  const Problem problem(call.input, call.num_groups, Pass::kBackward);
+  const Samples<A> samples(call.input, problem, plan, workspace);
+  const auto simd = primitives<A>();
+  const SamplesGeometry& g = samples.geometry();
+  const std::int64_t c = call.input.extent.c, s = g.positions();
+  const bool wants_parameters = call.grad.scale || call.grad.bias;
+  const bool per_sample = call.input.affine_per_sample;
+
+  samples.for_each_block(executor, [&](std::int64_t task, std::int64_t block) {
+    A* const scale_sums = samples.scratch(task) + g.kBackwardArrays * g.padded_columns();
+    A* const bias_sums = scale_sums + g.padded_columns();
+    const auto run = [&](std::int64_t first, std::int64_t count) {
+      SamplesBackwardArgs<A> args;
+      samples.set_args(task, first, count, args);
+      const std::int64_t offset = first * g.columns();
+      args.grad_y = advance(call.grad_y, offset);
+      args.mean = static_cast<const double*>(call.mean.data) + first * g.slices();
+      args.rstd = static_cast<const A*>(call.rstd.data) + first * g.slices();
+      args.grad_x = advance(call.grad.x, offset);
+      args.grad_residual = advance(call.grad.residual, offset);
+      if (wants_parameters) {
+        std::fill_n(scale_sums, g.kSumArrays * g.padded_columns(), A{0});
+        args.scale_sums = scale_sums;
+        args.bias_sums = bias_sums;
+      }
+      simd.gradient_of_samples(args);
+    };
+    // Calls store(channel, scale, bias).
+    const auto for_each_channel = [&](const auto& store) {
+      for (std::int64_t i = 0; wants_parameters && i < c; ++i) {
+        double scale = 0.0, bias = 0.0;
+        for (std::int64_t at = i * s; at < (i + 1) * s; ++at) {
+          scale += scale_sums[at];
+          bias += bias_sums[at];
+        }
+        store(i, scale, bias);
+      }
+    };
+    const std::int64_t first = g.first_sample(block), count = g.samples(block);
+    if (per_sample) {
+      for (std::int64_t sample = first; sample < first + count; ++sample) {
+        run(sample, 1);
+        for_each_channel([&](std::int64_t i, double scale, double bias) {
+          store_parameters(call.grad, sample * c + i, scale, bias);
+        });
+      }
+      return;
+    }
+    run(first, count);
+    double* const out = samples.parameters() + block * c * 2;
+    for_each_channel([&](std::int64_t i, double scale, double bias) {
+      out[2 * i] = scale;
+      out[2 * i + 1] = bias;
+    });
+  });
+  if (wants_parameters && !per_sample) {
+    fold_parameters(call.grad, samples.parameters(), g.blocks(), c, executor);
+  }
+}
+
+template void run_samples<float>(const GroupNormForwardArgs&, const CpuPlan&, void*,
+                                 const CpuExecutor&);
+template void run_samples<double>(const GroupNormForwardArgs&, const CpuPlan&, void*,
+                                  const CpuExecutor&);
+template void run_samples<float>(const BackwardCall&, const CpuPlan&, void*, const CpuExecutor&);
+template void run_samples<double>(const BackwardCall&, const CpuPlan&, void*, const CpuExecutor&);
+
+}  // namespace normcore::kernels
