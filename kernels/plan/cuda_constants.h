@@ -27,6 +27,9 @@ inline constexpr std::size_t kDefaultDynamicShared = 48 << 10;
 // static part needs up to 7.
 inline constexpr std::size_t kMaxDynamicShared = 88 << 10;
 
+// Records that a thread of a merge loads before it waits for the first.
+inline constexpr unsigned kRecordsInFlight = 4;
+
 // Block of the sum over blocks of samples: neighbouring channels, and lanes over the blocks.
 inline constexpr int kParameterChannels = 32, kParameterLanes = 8;
 

@@ -181,15 +181,13 @@ TEST(CudaPlan, SaysWhySlicesAreSplit) {
   EXPECT_NE(reason_of(p).find("float64"), std::string::npos);
 }
 
-constexpr std::int64_t kSector = 32;
-
 // A row of a resident tile has whole sectors of memory, where the tensor's rows have.
 TEST(CudaPlan, TilesOfRowsHaveWholeSectors) {
   const auto expect_sectors = [](const Problem& p, const CudaPlan& plan) {
     const auto bytes = static_cast<std::int64_t>(size_of(p.dtype));
     const bool is_resident = plan.path == CudaPath::kPack || plan.path == CudaPath::kBlock;
-    if (plan.layout != Layout::kNSC || !is_resident || p.extent.c * bytes < kSector) return;
-    ASSERT_GE(plan.columns * bytes, kSector) << to_string(p) << ": " << describe(plan);
+    if (plan.layout != Layout::kNSC || !is_resident || p.extent.c * bytes < kSectorBytes) return;
+    ASSERT_GE(plan.columns * bytes, kSectorBytes) << to_string(p) << ": " << describe(plan);
   };
   for_each_plan({}, expect_sectors);
   CudaOptions options;
