@@ -90,7 +90,7 @@ def test_more_than_two_to_the_31_elements(norm: str, axis: int) -> None:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_memory_is_returned(norm: str) -> None:
-    """After a call nothing stays allocated but its results (and counters, a few KB a stream)."""
+    """After a call nothing stays allocated but its results."""
     workload = Workload.random(norm, SMALL[2]).to("cuda")
     workload.run()
     before = torch.cuda.memory_allocated()
