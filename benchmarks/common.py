@@ -100,7 +100,10 @@ def group_norms(o: Operands, silu: bool) -> tuple[Norm, Norm]:
 
 
 def backward_of(norm: Norm, o: Operands) -> Callable[[], tuple[Tensor, ...]]:
-    """The backward pass of one call, for all three gradients."""
+    """The backward pass of one call, for all three gradients.
+
+    On a device it runs on the stream that is current here.
+    """
     x = o.x.detach().requires_grad_()
     y = norm(x)
     leaves = (x, o.weight, o.bias)

@@ -5,8 +5,9 @@
 #   benchmarks/gpu.sh [--output FOLDER] [--seconds N] [--stages LIST] [--sanitize] [--rehearse]
 #     --output FOLDER   default build/gpu/results
 #     --seconds N       for everything, default 530
-#     --stages LIST     of build,gpu_tests,op_tests,sanitize,benchmark; default all but sanitize
-#     --sanitize        the stage sanitize too (compute-sanitizer)
+#     --stages LIST     of build,gpu_tests,op_tests,benchmark, which is the default; or build,sanitize
+#     --sanitize        short for --stages build,sanitize: the four tools of compute-sanitizer on a selection of the
+#                       tests. They share no run with other stages: of the default time each is sure of a minute.
 #     --rehearse        where there is no device: the same stages; tests skip, the benchmark runs tiny cases on the CPU
 # PYTHON is the interpreter with torch (python3), MAX_JOBS limits compile jobs, DEPENDENCIES is the folder that
 # benchmarks/pack_dependencies.sh made (build/dependencies); without it the system's Highway is used. The build is kept
@@ -19,19 +20,30 @@ python=${PYTHON:-python3}
 output=build/gpu/results
 total=530
 stages=build,gpu_tests,op_tests,benchmark
+chosen=
 sanitize=
 rehearse=
 while [ $# -gt 0 ]; do
   case $1 in
     --output) output=$2; shift 2 ;;
     --seconds) total=$2; shift 2 ;;
-    --stages) stages=$2; shift 2 ;;
+    --stages) stages=$2; chosen=1; shift 2 ;;
     --sanitize) sanitize=1; shift ;;
     --rehearse) rehearse=1; shift ;;
     *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2 ;;
   esac
 done
-[ -z "$sanitize" ] || stages=${stages/,benchmark/,sanitize,benchmark}
+if [ -n "$sanitize" ]; then
+  if [ -n "$chosen" ]; then
+    echo "--sanitize is short for --stages build,sanitize: give one of --sanitize and --stages" >&2
+    exit 2
+  fi
+  stages=build,sanitize
+fi
+if [[ ,$stages, = *,sanitize,* && ,$stages, =~ ,(gpu_tests|op_tests|benchmark), ]]; then
+  echo "the stage sanitize needs the time of the others: run --stages build,sanitize apart from them" >&2
+  exit 2
+fi
 mkdir -p "$output" build/gpu
 output=$(cd "$output" && pwd)
 rm -f "$output"/*.log "$output"/stages.json "$output"/benchmark.json
@@ -45,7 +57,7 @@ PATH=$(dirname "$(command -v "$python")"):$PATH:${CUDA_HOME:-/usr/local/cuda}/bi
 export PATH
 
 # Seconds of 530 that a stage may count on, whatever those before it take.
-declare -A guaranteed=([build]=240 [gpu_tests]=60 [op_tests]=60 [sanitize]=60 [benchmark]=90)
+declare -A guaranteed=([build]=240 [gpu_tests]=60 [op_tests]=60 [sanitize]=240 [benchmark]=90)
 for stage in "${!guaranteed[@]}"; do
   guaranteed[$stage]=$((guaranteed[$stage] * total / 530))
 done

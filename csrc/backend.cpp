@@ -13,6 +13,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <normcore/kernels/cuda.h>
 #endif
@@ -130,7 +131,11 @@ std::string describe_plan(const kernels::Problem& problem, c10::Device device) {
                               "explain: expected device to be a CPU or CUDA device, got ", device);
   kernels::CudaDevice facts;
 #if defined(NORMCORE_CUDA)
-  const int ordinal = device.has_index() ? device.index() : 0;
+  int ordinal = device.has_index() ? device.index() : 0;
+  if (!device.has_index() && c10::impl::hasDeviceGuardImpl(device.type())) {
+    const c10::impl::VirtualGuardImpl guard(device.type());
+    if (guard.deviceCount() != 0) ordinal = guard.getDevice().index();
+  }
   if (!kernels::query_device(ordinal, facts).ok()) facts = {};
 #endif
   const auto plan = kernels::plan_cuda(problem, facts, cuda_options());

@@ -11,6 +11,7 @@
 #include "cuda/launch.cuh"
 #include "normcore/kernels/cuda_plan.h"
 #include "normcore/kernels/status.h"
+#include "plan/cuda_constants.h"
 
 namespace normcore::kernels::cuda {
 
@@ -56,7 +57,7 @@ template <int kFewVectors, int kManyVectors, class Start>
 Status for_each_stage(DType x, const CudaPlan& plan, const Start& start) {
   return visit_dtype(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    constexpr int kWidth = 16 / sizeof(T);
+    constexpr int kWidth = static_cast<int>(kVectorBytes / sizeof(T));
     if (plan.width == kWidth) {
       return for_each_stage_of<kFewVectors, kManyVectors, T, kWidth>(plan, start);
     }

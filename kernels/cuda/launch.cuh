@@ -22,6 +22,11 @@ struct LaunchConfig {
   cudaStream_t stream = nullptr;
 };
 
+// Whether the kernel has to ask for that much, whatever its static part.
+inline bool asks_for_shared(const LaunchConfig& config) {
+  return config.dynamic_shared > kDefaultDynamicShared;
+}
+
 #if defined(__CUDACC__)
 
 // One object per block.
@@ -56,7 +61,7 @@ __device__ inline void keep(unsigned& value) { asm volatile("" : "+r"(value)); }
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& config,
                    std::type_identity_t<Parameters>... arguments) {
-  if (config.dynamic_shared > kDefaultDynamicShared) {
+  if (asks_for_shared(config)) {
     // The same for every call: another thread may be about to launch the kernel.
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxDynamicShared));
@@ -98,8 +103,11 @@ inline void keep(unsigned&) {}
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& config,
                    std::type_identity_t<Parameters>... arguments) {
-  emulator::run({config.grid, config.block, 1, false, config.dynamic_shared},
-                [&] { kernel(arguments...); });
+  emulator::Launch launch{config.grid, config.block};
+  launch.dynamic_shared = config.dynamic_shared;
+  launch.max_dynamic_shared = asks_for_shared(config) ? kMaxDynamicShared : 0;
+  launch.max_static_shared = kMaxStaticShared;
+  emulator::run(launch, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 

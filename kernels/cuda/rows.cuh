@@ -6,6 +6,7 @@
 #include "cuda/elements.cuh"
 #include "cuda/reduce.cuh"
 #include "normcore/kernels/norm_input.h"
+#include "plan/cuda_constants.h"
 #include "plan/cuda_tiling.h"
 
 namespace normcore::kernels::cuda {
@@ -100,7 +101,6 @@ class RowsChunk {
 template <class Sums, class Record, class Store>
 __device__ void merge_columns(const Record* records, std::int64_t stride, std::uint32_t columns,
                               std::uint32_t terms, Store store) {
-  constexpr unsigned kInFlight = 4;  // records that a thread loads before it waits for the first
   Sums* const handed_over = dynamic_shared<Sums>();
   for (std::uint32_t first = 0; first < columns; first += blockDim.x) {
     const unsigned width = columns - first < blockDim.x ? columns - first : blockDim.x;
@@ -109,15 +109,16 @@ __device__ void merge_columns(const Record* records, std::int64_t stride, std::u
     const unsigned lane = threadIdx.x / width;
     const std::uint32_t column = first + threadIdx.x % width;
     Sums total{};
-    for (std::uint64_t term = lane; lane < lanes && term < terms; term += kInFlight * lanes) {
-      Record parts[kInFlight];
+    for (std::uint64_t term = lane; lane < lanes && term < terms;
+         term += kRecordsInFlight * lanes) {
+      Record parts[kRecordsInFlight];
 #pragma unroll
-      for (unsigned k = 0; k < kInFlight; ++k) {
+      for (unsigned k = 0; k < kRecordsInFlight; ++k) {
         const std::uint64_t at = term + k * lanes;
         parts[k] = records[static_cast<std::int64_t>(at < terms ? at : term) * stride + column];
       }
 #pragma unroll
-      for (unsigned k = 0; k < kInFlight; ++k) {
+      for (unsigned k = 0; k < kRecordsInFlight; ++k) {
         if (term + k * lanes < terms) merge(total, static_cast<Sums>(parts[k]));
       }
     }

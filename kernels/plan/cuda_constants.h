@@ -21,11 +21,18 @@ inline constexpr int kBackwardVectors = 4, kBackwardFewVectors = 1;
 // Largest blocks, by layout and pass: what a thread holds leaves registers for no more.
 inline constexpr int kMaxForwardThreads = 512, kMaxBackwardThreads = 384, kMaxRowsThreads = 256;
 
-// Dynamic shared memory per block that a kernel gets without asking.
-inline constexpr std::size_t kDefaultDynamicShared = 48 << 10;
-// The most that one asks for: of the 99 KiB that every device from sm_80 on allows, the kernels'
-// static part needs up to 7.
+// Shared memory per block, static and dynamic together: what a kernel gets without asking, and what
+// every device from sm_80 on has for one that asks.
+inline constexpr std::size_t kDefaultShared = 48 << 10, kOptInShared = 99 << 10;
+// The most static memory of a kernel: what it leaves of the above for the dynamic part, which plans
+// limit to less than there is.
+inline constexpr std::size_t kMaxStaticShared = 7 << 10;
+inline constexpr std::size_t kDefaultDynamicShared = kDefaultShared - kMaxStaticShared;
 inline constexpr std::size_t kMaxDynamicShared = 88 << 10;
+static_assert(kMaxDynamicShared + kMaxStaticShared <= kOptInShared);
+
+// Records that a thread of a merge loads before it waits for the first.
+inline constexpr unsigned kRecordsInFlight = 4;
 
 // Block of the sum over blocks of samples: neighbouring channels, and lanes over the blocks.
 inline constexpr int kParameterChannels = 32, kParameterLanes = 8;

@@ -217,8 +217,7 @@ class Planner {
     if (!plan_split_or_stream(reason)) return false;
     plan_.samples_per_block = 1;
     const std::int64_t column_lanes =
-        std::min(plan_.width > 1 ? kColumnLanes : kNarrowColumnLanes,
-                 c / plan_.width);
+        std::min(plan_.width > 1 ? kColumnLanes : kNarrowColumnLanes, c / plan_.width);
     plan_.threads = static_cast<int>(block_threads());
     const std::int64_t row_lanes = plan_.threads / column_lanes;
     plan_.lanes = static_cast<int>(column_lanes * row_lanes);
@@ -228,8 +227,7 @@ class Planner {
         is_group_norm(problem_) && !options_.batch_invariant ? problem_.extent.n : 1;
     const std::int64_t blocks = tiles * ceil_div(c, plan_.columns) * ceil_div(rows, batch);
     const std::int64_t enough = kBlocksPerMultiprocessor * device_.multiprocessors;
-    const std::int64_t batches =
-        std::clamp<std::int64_t>(blocks / enough, 1, kMaxBatches);
+    const std::int64_t batches = std::clamp<std::int64_t>(blocks / enough, 1, kMaxBatches);
     plan_.rows_per_chunk = batch * std::min(batches, ceil_div(rows, batch));
     const RowsTiling tiling = rows_tiling(problem_, plan_);
     plan_.blocks = tiling.tiles * tiling.chunks * tiling.column_tiles;
@@ -258,8 +256,7 @@ class Planner {
     const std::int64_t lanes = columns / plan_.width * row_lanes;
     const std::size_t unit_bytes = shared_bytes_of_rows(columns, row_lanes);
     if (unit_bytes > kMaxDynamicShared) return false;
-    if (!options_.path && columns * bytes < kSectorBytes &&
-        c * bytes >= kSectorBytes) {
+    if (!options_.path && columns * bytes < kSectorBytes && c * bytes >= kSectorBytes) {
       why_not =
           "a tile that fits into the registers of a block has rows shorter than a sector of memory";
       return false;

@@ -3,6 +3,7 @@
 
 #include "normcore/kernels/batch_norm.h"
 #include "normcore/kernels/group_norm.h"
+#include "plan/cuda_constants.h"
 
 namespace normcore::kernels {
 namespace {
@@ -12,7 +13,7 @@ constexpr std::int64_t kBatchNorm = 0;
 bool are_aligned(std::initializer_list<const void*> pointers) {
   std::uintptr_t bits = 0;
   for (const void* pointer : pointers) bits |= reinterpret_cast<std::uintptr_t>(pointer);
-  return bits % 16 == 0;
+  return bits % static_cast<std::uintptr_t>(kVectorBytes) == 0;
 }
 
 Problem forward(const NormInput& input, std::int64_t num_groups, Pass pass, ConstTensor y) {

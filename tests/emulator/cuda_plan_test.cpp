@@ -52,6 +52,7 @@ void expect_legal(const Problem& p, const CudaPlan& plan) {
                                                : kMaxForwardThreads;
   ASSERT_LE(plan.threads, most) << what;
   ASSERT_LE(plan.shared_bytes, kMaxDynamicShared) << what;
+  ASSERT_LE(plan.shared_bytes + kMaxStaticShared, std::size_t{99} << 10) << what;
   ASSERT_STRNE(plan.reason, "") << what;
   if (!p.aligned) {
     ASSERT_EQ(plan.width, 1) << what;
@@ -108,6 +109,23 @@ TEST(CudaPlan, IsLegalAndCoversEveryShape) {
     expect_legal(p, plan);
     expect_coverage(p, plan);
   });
+}
+
+// What fits without asking only if the kernel had no static shared memory.
+TEST(CudaPlan, SomeNeedTheSharedMemoryOfTheStaticPart) {
+  Problem p;
+  p.num_groups = 1;
+  p.pass = Pass::kBackward;
+  const auto expect_between = [&](Extent extent, DType dtype) {
+    p.extent = extent;
+    p.dtype = dtype;
+    const auto plan = plan_cuda(p, kDevices[0]);
+    EXPECT_GT(plan->shared_bytes, kDefaultDynamicShared) << describe(*plan);
+    EXPECT_LE(plan->shared_bytes, kDefaultShared) << describe(*plan);
+  };
+  expect_between({64, 1280, 4}, DType::kFloat32);
+  expect_between({64, 1280, 8}, DType::kBFloat16);
+  expect_between({1, 1024, 2}, DType::kFloat64);
 }
 
 TEST(CudaPlan, ForcedPathsAreLegal) {
@@ -181,15 +199,13 @@ TEST(CudaPlan, SaysWhySlicesAreSplit) {
   EXPECT_NE(reason_of(p).find("float64"), std::string::npos);
 }
 
-constexpr std::int64_t kSector = 32;
-
 // A row of a resident tile has whole sectors of memory, where the tensor's rows have.
 TEST(CudaPlan, TilesOfRowsHaveWholeSectors) {
   const auto expect_sectors = [](const Problem& p, const CudaPlan& plan) {
     const auto bytes = static_cast<std::int64_t>(size_of(p.dtype));
     const bool is_resident = plan.path == CudaPath::kPack || plan.path == CudaPath::kBlock;
-    if (plan.layout != Layout::kNSC || !is_resident || p.extent.c * bytes < kSector) return;
-    ASSERT_GE(plan.columns * bytes, kSector) << to_string(p) << ": " << describe(plan);
+    if (plan.layout != Layout::kNSC || !is_resident || p.extent.c * bytes < kSectorBytes) return;
+    ASSERT_GE(plan.columns * bytes, kSectorBytes) << to_string(p) << ": " << describe(plan);
   };
   for_each_plan({}, expect_sectors);
   CudaOptions options;

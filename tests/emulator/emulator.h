@@ -3,7 +3,7 @@
 // this header in front of every .cu file; it stands in for nvcc's built-ins. Kernels follow the rules
 // in CONTRIBUTING.md ("CUDA kernels"): shared memory through block_shared() and dynamic_shared(),
 // launches through launch(). What breaks CUDA's rules (divergent barriers, lanes that are missing,
-// writes outside of shared memory, deadlocks) ends the launch with an emulator::Error.
+// writes outside of shared memory, more of it than there is, deadlocks) ends the launch with an emulator::Error.
 // It models neither occupancy nor speed, and memory ordering in a build with a race detector only:
 // under ThreadSanitizer a launch without a race gives no report, and an Error ends the process.
 #pragma once
@@ -65,11 +65,18 @@ constexpr Schedule random(std::uint64_t seed) { return Schedule(seed + 2); }
 // For all launches to come.
 void use(const Schedule& schedule);
 
+// Of a block, static and dynamic: without asking, and the most on every device from sm_80 on.
+inline constexpr std::size_t kDefaultShared = 48 << 10, kOptInShared = 99 << 10;
+
 struct Launch {
   dim3 grid, block;
   unsigned cluster = 1;      // blocks along x that run together and see each other's shared memory
   bool cooperative = false;  // all blocks run together
   std::size_t dynamic_shared = 0;
+  // As which it was asked for (cudaFuncAttributeMaxDynamicSharedMemorySize); 0: not at all.
+  std::size_t max_dynamic_shared = 0;
+  // What the one who launches took for the most static memory of any kernel.
+  std::size_t max_static_shared = kDefaultShared;
 };
 void run(const Launch& launch, const std::function<void()>& kernel);
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "plan/cuda_constants.h"
 #include "planted_runs.h"
 
 // A thread that ran into an error is abandoned: what its frames own is never freed.
@@ -66,6 +67,22 @@ TEST(Emulator, CatchesBugsOfABlock) {
   expect_symptom(run_block_sum, Bug::kWritesPastShared, "write outside of shared memory");
   expect_symptom(run_block_sum, Bug::kLaneOutsideOfMask, "is not in its own mask");
   expect_symptom(run_block_sum, Bug::kLeavesEarly, "");
+}
+
+TEST(Emulator, CatchesTooMuchSharedMemory) {
+  expect_symptom(run_block_sum, Bug::kSharedUnasked, "more than 49152 without asking for it");
+  expect_symptom(run_block_sum, Bug::kSharedOverAsked, "dynamic bytes, asked for");
+  expect_symptom(run_block_sum, Bug::kSharedOverDevice, "dynamic bytes, more than 101376");
+  expect_symptom(run_block_sum, Bug::kStaticOverExpected, "the launch expects up to 255");
+}
+
+TEST(Emulator, LaunchAsksForTheSharedMemoryThatAKernelNeeds) {
+  emulator::use(emulator::in_order());
+  for (const std::size_t bytes : {std::size_t{4}, kDefaultDynamicShared, kDefaultDynamicShared + 1,
+                                  kDefaultShared, kDefaultShared + 1, kMaxDynamicShared}) {
+    EXPECT_EQ(large_static(bytes), 1.0f) << bytes;
+  }
+  EXPECT_THROW(large_static(kMaxDynamicShared + 1), emulator::Error);
 }
 
 TEST(Emulator, CatchesBugsBetweenBlocks) {

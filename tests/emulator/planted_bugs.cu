@@ -50,6 +50,18 @@ __global__ void block_sum_kernel(const float* x, int n, float* sum, Bug bug) {
   if (threadIdx.x == 0) *sum = total;
 }
 
+struct LargeValues {
+  float of[kMaxStaticShared / sizeof(float)];
+};
+
+__global__ void large_static_kernel(float* one) {
+  auto& shared = block_shared<LargeValues>();
+  shared.of[0] = 1.0f;
+  auto* const own = cuda::dynamic_shared<float>();
+  *own = shared.of[0];
+  *one = *own;
+}
+
 __global__ void exchange_sum_kernel(const float* x, int n, float* sum, Bug bug) {
   auto& shared = block_shared<Values>();
   const unsigned neighbour = threadIdx.x ^ 1u;
@@ -140,7 +152,25 @@ __global__ void team_sum_kernel(const float* x, int n, float* partials, unsigned
 }  // namespace
 
 void block_sum(const float* x, int n, float* sum, Bug bug) {
-  emulator::run({1, 64}, [=] { block_sum_kernel(x, n, sum, bug); });
+  emulator::Launch launch{1, 64};
+  launch.dynamic_shared = emulator::kDefaultShared - sizeof(Values);
+  if (bug == Bug::kSharedUnasked) ++launch.dynamic_shared;
+  if (bug == Bug::kSharedOverAsked) {
+    launch.max_dynamic_shared = launch.dynamic_shared - 1;
+  }
+  if (bug == Bug::kSharedOverDevice) {
+    launch.max_dynamic_shared = emulator::kOptInShared - sizeof(Values) + 1;
+  }
+  if (bug == Bug::kStaticOverExpected) launch.max_static_shared = sizeof(Values) - 1;
+  emulator::run(launch, [=] { block_sum_kernel(x, n, sum, bug); });
+}
+
+float large_static(std::size_t dynamic_shared) {
+  float one = 0.0f;
+  cuda::LaunchConfig config;
+  config.dynamic_shared = dynamic_shared;
+  cuda::launch(large_static_kernel, config, &one);
+  return one;
 }
 
 void exchange_sum(const float* x, int n, float* sum, Bug bug) {

@@ -3,6 +3,7 @@
 // accesses gives the right values by chance.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace normcore::kernels::testing {
@@ -17,6 +18,10 @@ enum class Bug : std::uint8_t {
   kWritesPastShared,    // memory
   kLaneOutsideOfMask,   // a shuffle without a lane that takes part
   kLeavesEarly,         // before a barrier that others meet
+  kSharedUnasked,       // static and dynamic memory are too much together
+  kSharedOverAsked,     // more dynamic memory than was asked for
+  kSharedOverDevice,    // more than devices have
+  kStaticOverExpected,  // more than the launch counts on
   // exchange_sum
   kShuffleForBarrier,   // between the write and the read of a warp; race only
   kOverwritesTooEarly,  // what another thread still reads; race only
@@ -47,5 +52,8 @@ void cluster_sum(const float* x, int n, float* sums, Bug bug);
 // By `blocks` blocks that run together; every block stores the sum. partials, sums: [blocks].
 void team_sum(const float* x, int n, int blocks, float* partials, unsigned* counter, float* sums,
               Bug bug);
+
+// 1, by a kernel with the most static shared memory, started by the kernels' launch().
+float large_static(std::size_t dynamic_shared);
 
 }  // namespace normcore::kernels::testing

@@ -95,6 +95,7 @@ struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp> warps;
   std::map<const void*, SharedArray> shared;
+  std::size_t static_shared = 0;  // bytes that its threads have asked for so far
 };
 
 std::string to_string(Site site) {
@@ -133,6 +134,7 @@ class Grid {
         launch_.grid.x % launch_.cluster != 0) {
       throw Error("invalid launch configuration");
     }
+    if (const std::string excess = excess_of_shared(0); !excess.empty()) throw Error(excess);
     blockDim = launch_.block;
     gridDim = launch_.grid;
     const std::vector<unsigned> order = order_of(blocks / launch_.cluster);
@@ -155,6 +157,26 @@ class Grid {
 
   Thread& current() { return *current_; }
   const Launch& launch() const { return launch_; }
+
+  // What is wrong with the launch if its kernel has that much static shared memory; a device refuses
+  // it, here only the memory that threads get to counts.
+  std::string excess_of_shared(std::size_t static_bytes) const {
+    const bool asks = launch_.max_dynamic_shared != 0;
+    const std::size_t dynamic = asks ? launch_.max_dynamic_shared : launch_.dynamic_shared;
+    const std::size_t limit = asks ? kOptInShared : kDefaultShared;
+    std::ostringstream text;
+    if (launch_.dynamic_shared > dynamic) {
+      text << "shared memory: " << launch_.dynamic_shared << " dynamic bytes, asked for "
+           << dynamic;
+    } else if (static_bytes > launch_.max_static_shared) {
+      text << "shared memory: " << static_bytes << " static bytes, the launch expects up to "
+           << launch_.max_static_shared;
+    } else if (static_bytes + dynamic > limit) {
+      text << "shared memory: " << static_bytes << " static and " << dynamic
+           << " dynamic bytes, more than " << limit << (asks ? "" : " without asking for it");
+    }
+    return text.str();
+  }
 
   void yield() {
     idle_rounds_ = 0;
@@ -562,12 +584,20 @@ void* cluster_peer(const void* own, unsigned rank) {
 
 void* shared_memory(const void* key, std::size_t bytes) {
   const race::Unseen unseen;
-  return own_block().shared.try_emplace(key, bytes).first->second.data();
+  Block& block = own_block();
+  const auto [entry, is_new] = block.shared.try_emplace(key, bytes);
+  if (is_new) {
+    block.static_shared += bytes;
+    const std::string excess = grid->excess_of_shared(block.static_shared);
+    if (!excess.empty()) grid->fail(excess);
+  }
+  return entry->second.data();
 }
 
 void* dynamic_shared_memory() {
+  const race::Unseen unseen;
   static const char key = 0;
-  return shared_memory(&key, grid->launch().dynamic_shared);
+  return own_block().shared.try_emplace(&key, grid->launch().dynamic_shared).first->second.data();
 }
 
 std::uint64_t meet_in_warp(WarpOperation operation, unsigned mask, std::uint64_t value,
@@ -577,3 +607,7 @@ std::uint64_t meet_in_warp(WarpOperation operation, unsigned mask, std::uint64_t
 }
 
 }  // namespace emulator
+
+// What kernels/cuda/error.h calls of CUDA's runtime. An emulated launch throws an Error instead.
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t /*error*/) { return "no device"; }

@@ -55,6 +55,22 @@ TEST(GroupNorm, EveryNumberOfGroups) {
   }
 }
 
+// The partial sums of all channels together nearly fill what shared memory a CUDA block gets without
+// asking.
+TEST(GroupNorm, GroupsOfManyShortChannels) {
+  const std::pair<Extent, DType> cases[] = {{{2, 1280, 4}, DType::kFloat32},
+                                            {{2, 1280, 8}, DType::kBFloat16},
+                                            {{2, 1024, 2}, DType::kFloat64}};
+  for (const auto& [extent, dtype] : cases) {
+    NormCase c = small_case(Layout::kNCS, dtype);
+    c.extent = extent;
+    c.num_groups = 1;
+    Inputs inputs(c);
+    check_forward(inputs);
+    check_backward(inputs);
+  }
+}
+
 TEST(GroupNorm, ConstantInputGivesExactlyBias) {
   for (const Layout layout : kBothLayouts) {
     for (const DType dtype : kAllDTypes) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <sstream>
 #include <string>
 
@@ -21,12 +22,16 @@ inline std::string to_string(const Problem& p) {
 // Calls body(problem) for some thousand problems, tiny to beyond 2^31 elements.
 template <class Body>
 void for_each_problem(Body body) {
-  constexpr std::int64_t kSizes[] = {1, 2, 7, 64, 65, 1000, 4096, 4097, 70000};
-  for (const std::int64_t n : kSizes) {
-    for (const std::int64_t c : {1, 3, 64, 65, 320, 2048, 5000}) {
-      for (const std::int64_t s : kSizes) {
+  struct Channels {
+    std::int64_t c, groups;  // with some of the channels, where c divides
+  };
+  constexpr Channels kChannels[] = {{1, 1},    {3, 1},     {64, 32}, {65, 5},
+                                    {320, 32}, {2048, 32}, {5000, 8}};
+  for (const std::int64_t n : {1, 2, 7, 64, 65, 1000, 4096, 4097, 70000}) {
+    for (const auto& [c, groups] : kChannels) {
+      for (const std::int64_t s : {1, 2, 4, 5, 7, 64, 65, 1000, 4096, 4097, 70000}) {
         for (const Layout layout : kBothLayouts) {
-          for (const std::int64_t num_groups : {std::int64_t{0}, std::int64_t{1}, c}) {
+          for (const std::int64_t num_groups : std::set<std::int64_t>{0, 1, groups, c}) {
             for (const Pass pass : {Pass::kForward, Pass::kInference, Pass::kBackward}) {
               if (num_groups != 0 && pass == Pass::kInference) continue;
               Problem problem;
