@@ -9,14 +9,15 @@ namespace {
 
 class CpuRunner : public RunnerOf<CpuRunner> {
  public:
-  // `stream`: writes outputs past the caches whatever their size.
-  CpuRunner(const std::string& name, const CpuExecutor& executor, bool stream = false)
-      : RunnerOf(name), executor_(executor), stream_(stream) {}
+  using Change = void (*)(CpuPlan& plan);
+  CpuRunner(
+      const std::string& name, const CpuExecutor& executor, Change change = [](CpuPlan&) {})
+      : RunnerOf(name), executor_(executor), change_(change) {}
 
   template <class Args>
   bool run_any(const Args& args) const {
     CpuPlan plan = plan_cpu(problem_of(args), executor_.num_threads);
-    if (stream_) plan.stream = true;
+    change_(plan);
     const GuardedBuffer workspace(plan.workspace_bytes, 64, Placement::kEnd);
     void* const data = plan.workspace_bytes == 0 ? nullptr : workspace.data();
     const Status status = kernels::run(args, plan, data, executor_);
@@ -27,7 +28,7 @@ class CpuRunner : public RunnerOf<CpuRunner> {
 
  private:
   CpuExecutor executor_;
-  bool stream_;
+  Change change_;
 };
 
 }  // namespace
@@ -38,8 +39,12 @@ const std::vector<EqualRunners>& all_runners() {
     for (const NamedExecutor& other : other_executors()) {
       equal.push_back(std::make_shared<CpuRunner>(other.name, other.executor));
     }
-    equal.push_back(
-        std::make_shared<CpuRunner>("serial, streaming stores", serial_executor(), true));
+    // Choices that may depend on sizes of memory.
+    equal.push_back(std::make_shared<CpuRunner>("serial, streaming stores", serial_executor(),
+                                                [](CpuPlan& plan) { plan.stream = true; }));
+    equal.push_back(std::make_shared<CpuRunner>("serial, gradients computed again",
+                                                serial_executor(),
+                                                [](CpuPlan& plan) { plan.keep = false; }));
     return std::vector<EqualRunners>{equal};
   }();
   return runners;

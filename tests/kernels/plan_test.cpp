@@ -19,13 +19,14 @@ TEST(Plan, IsLegalForEveryShape) {
     for (const int threads : kThreadCounts) {
       const CpuPlan plan = plan_cpu(p, threads);
       const std::string what = to_string(p) + ": " + describe(plan);
-      ASSERT_GT(plan.chunk, 0) << what;
+      const bool has_chunks = plan.path != CpuPath::kSample;
+      ASSERT_EQ(plan.chunk > 0, has_chunks) << what;
       ASSERT_GE(plan.fold, 1) << what;
       ASSERT_GE(plan.tiles, 1) << what;
       ASSERT_GE(plan.tasks, 1) << what;
       ASSERT_LE(plan.tasks, threads) << what;
       ASSERT_STRNE(plan.reason, "") << what;
-      if (p.pass != Pass::kInference) {
+      if (p.pass != Pass::kInference && has_chunks) {
         ASSERT_GE(plan.chunks, 1) << what;
       }
     }
@@ -72,7 +73,9 @@ TEST(Plan, WorkspaceIsSmall) {
       const std::int64_t slices = p.num_groups == 0 ? p.extent.c : p.extent.n * p.num_groups;
       const std::int64_t samples = p.num_groups == 0 ? 1 : p.extent.n;
       const std::int64_t columns =
-          std::max(p.extent.c, std::min<std::int64_t>(16 * p.extent.c, 2048));
+          plan.path == CpuPath::kSample
+              ? p.extent.c * p.extent.s
+              : std::max(p.extent.c, std::min<std::int64_t>(16 * p.extent.c, 2048));
       const std::int64_t limit = 8 * p.extent.numel() + 512 * slices + 32 * p.extent.c * samples +
                                  128 * columns * threads + 65536;
       ASSERT_LE(plan.workspace_bytes, static_cast<std::size_t>(limit))
@@ -109,6 +112,44 @@ TEST(Plan, StreamsOutputsThatTheCacheCannotHold) {
   EXPECT_TRUE(streams(4 * kMiB, kMiB));
   EXPECT_FALSE(streams(31 * kMiB, 1024 * kMiB));
   EXPECT_TRUE(streams(32 * kMiB, 1024 * kMiB)) << "a large cache is shared with others";
+}
+
+TEST(Plan, KeepsGradientsBehindActivationsThatCost) {
+  Problem problem;
+  problem.extent = {2, 64, 64 * 64};
+  problem.num_groups = 32;
+  problem.pass = Pass::kBackward;
+  EXPECT_FALSE(plan_cpu(problem, 2).keep);
+  problem.activation = Activation::kReLU;
+  EXPECT_FALSE(plan_cpu(problem, 2).keep);
+  problem.activation = Activation::kSiLU;
+  EXPECT_TRUE(plan_cpu(problem, 2).keep);
+  EXPECT_NE(describe(plan_cpu(problem, 2)).find("kept"), std::string::npos);
+  problem.applies = false;
+  EXPECT_FALSE(plan_cpu(problem, 2).keep) << "one sweep";
+  problem.applies = true;
+  problem.mask = MaskKind::kRow;
+  EXPECT_FALSE(plan_cpu(problem, 2).keep);
+  problem.mask = MaskKind::kNone;
+  problem.extent = {1, 32, 1 << 20};
+  problem.num_groups = 1;
+  EXPECT_FALSE(plan_cpu(problem, 2).keep) << "more memory than it is worth";
+}
+
+TEST(Plan, TakesWholeSamplesOfShortSlices) {
+  const auto path = [](Extent extent, Layout layout, std::int64_t num_groups) {
+    Problem problem;
+    problem.extent = extent;
+    problem.layout = layout;
+    problem.num_groups = num_groups;
+    return plan_cpu(problem, 1).path;
+  };
+  EXPECT_EQ(path({4096, 256, 1}, Layout::kNSC, 32), CpuPath::kSample);
+  EXPECT_EQ(path({4096, 256, 1}, Layout::kNCS, 1), CpuPath::kSample);
+  EXPECT_EQ(path({64, 32, 4}, Layout::kNCS, 8), CpuPath::kSample);
+  EXPECT_EQ(path({64, 32, 4}, Layout::kNSC, 8), CpuPath::kSlice) << "slices have gaps";
+  EXPECT_EQ(path({64, 1 << 20, 1}, Layout::kNCS, 8), CpuPath::kSlice) << "a sample is large";
+  EXPECT_EQ(path({4096, 256, 1}, Layout::kNSC, 0), CpuPath::kSlice) << "batch norm";
 }
 
 TEST(Plan, OfEmptyInput) {
