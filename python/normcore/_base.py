@@ -250,18 +250,21 @@ class NormBase(nn.Module):
         if torch.jit.is_tracing():  # type: ignore
             return
         rank = x.dim()
-        axes: list[int] = []
-        for axis in self.axis:
+        if len(self.axis) == 1:  # the usual case, on the path of every call
+            axis = self.axis[0]
             if axis >= rank or axis < -rank:
                 return  # the operator reports it
-            axes.append(axis if axis >= 0 else axis + rank)
-        if len(axes) == 1:
-            size, features = x.size(axes[0]), self._features[0]
+            size, features = x.size(axis), self._features[0]
             if size != features:
                 raise ValueError(
                     f"{self._op}: expected {features} features on axis {self.axis}, got {size}"
                 )
             return
+        axes: list[int] = []
+        for axis in self.axis:
+            if axis >= rank or axis < -rank:
+                return
+            axes.append(axis if axis >= 0 else axis + rank)
         axes.sort()
         sizes: list[int] = []
         for axis in axes:
@@ -298,13 +301,13 @@ class NormBase(nn.Module):
             self.reset_parameters()
             self.initialized = True
 
-    def _read(self, *names: str) -> list[Any]:
-        """Parameters and statistics, faster than with the __getattr__ of nn.Module."""
-        parameters, buffers = self._parameters, self._buffers
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and bias, faster than with the __getattr__ of nn.Module."""
+        parameters = self._parameters
         try:
-            return [parameters[name] if name in parameters else buffers[name] for name in names]
+            return parameters["scale"], parameters["bias"]
         except KeyError:  # a parametrization has taken one over
-            return [getattr(self, name) for name in names]
+            return self.scale, self.bias
 
     def reset_parameters(self) -> None:
         """Sets scale and bias to their initial values."""

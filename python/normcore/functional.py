@@ -28,9 +28,26 @@ batch_norm_op: Callable[..., Tensor] = torch.ops.normcore.batch_norm
 group_norm_op: Callable[..., Tensor] = torch.ops.normcore.group_norm
 
 
-def given_options(**options: Any) -> dict[str, Any]:
-    """Those that are not None: parsing a keyword argument takes the dispatcher half a microsecond."""
-    return {name: value for name, value in options.items() if value is not None}
+def given_options(
+    axis: int | Sequence[int],
+    mask: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Those that are not the default: the dispatcher takes half a microsecond to parse each."""
+    options: dict[str, Any] = {}
+    if type(axis) is not int or axis != 1:
+        options["axis"] = axis
+    if mask is not None:
+        options["mask"] = mask
+    if activation is not None:
+        options["activation"] = activation
+    if residual is not None:
+        options["residual"] = residual
+    if dtype is not None:
+        options["dtype"] = dtype
+    return options
 
 
 def require_single_rank(op: str, argument: str, group: str | ProcessGroup | None = None) -> None:
@@ -140,15 +157,11 @@ def batch_norm(
     """
     if group is not None:
         require_single_rank("batch_norm", "group", group)
-    options = given_options(
-        axis=None if type(axis) is int and axis == 1 else axis,
-        mask=mask,
-        activation=activation,
-        residual=residual,
-        unbiased=None if unbiased is True else unbiased,
-        num_batches_tracked=num_batches_tracked,
-        dtype=dtype,
-    )
+    options = given_options(axis, mask, activation, residual, dtype)
+    if unbiased is not True:
+        options["unbiased"] = unbiased
+    if num_batches_tracked is not None:
+        options["num_batches_tracked"] = num_batches_tracked
     try:
         return batch_norm_op(
             input, running_mean, running_var, weight, bias, training, momentum, eps, **options
@@ -221,14 +234,9 @@ def group_norm(
     """
     if group is not None:
         require_single_rank("group_norm", "group", group)
-    options = given_options(
-        axis=None if type(axis) is int and axis == 1 else axis,
-        reduction_axes=reduction_axes,
-        mask=mask,
-        activation=activation,
-        residual=residual,
-        dtype=dtype,
-    )
+    options = given_options(axis, mask, activation, residual, dtype)
+    if reduction_axes is not None:
+        options["reduction_axes"] = reduction_axes
     try:
         return group_norm_op(input, num_groups, weight, bias, eps, **options)
     except RuntimeError as error:

@@ -179,7 +179,8 @@ class BatchNorm(NormBase):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             scale, bias, mean, var = self.scale, self.bias, self.mean, self.var
         else:
-            scale, bias, mean, var = self._read("scale", "bias", "mean", "var")
+            scale, bias = self._affine()
+            mean, var = self._statistics()
         dtype = self.dtype
         if dtype is None:
             dtype = result_type(x, scale, bias)
@@ -205,17 +206,21 @@ class BatchNorm(NormBase):
                 dtype=out_dtype,
             )
         else:
-            options = given_options(
-                axis=None if self.axis == [1] else self.axis,
-                mask=mask,
-                activation=self.activation,
-                residual=residual,
-                unbiased=False if batch else None,
-                dtype=out_dtype,
-            )
+            axis = 1 if self.axis == [1] else self.axis
+            options = given_options(axis, mask, self.activation, residual, out_dtype)
+            if batch:
+                options["unbiased"] = False
             return batch_norm_op(
                 x, mean, var, scale, bias, batch, momentum, self.epsilon, **options
             )
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and var, faster than with the __getattr__ of nn.Module."""
+        buffers = self._buffers
+        try:
+            return buffers["mean"], buffers["var"]  # type: ignore[return-value]
+        except KeyError:
+            return self.mean, self.var
 
     @torch.jit.unused
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -386,7 +391,7 @@ class GroupNorm(NormBase):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             scale, bias = self.scale, self.bias
         else:
-            scale, bias = self._read("scale", "bias")
+            scale, bias = self._affine()
         dtype = self.dtype
         if dtype is None:
             dtype = result_type(x, scale, bias)
@@ -408,14 +413,10 @@ class GroupNorm(NormBase):
                 dtype=out_dtype,
             )
         else:
-            options = given_options(
-                axis=None if self.axis == [1] else self.axis,
-                reduction_axes=self.reduction_axes,
-                mask=mask,
-                activation=self.activation,
-                residual=residual,
-                dtype=out_dtype,
-            )
+            axis = 1 if self.axis == [1] else self.axis
+            options = given_options(axis, mask, self.activation, residual, out_dtype)
+            if self.reduction_axes is not None:
+                options["reduction_axes"] = self.reduction_axes
             return group_norm_op(x, self._num_groups(), scale, bias, self.epsilon, **options)
 
     @torch.jit.unused
