@@ -50,6 +50,13 @@ def given_options(
     return options
 
 
+def call_op(
+    op: Callable[..., Tensor], arguments: tuple[Any, ...], options: dict[str, Any]
+) -> Tensor:
+    """For code that TorchScript parses: it has no syntax for this, not even in what it skips."""
+    return op(*arguments, **options)
+
+
 def require_single_rank(op: str, argument: str, group: str | ProcessGroup | None = None) -> None:
     """Raises NotImplementedError if statistics would have to be combined over several ranks."""
     if group is not None and not isinstance(group, str) and not hasattr(group, "size"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Initializer, NormBase, integer, integers, number, result_type
-from .functional import batch_norm_op, given_options, group_norm_op, require_single_rank
+from .functional import batch_norm_op, call_op, given_options, group_norm_op, require_single_rank
 
 __all__ = ["BatchNorm", "GroupNorm", "freeze", "unfreeze"]
 
@@ -210,9 +210,8 @@ class BatchNorm(NormBase):
             options = given_options(axis, mask, self.activation, residual, out_dtype)
             if batch:
                 options["unbiased"] = False
-            return batch_norm_op(
-                x, mean, var, scale, bias, batch, momentum, self.epsilon, **options
-            )
+            arguments = (x, mean, var, scale, bias, batch, momentum, self.epsilon)
+            return call_op(batch_norm_op, arguments, options)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and var, faster than with the __getattr__ of nn.Module."""
@@ -417,7 +416,8 @@ class GroupNorm(NormBase):
             options = given_options(axis, mask, self.activation, residual, out_dtype)
             if self.reduction_axes is not None:
                 options["reduction_axes"] = self.reduction_axes
-            return group_norm_op(x, self._num_groups(), scale, bias, self.epsilon, **options)
+            arguments = (x, self._num_groups(), scale, bias, self.epsilon)
+            return call_op(group_norm_op, arguments, options)
 
     @torch.jit.unused
     @torch.compiler.disable  # type: ignore[untyped-decorator]
