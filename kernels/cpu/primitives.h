@@ -84,24 +84,24 @@ struct GradientSums {
   double g_centered = 0.0;  // sum g * (x - center)
 };
 
-// A sample of neighbouring dense slices of `size` values each.
+// Neighbouring dense slices of `size` values each.
 struct SampleShape {
   std::int64_t slices = 0, size = 0;
   std::int64_t columns() const { return slices * size; }
 };
 
-// What both passes over neighbouring samples take. Scale and bias are given for every column of a
-// sample; affine_stride leads to the next sample's.
+// What both passes over neighbouring samples, or the same part of each, take. Scale and bias are
+// given for every column. The strides lead to the next sample's tensors, statistics and parameters.
 template <class A>
 struct SamplesArgs {
   std::int64_t samples = 0;
-  SampleShape shape;
+  SampleShape shape;  // of the part
+  std::int64_t stride = 0, slice_stride = 0, affine_stride = 0;
   ConstTensor x;
   ConstTensor residual;
   Activation activation = Activation::kNone;
   const A* scale = nullptr;
   const A* bias = nullptr;
-  std::int64_t affine_stride = 0;
   A* scratch = nullptr;  // arrays as SamplesGeometry counts them, this far from each other
   std::int64_t scratch_stride = 0;
 };
@@ -110,14 +110,14 @@ template <class A>
 struct SamplesForwardArgs : SamplesArgs<A> {
   double eps = 0.0;
   MutableTensor y;
-  double* mean = nullptr;  // [samples][slices], like rstd
+  double* mean = nullptr;
   A* rstd = nullptr;
 };
 
 template <class A>
 struct SamplesBackwardArgs : SamplesArgs<A> {
   ConstTensor grad_y;
-  const double* mean = nullptr;  // [samples][slices], like rstd
+  const double* mean = nullptr;
   const A* rstd = nullptr;
   MutableTensor grad_x;  // either may be absent
   MutableTensor grad_residual;

@@ -1,4 +1,4 @@
-// Primitives over whole samples of many short slices, forward and backward. A slice is too short to
+// Primitives over samples of many short slices, forward and backward. A slice is too short to
 // pay for a call, a horizontal sum or a square root of its own: sums of slices go to arrays, their
 // statistics are computed many at a time, and then spread over the columns again. Everything but x,
 // grad_y and the outputs stays in the first-level cache.
@@ -152,13 +152,13 @@ HWY_INLINE void normalize(const SamplesForwardArgs<A>& args) {
            *const rest = arrays.take(), *const pivot = arrays.take(), *const sum = arrays.take(),
            *const square = arrays.take();
   for (std::int64_t sample = 0; sample < args.samples; ++sample) {
-    const std::int64_t offset = sample * columns;
+    const std::int64_t offset = sample * args.stride;
     const auto x = advance(args.x, offset), residual = advance(args.residual, offset);
     const auto y = advance(args.y, offset);
     for_each_in_order<A>(columns,
                          [&](const auto& u) HWY_ATTR { u.store(load_any<A>(u, x), values); });
-    double* const mean = args.mean + sample * slices;
-    A* const saved_rstd = args.rstd + sample * slices;
+    double* const mean = args.mean + sample * args.slice_stride;
+    A* const saved_rstd = args.rstd + sample * args.slice_stride;
     statistics_of_sample<A>(args.shape, args.eps, values, pivot, sum, square, mean, saved_rstd);
     split_means<A>(mean, slices, pivot, sum);
     spread(pivot, args.shape, center);
@@ -207,14 +207,14 @@ HWY_INLINE void gradient(const SamplesBackwardArgs<A>& args) {
   const Tag<double> d;
   const auto inverse_size = hn::Set(d, 1.0 / static_cast<double>(size));
   for (std::int64_t sample = 0; sample < args.samples; ++sample) {
-    const std::int64_t at = sample * columns;
+    const std::int64_t at = sample * args.stride;
     const auto x = advance(args.x, at), residual = advance(args.residual, at),
                grad_y = advance(args.grad_y, at);
     const auto grad_x = advance(args.grad_x, at), grad_residual = advance(args.grad_residual, at);
     const A* const scale = args.scale + sample * args.affine_stride;
     const A* const bias = args.bias + sample * args.affine_stride;
-    const A* const saved_rstd = args.rstd + sample * slices;
-    split_means<A>(args.mean + sample * slices, slices, of_slice, of_slice_too);
+    const A* const saved_rstd = args.rstd + sample * args.slice_stride;
+    split_means<A>(args.mean + sample * args.slice_stride, slices, of_slice, of_slice_too);
     spread(of_slice, args.shape, center);
     spread(of_slice_too, args.shape, rest);
     spread(saved_rstd, args.shape, rstd);

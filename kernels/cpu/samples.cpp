@@ -32,30 +32,39 @@ class Samples {
                                 static_cast<std::size_t>(task) * layout_.slot());
   }
 
-  // Calls body(task, block) for all blocks.
+  // Calls body(task, tile) for all tiles.
   template <class Body>
-  void for_each_block(const CpuExecutor& executor, const Body& body) const {
+  void for_each_tile(const CpuExecutor& executor, const Body& body) const {
     executor.parallel_for(plan_.tasks, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t task = begin; task < end; ++task) {
         const std::int64_t last = (task + 1) * plan_.tiles / plan_.tasks;
-        for (std::int64_t b = task * plan_.tiles / plan_.tasks; b < last; ++b) body(task, b);
+        for (std::int64_t t = task * plan_.tiles / plan_.tasks; t < last; ++t) body(task, t);
       }
     });
   }
 
-  void set_args(std::int64_t task, std::int64_t sample, std::int64_t samples,
+  // Of `samples` samples from `sample` on, as far as they belong to the tile.
+  void set_args(std::int64_t task, std::int64_t tile, std::int64_t sample, std::int64_t samples,
                 SamplesArgs<A>& args) const {
-    const std::int64_t offset = sample * geometry_.columns();
     args.samples = samples;
-    args.shape = {geometry_.slices(), geometry_.slice_size()};
-    args.x = advance(input_.x, offset);
-    args.residual = advance(input_.residual, offset);
-    args.activation = input_.activation;
+    args.shape = {geometry_.slices(tile), geometry_.slice_size()};
+    args.stride = geometry_.columns();
+    args.slice_stride = geometry_.slices_per_sample();
     args.affine_stride = input_.affine_per_sample ? geometry_.columns() : 0;
-    args.scale = scale_ + sample * args.affine_stride;
-    args.bias = bias_ + sample * args.affine_stride;
+    args.x = advance(input_.x, offset(tile, sample));
+    args.residual = advance(input_.residual, offset(tile, sample));
+    args.activation = input_.activation;
+    const std::int64_t column = geometry_.first_slice(tile) * geometry_.slice_size();
+    args.scale = scale_ + sample * args.affine_stride + column;
+    args.bias = bias_ + sample * args.affine_stride + column;
     args.scratch = scratch(task);
     args.scratch_stride = geometry_.padded_columns();
+  }
+  std::int64_t slice(std::int64_t tile, std::int64_t sample) const {
+    return sample * geometry_.slices_per_sample() + geometry_.first_slice(tile);
+  }
+  std::int64_t offset(std::int64_t tile, std::int64_t sample) const {
+    return slice(tile, sample) * geometry_.slice_size();
   }
 
  private:
@@ -99,15 +108,15 @@ void run_samples(const GroupNormForwardArgs& args, const CpuPlan& plan, void* wo
   const Samples<A> samples(args.input, problem, plan, workspace);
   const auto simd = primitives<A>();
   const SamplesGeometry& g = samples.geometry();
-  samples.for_each_block(executor, [&](std::int64_t task, std::int64_t block) {
-    const std::int64_t first = g.first_sample(block);
-    SamplesForwardArgs<A> of_block;
-    samples.set_args(task, first, g.samples(block), of_block);
-    of_block.eps = args.input.eps;
-    of_block.y = advance(args.y, first * g.columns());
-    of_block.mean = args.mean + first * g.slices();
-    of_block.rstd = static_cast<A*>(args.rstd.data) + first * g.slices();
-    simd.normalize_samples(of_block);
+  samples.for_each_tile(executor, [&](std::int64_t task, std::int64_t tile) {
+    const std::int64_t first = g.first_sample(tile), slice = samples.slice(tile, first);
+    SamplesForwardArgs<A> of_tile;
+    samples.set_args(task, tile, first, g.samples(tile), of_tile);
+    of_tile.eps = args.input.eps;
+    of_tile.y = advance(args.y, samples.offset(tile, first));
+    of_tile.mean = args.mean + slice;
+    of_tile.rstd = static_cast<A*>(args.rstd.data) + slice;
+    simd.normalize_samples(of_tile);
   });
 }
 
@@ -122,16 +131,16 @@ void run_samples(const BackwardCall& call, const CpuPlan& plan, void* workspace,
   const bool wants_parameters = call.grad.scale || call.grad.bias;
   const bool per_sample = call.input.affine_per_sample;
 
-  samples.for_each_block(executor, [&](std::int64_t task, std::int64_t block) {
+  samples.for_each_tile(executor, [&](std::int64_t task, std::int64_t tile) {
     A* const scale_sums = samples.scratch(task) + g.kBackwardArrays * g.padded_columns();
     A* const bias_sums = scale_sums + g.padded_columns();
     const auto run = [&](std::int64_t first, std::int64_t count) {
       SamplesBackwardArgs<A> args;
-      samples.set_args(task, first, count, args);
-      const std::int64_t offset = first * g.columns();
+      samples.set_args(task, tile, first, count, args);
+      const std::int64_t offset = samples.offset(tile, first), slice = samples.slice(tile, first);
       args.grad_y = advance(call.grad_y, offset);
-      args.mean = static_cast<const double*>(call.mean.data) + first * g.slices();
-      args.rstd = static_cast<const A*>(call.rstd.data) + first * g.slices();
+      args.mean = static_cast<const double*>(call.mean.data) + slice;
+      args.rstd = static_cast<const A*>(call.rstd.data) + slice;
       args.grad_x = advance(call.grad.x, offset);
       args.grad_residual = advance(call.grad.residual, offset);
       if (wants_parameters) {
@@ -141,18 +150,20 @@ void run_samples(const BackwardCall& call, const CpuPlan& plan, void* workspace,
       }
       simd.gradient_of_samples(args);
     };
+    const std::int64_t first_channel = g.first_slice(tile) * g.channels_per_slice(),
+                       channels = g.slices(tile) * g.channels_per_slice();
     // Calls store(channel, scale, bias).
     const auto for_each_channel = [&](const auto& store) {
-      for (std::int64_t i = 0; wants_parameters && i < c; ++i) {
+      for (std::int64_t i = 0; wants_parameters && i < channels; ++i) {
         double scale = 0.0, bias = 0.0;
         for (std::int64_t at = i * s; at < (i + 1) * s; ++at) {
           scale += scale_sums[at];
           bias += bias_sums[at];
         }
-        store(i, scale, bias);
+        store(first_channel + i, scale, bias);
       }
     };
-    const std::int64_t first = g.first_sample(block), count = g.samples(block);
+    const std::int64_t first = g.first_sample(tile), count = g.samples(tile);
     if (per_sample) {
       for (std::int64_t sample = first; sample < first + count; ++sample) {
         run(sample, 1);
@@ -163,7 +174,7 @@ void run_samples(const BackwardCall& call, const CpuPlan& plan, void* workspace,
       return;
     }
     run(first, count);
-    double* const out = samples.parameters() + block * c * 2;
+    double* const out = samples.parameters() + g.block(tile) * c * 2;
     for_each_channel([&](std::int64_t i, double scale, double bias) {
       out[2 * i] = scale;
       out[2 * i + 1] = bias;

@@ -15,8 +15,10 @@ constexpr std::int64_t kLaneMultiple =
     32;  // columns of a folded row are a multiple of this when possible
 constexpr std::int64_t kWideRow = 128;  // columns from which rows are not folded further
 constexpr std::int64_t kMaxFoldedColumns = 2048;
-// Whole samples: columns of a channel that have coefficients of their own, and columns.
-constexpr std::int64_t kMaxPositions = 16, kMaxColumns = 4096;
+// Whole samples: values of a slice, positions of a channel that have coefficients of their own, columns,
+// and columns of a part, whose arrays stay in the first-level cache.
+constexpr std::int64_t kMaxSlice = 2048, kMaxPositions = 16, kMaxColumns = 65536;
+constexpr std::int64_t kPartColumns = 1024;
 
 std::size_t round_up(std::int64_t bytes) {
   return static_cast<std::size_t>((bytes + 63) / 64 * 64);
@@ -142,13 +144,17 @@ SamplesGeometry::SamplesGeometry(const Problem& p)
       c_(p.extent.c),
       s_(p.extent.s),
       groups_(p.num_groups),
-      per_block_(samples_per_block(p.extent.n)) {}
+      per_block_(samples_per_block(p.extent.n)) {
+  slices_per_part_ = std::clamp<std::int64_t>(kPartColumns / slice_size(), 1, groups_);
+  parts_ = ceil_div(groups_, slices_per_part_);
+}
 
 bool SamplesGeometry::fits(const Problem& p) {
   if (p.num_groups == 0 || p.mask != MaskKind::kNone) return false;
   const bool is_dense = p.layout == Layout::kNCS || p.extent.s == 1;
+  const std::int64_t columns = p.extent.c * p.extent.s;
   return is_dense && p.extent.s <= (p.affine_per_sample ? 1 : kMaxPositions) &&
-         p.extent.c * p.extent.s <= kMaxColumns;
+         columns <= kMaxColumns && columns / p.num_groups <= kMaxSlice;
 }
 
 std::int64_t tiles_per_group(const Problem& p) {

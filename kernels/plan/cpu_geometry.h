@@ -97,31 +97,39 @@ class RowsGeometry {
   std::int64_t c_, tiles_, rows_, fold_, chunk_, chunks_;
 };
 
-// Group norm of short slices that lie one after the other: whole samples are normalized, block by block
-// of samples.
+// Group norm of short slices that lie one after the other: a tile is a block of samples, of each the
+// same part of neighbouring slices.
 class SamplesGeometry {
  public:
   explicit SamplesGeometry(const Problem& problem);
 
-  // Whether slices are short, and a sample of them leaves room in the first-level cache.
+  // Whether there are such slices, or few enough columns for scale and bias of each.
   static bool fits(const Problem& problem);
 
   std::int64_t blocks() const { return ceil_div(n_, per_block_); }
-  std::int64_t first_sample(std::int64_t block) const { return block * per_block_; }
-  std::int64_t samples(std::int64_t block) const {
-    return std::min(per_block_, n_ - first_sample(block));
+  std::int64_t tiles() const { return blocks() * parts_; }
+  std::int64_t block(std::int64_t tile) const { return tile / parts_; }
+  std::int64_t first_sample(std::int64_t tile) const { return block(tile) * per_block_; }
+  std::int64_t samples(std::int64_t tile) const {
+    return std::min(per_block_, n_ - first_sample(tile));
   }
+  std::int64_t first_slice(std::int64_t tile) const { return tile % parts_ * slices_per_part_; }
+  std::int64_t slices(std::int64_t tile) const {
+    return std::min(slices_per_part_, groups_ - first_slice(tile));
+  }
+  std::int64_t slices_per_sample() const { return groups_; }
+  std::int64_t slice_size() const { return c_ * s_ / groups_; }
+  std::int64_t channels_per_slice() const { return c_ / groups_; }
   std::int64_t columns() const { return c_ * s_; }  // values of a sample
-  std::int64_t slices() const { return groups_; }   // per sample
-  std::int64_t slice_size() const { return columns() / groups_; }
-  std::int64_t positions() const { return s_; }  // columns per channel
+  std::int64_t positions() const { return s_; }     // columns per channel
+
   // Scratch arrays of the primitives, and behind them, in the backward pass, two of sums over columns.
   static constexpr std::int64_t kForwardArrays = 7, kBackwardArrays = 13, kSumArrays = 2;
-  // Values of such an array: a sample and a vector of any instruction set.
-  std::int64_t padded_columns() const { return (columns() + 31) / 16 * 16; }
+  // Values of such an array: a part and a vector of any instruction set.
+  std::int64_t padded_columns() const { return (slices_per_part_ * slice_size() + 31) / 16 * 16; }
 
  private:
-  std::int64_t n_, c_, s_, groups_, per_block_;
+  std::int64_t n_, c_, s_, groups_, per_block_, slices_per_part_, parts_;
 };
 
 // Group norm sums its parameter gradients over samples in two levels: over blocks of neighbouring

@@ -52,7 +52,7 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_byt
   if (SamplesGeometry::fits(problem)) {
     const SamplesGeometry g(problem);
     plan.path = CpuPath::kSample;
-    plan.tiles = g.blocks();
+    plan.tiles = g.tiles();
     plan.tasks = std::min(plan.tiles, wanted);
     plan.reason = "short slices in a row: statistics of many at a time";
     plan.workspace_bytes = workspace_layout(problem, plan).total();
