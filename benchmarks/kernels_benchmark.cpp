@@ -48,8 +48,7 @@ const char* name_of(Operation operation) {
 }
 
 bool is_backward(Operation operation) {
-  return operation == Operation::kBatchNormBackward ||
-         operation == Operation::kGroupNormBackward ||
+  return operation == Operation::kBatchNormBackward || operation == Operation::kGroupNormBackward ||
          operation == Operation::kGroupNormSiluBackward;
 }
 
