@@ -51,9 +51,13 @@ class Gradients {
     return {load_element(call_.mean, slice), static_cast<const A*>(call_.rstd.data)[slice]};
   }
 
+  // Of `channels` channels of one slice.
   void set_affine(const TileState<A>& out, std::int64_t entry, std::int64_t slice,
-                  std::int64_t sample, std::int64_t channel) const {
-    out.set_affine(entry, statistics(slice), affine_, sample, channel);
+                  std::int64_t sample, std::int64_t channel, std::int64_t channels) const {
+    const SliceStatistics<A> of_slice = statistics(slice);
+    for (std::int64_t i = 0; i < channels; ++i) {
+      out.set_affine(entry + i, of_slice, affine_, sample, channel + i);
+    }
   }
 
   // One slice of `channels` channels with `count` values that count. sums[] hold g and g * (x -
@@ -177,9 +181,9 @@ class PlanesBackward {
 
   void prepare(std::int64_t tile, char* state) const {
     const TileState<A> out = tile_state(state);
-    const std::int64_t channel = geometry_.first_channel(tile);
-    for (std::int64_t p = 0; p < geometry_.planes(tile); ++p) {
-      gradients_.set_affine(out, p, slice(tile, p), geometry_.sample(tile), channel + p);
+    const std::int64_t channel = geometry_.first_channel(tile), step = planes_per_slice(tile);
+    for (std::int64_t p = 0; p < geometry_.planes(tile); p += step) {
+      gradients_.set_affine(out, p, slice(tile, p), geometry_.sample(tile), channel + p, step);
     }
   }
 
@@ -208,7 +212,7 @@ class PlanesBackward {
         sums[p].g_centered += part.g_centered;
       }
     }
-    const std::int64_t per_slice = gradients_.group_norm() ? planes : 1;
+    const std::int64_t per_slice = planes_per_slice(tile);
     for (std::int64_t p = 0; p < planes; p += per_slice) {
       gradients_.finish_slice(out, p, slice(tile, p), geometry_.sample(tile), channel + p,
                               per_slice, count(tile, channel + p, per_slice), sums + p);
@@ -228,6 +232,9 @@ class PlanesBackward {
  private:
   TileState<A> tile_state(char* state) const {
     return TileState<A>(state, geometry_.max_planes(), 5);
+  }
+  std::int64_t planes_per_slice(std::int64_t tile) const {
+    return gradients_.group_norm() ? geometry_.planes(tile) : 1;
   }
   std::int64_t slice(std::int64_t tile, std::int64_t plane) const {
     return gradients_.group_norm() ? tile : geometry_.first_channel(tile) + plane;
@@ -281,8 +288,9 @@ class RowsBackward {
     const TileState<A> out = tile_state(state);
     const std::int64_t c = gradients_.call().input.extent.c, groups = slices_per_tile(),
                        d = c / groups;
-    for (std::int64_t i = 0; i < c; ++i)
-      gradients_.set_affine(out, i, tile * groups + i / d, tile, i);
+    for (std::int64_t group = 0; group < groups; ++group) {
+      gradients_.set_affine(out, group * d, tile * groups + group, tile, group * d, d);
+    }
     out.repeat(c, geometry_.width());
   }
 

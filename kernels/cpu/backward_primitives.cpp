@@ -163,11 +163,15 @@ struct SumPair {
 };
 
 template <class A>
-void sums_of_runs(const GradientArgs<A>& args, const RunBlock& block, GradientSums* out) {
+void sums_of_runs(const GradientArgs<A>& given, const RunBlock& given_block, GradientSums* out) {
+  // Copies that `out` cannot alias: runs may be short.
+  const GradientArgs<A> args = given;
+  const RunBlock block = given_block;
   visit_gradient(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     using G = typename decltype(grad_tag)::type;
     using Whole = WholeUnit<A, kOrderOf<A, T>>;
+    const LastUnit<A, kOrderOf<A, T>> last(block.length);
     for (std::int64_t record = 0; record < block.records; ++record) {
       const RunSource<A> source(args.coefficients, record);
       SumPair<A> even, odd;
@@ -199,7 +203,7 @@ void sums_of_runs(const GradientArgs<A>& args, const RunBlock& block, GradientSu
           add(Whole{i}, even);
           i += step;
         }
-        if (i < block.length) add(LastUnit<A, kOrderOf<A, T>>(block.length), odd);
+        if (i < block.length) add(last, odd);
       }
       out[record].g =
           sum_of_lanes<A>(hn::Add(hn::Add(even.g.lo, odd.g.lo), hn::Add(even.g.hi, odd.g.hi)));

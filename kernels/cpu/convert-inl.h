@@ -345,13 +345,14 @@ struct WholeUnit {
 template <class A, Order kOrder>
 struct LastUnit {
   using Whole = WholeUnit<A, kOrder>;
-  std::int64_t at, seen, count;
+  std::int64_t at, count;
+  PairMask<A> fresh;  // lanes that hold values not seen before
 
   HWY_INLINE explicit LastUnit(std::int64_t n) {
     const auto u = unit<A>();
     at = n >= u ? n - u : 0;
-    seen = n >= u ? u - n % u : 0;
     count = n >= u ? u : n;
+    fresh = lanes_from(n >= u ? u - n % u : 0);
   }
 
   template <class T>
@@ -374,23 +375,23 @@ struct LastUnit {
     std::memcpy(buffer, run, static_cast<std::size_t>(count));
     return Whole{0}.load_mask(buffer);
   }
-  HWY_INLINE PairMask<A> new_lanes() const {
+  HWY_INLINE Pair<A> only_new(const Pair<A>& v) const {
+    return {hn::IfThenElseZero(fresh.lo, v.lo), hn::IfThenElseZero(fresh.hi, v.hi)};
+  }
+  HWY_INLINE PairMask<A> only_new(const PairMask<A>& v) const {
+    return {hn::And(fresh.lo, v.lo), hn::And(fresh.hi, v.hi)};
+  }
+
+ private:
+  HWY_INLINE PairMask<A> lanes_from(std::int64_t first) const {
     const Tag<A> d;
-    const auto from = hn::Set(d, static_cast<A>(seen)), to = hn::Set(d, static_cast<A>(count));
+    const auto from = hn::Set(d, static_cast<A>(first)), to = hn::Set(d, static_cast<A>(count));
     auto lo = hn::Iota(d, A{0}), hi = hn::Iota(d, static_cast<A>(lanes<A>()));
     if constexpr (kOrder == Order::kEvenOdd) {
       lo = hn::Add(lo, lo);
       hi = hn::Add(lo, hn::Set(d, A{1}));
     }
     return {hn::And(hn::Ge(lo, from), hn::Lt(lo, to)), hn::And(hn::Ge(hi, from), hn::Lt(hi, to))};
-  }
-  HWY_INLINE Pair<A> only_new(const Pair<A>& v) const {
-    const auto m = new_lanes();
-    return {hn::IfThenElseZero(m.lo, v.lo), hn::IfThenElseZero(m.hi, v.hi)};
-  }
-  HWY_INLINE PairMask<A> only_new(const PairMask<A>& v) const {
-    const auto m = new_lanes();
-    return {hn::And(m.lo, v.lo), hn::And(m.hi, v.hi)};
   }
 };
 
