@@ -24,7 +24,7 @@ HWY_INLINE Vector<A> constant(double value) {
   return hn::Set(Tag<A>(), static_cast<A>(value));
 }
 
-// exp(x) for x <= 0. float32: error at most 0.7 units in the last place, 0 below -87.7 (instead of a
+// exp(x) for x <= 0. float32: relative error at most 0.7 * 2^-23, 0 below -87.7 (instead of a
 // subnormal number), NaN stays NaN.
 template <class A>
 HWY_INLINE Vector<A> exp_nonpositive(Vector<A> x) {

@@ -96,7 +96,7 @@ template <class A>
 struct SamplesArgs {
   std::int64_t samples = 0;
   SampleShape shape;  // of the part
-  std::int64_t stride = 0, slice_stride = 0, affine_stride = 0;
+  std::int64_t stride = 0, slice_stride = 0, scale_stride = 0, bias_stride = 0;
   ConstTensor x;
   ConstTensor residual;
   Activation activation = Activation::kNone;

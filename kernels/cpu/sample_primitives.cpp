@@ -1,7 +1,7 @@
 // Primitives over samples of many short slices, forward and backward. A slice is too short to
 // pay for a call, a horizontal sum or a square root of its own: sums of slices go to arrays, their
 // statistics are computed many at a time, and then spread over the columns again. Everything but x,
-// grad_y and the outputs stays in the first-level cache.
+// grad_y and the outputs stays in the first two levels of cache.
 //
 // Statistics are centred twice: about the mean as the arithmetic type sums it, then, in float64,
 // about what is left of the mean.
@@ -164,8 +164,8 @@ HWY_INLINE void normalize(const SamplesForwardArgs<A>& args) {
     spread(pivot, args.shape, center);
     spread(sum, args.shape, rest);
     spread(saved_rstd, args.shape, rstd);
-    const A* const scale = args.scale + sample * args.affine_stride;
-    const A* const bias = args.bias + sample * args.affine_stride;
+    const A* const scale = args.scale + sample * args.scale_stride;
+    const A* const bias = args.bias + sample * args.bias_stride;
     for_each_in_order<A>(columns, [&](const auto& u) HWY_ATTR {
       const auto gain = map_pair<A>([](auto r, auto s) HWY_ATTR { return hn::Mul(r, s); },
                                     u.load(rstd), u.load(scale));
@@ -198,7 +198,7 @@ HWY_INLINE void gradient(const SamplesBackwardArgs<A>& args) {
   const std::int64_t columns = args.shape.columns(), slices = args.shape.slices,
                      size = args.shape.size;
   Arrays<A> arrays{args.scratch, args.scratch_stride};
-  A *const g = arrays.take(), *const centered = arrays.take(), *const weighted = arrays.take(),
+  A *const centered = arrays.take(), *const weighted = arrays.take(),
            *const product = arrays.take(), *const center = arrays.take(),
            *const rstd = arrays.take(), *const rest = arrays.take(), *const slope = arrays.take(),
            *const offset = arrays.take(), *const of_slice = arrays.take(),
@@ -211,8 +211,8 @@ HWY_INLINE void gradient(const SamplesBackwardArgs<A>& args) {
     const auto x = advance(args.x, at), residual = advance(args.residual, at),
                grad_y = advance(args.grad_y, at);
     const auto grad_x = advance(args.grad_x, at), grad_residual = advance(args.grad_residual, at);
-    const A* const scale = args.scale + sample * args.affine_stride;
-    const A* const bias = args.bias + sample * args.affine_stride;
+    const A* const scale = args.scale + sample * args.scale_stride;
+    const A* const bias = args.bias + sample * args.bias_stride;
     const A* const saved_rstd = args.rstd + sample * args.slice_stride;
     split_means<A>(args.mean + sample * args.slice_stride, slices, of_slice, of_slice_too);
     spread(of_slice, args.shape, center);
@@ -247,7 +247,6 @@ HWY_INLINE void gradient(const SamplesBackwardArgs<A>& args) {
         u.store(map_pair<A>(add, u.load(args.scale_sums), through), args.scale_sums);
         u.store(map_pair<A>(add, u.load(args.bias_sums), fresh), args.bias_sums);
       }
-      u.store(dz, g);
       u.store(c, centered);
       u.store(w, weighted);
       u.store(map_pair<A>([](auto v, auto m) HWY_ATTR { return hn::Mul(v, m); }, w, c), product);
@@ -270,8 +269,12 @@ HWY_INLINE void gradient(const SamplesBackwardArgs<A>& args) {
     spread(slice_slope, args.shape, slope);
     spread(slice_offset, args.shape, offset);
     for_each_in_order<A>(columns, [&](const auto& u) HWY_ATTR {
-      auto dx = broadcast(A{0});  // of a slice of one value y does not depend on x
-      if (size != 1) {
+      Pair<A> dx;
+      if (size == 1) {  // y does not depend on x: 0, or NaN where there is one
+        dx = map_pair<A>([](auto w, auto c)
+                             HWY_ATTR { return hn::Mul(hn::Add(w, c), hn::Zero(Tag<A>())); },
+                         u.load(weighted), u.load(centered));
+      } else {
         const auto through =
             map_pair<A>([](auto c, auto s, auto o) HWY_ATTR { return hn::MulAdd(c, s, o); },
                         u.load(centered), u.load(slope), u.load(offset));

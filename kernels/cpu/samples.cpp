@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/affine.h"
-#include "cpu/coefficients.h"
+#include "cpu/element.h"
 #include "cpu/parameters.h"
 #include "cpu/primitives.h"
 #include "plan/cpu_geometry.h"
@@ -50,13 +49,14 @@ class Samples {
     args.shape = {geometry_.slices(tile), geometry_.slice_size()};
     args.stride = geometry_.columns();
     args.slice_stride = geometry_.slices_per_sample();
-    args.affine_stride = input_.affine_per_sample ? geometry_.columns() : 0;
+    args.scale_stride = input_.affine_per_sample && input_.scale ? geometry_.columns() : 0;
+    args.bias_stride = input_.affine_per_sample && input_.bias ? geometry_.columns() : 0;
     args.x = advance(input_.x, offset(tile, sample));
     args.residual = advance(input_.residual, offset(tile, sample));
     args.activation = input_.activation;
     const std::int64_t column = geometry_.first_slice(tile) * geometry_.slice_size();
-    args.scale = scale_ + sample * args.affine_stride + column;
-    args.bias = bias_ + sample * args.affine_stride + column;
+    args.scale = scale_ + sample * args.scale_stride + column;
+    args.bias = bias_ + sample * args.bias_stride + column;
     args.scratch = scratch(task);
     args.scratch_stride = geometry_.padded_columns();
   }
@@ -68,26 +68,30 @@ class Samples {
   }
 
  private:
-  // Scale and bias of every column. Their NaNs are canonical, like all others here.
+  // Scale and bias of every column: the tensors themselves, or copies in the workspace.
   void set_affine() {
-    const Affine<A> affine(input_, reinterpret_cast<A*>(base_));
-    const std::int64_t rows = input_.affine_per_sample ? input_.extent.n : 1, c = input_.extent.c,
-                       s = geometry_.positions();
-    scale_ = reinterpret_cast<A*>(base_);
-    bias_ = scale_ + rows * geometry_.columns();
-    // From the end: what lies in the workspace already is read before it is overwritten.
-    for (std::int64_t row = rows - 1; row >= 0; --row) {
-      for (std::int64_t i = c - 1; i >= 0; --i) {
-        const std::int64_t at = (row * c + i) * s;
-        std::fill_n(bias_ + at, s, TileState<A>::canonical(affine.bias(row, i)));
-      }
+    auto* const copies = reinterpret_cast<A*>(base_);
+    const std::int64_t rows = input_.affine_per_sample ? input_.extent.n : 1;
+    scale_ = of_columns(input_.scale, A{1}, copies);
+    bias_ = of_columns(input_.bias, A{0}, copies + rows * geometry_.columns());
+  }
+  const A* of_columns(ConstTensor parameter, A absent, A* out) const {
+    const std::int64_t s = geometry_.positions();
+    if (!parameter) {
+      std::fill_n(out, geometry_.columns(), absent);
+      return out;
     }
-    for (std::int64_t row = rows - 1; row >= 0; --row) {
-      for (std::int64_t i = c - 1; i >= 0; --i) {
-        const std::int64_t at = (row * c + i) * s;
-        std::fill_n(scale_ + at, s, TileState<A>::canonical(affine.scale(row, i)));
-      }
+    if (s == 1 && parameter.dtype == kArithmeticType<A>) {
+      return static_cast<const A*>(parameter.data);
     }
+    const std::int64_t count = input_.extent.c * (input_.affine_per_sample ? input_.extent.n : 1);
+    visit_dtype(parameter.dtype, [&](auto tag) {
+      const auto* const values = static_cast<const typename decltype(tag)::type*>(parameter.data);
+      for (std::int64_t i = 0; i < count; ++i) {
+        std::fill_n(out + i * s, s, static_cast<A>(to_double(values[i])));
+      }
+    });
+    return out;
   }
 
   const NormInput& input_;
@@ -95,8 +99,8 @@ class Samples {
   const CpuPlan& plan_;
   WorkspaceLayout layout_;
   char* base_;
-  A* scale_ = nullptr;
-  A* bias_ = nullptr;
+  const A* scale_ = nullptr;
+  const A* bias_ = nullptr;
 };
 
 }  // namespace

@@ -16,7 +16,7 @@ constexpr std::int64_t kLaneMultiple =
 constexpr std::int64_t kWideRow = 128;  // columns from which rows are not folded further
 constexpr std::int64_t kMaxFoldedColumns = 2048;
 // Whole samples: values of a slice, positions of a channel that have coefficients of their own, columns,
-// and columns of a part, whose arrays stay in the first-level cache.
+// and columns of a part, whose arrays stay in the first two levels of cache.
 constexpr std::int64_t kMaxSlice = 2048, kMaxPositions = 16, kMaxColumns = 65536;
 constexpr std::int64_t kPartColumns = 1024;
 
@@ -159,7 +159,9 @@ bool SamplesGeometry::fits(const Problem& p) {
 
 std::int64_t tiles_per_group(const Problem& p) {
   if (p.num_groups == 0 || p.pass != Pass::kBackward) return 1;
-  return samples_per_block(p.extent.n) * (p.layout == Layout::kNCS ? p.num_groups : 1);
+  // Slices of one sample have parameters of their own; only samples share them.
+  const std::int64_t samples = samples_per_block(p.extent.n);
+  return samples == 1 ? 1 : samples * (p.layout == Layout::kNCS ? p.num_groups : 1);
 }
 
 WorkspaceLayout workspace_layout(const Problem& p, const CpuPlan& plan) {

@@ -103,7 +103,7 @@ class SamplesGeometry {
  public:
   explicit SamplesGeometry(const Problem& problem);
 
-  // Whether there are such slices, or few enough columns for scale and bias of each.
+  // Whether slices are such, and columns few enough for scale and bias of each.
   static bool fits(const Problem& problem);
 
   std::int64_t blocks() const { return ceil_div(n_, per_block_); }
@@ -124,7 +124,7 @@ class SamplesGeometry {
   std::int64_t positions() const { return s_; }     // columns per channel
 
   // Scratch arrays of the primitives, and behind them, in the backward pass, two of sums over columns.
-  static constexpr std::int64_t kForwardArrays = 7, kBackwardArrays = 13, kSumArrays = 2;
+  static constexpr std::int64_t kForwardArrays = 7, kBackwardArrays = 12, kSumArrays = 2;
   // Values of such an array: a part and a vector of any instruction set.
   std::int64_t padded_columns() const { return (slices_per_part_ * slice_size() + 31) / 16 * 16; }
 
@@ -133,7 +133,8 @@ class SamplesGeometry {
 };
 
 // Group norm sums its parameter gradients over samples in two levels: over blocks of neighbouring
-// samples, then over the blocks. All tiles of a block run in one task, in order.
+// samples, then over the blocks. What a block's samples add to the same channels is added by one task,
+// in order.
 inline std::int64_t samples_per_block(std::int64_t samples) {
   return std::clamp<std::int64_t>(samples / 64, 1, 32);
 }

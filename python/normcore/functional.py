@@ -35,7 +35,7 @@ def given_options(
     residual: Tensor | None,
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Those that are not the default: the dispatcher takes half a microsecond to parse each."""
+    """Arguments that differ from the default: the dispatcher takes half a microsecond for each."""
     options: dict[str, Any] = {}
     if type(axis) is not int or axis != 1:
         options["axis"] = axis

@@ -113,6 +113,29 @@ TEST(GroupNorm, OneValuePerGroupGivesBias) {
   }
 }
 
+// There y does not depend on x: the gradient is 0, but a NaN that comes in is seen.
+TEST(GroupNorm, OneValuePerGroupHasNoGradientButNaN) {
+  for (const Layout layout : kBothLayouts) {
+    for (const DType dtype : kAllDTypes) {
+      NormCase c = small_case(layout, dtype);
+      c.extent = {3, 37, 1};
+      c.num_groups = 37;
+      Inputs inputs(c);
+      constexpr std::int64_t kDirty = 40;
+      inputs.grad_y.set(kDirty, std::nan(""));
+      const Outputs out = run_backward(inputs, batch_statistics(inputs, true));
+      for (std::int64_t i = 0; i < 3 * 37; ++i) {
+        const double grad_x = find(out, "grad_x").get(i);
+        if (i == kDirty) {
+          EXPECT_TRUE(std::isnan(grad_x)) << to_string(c);
+        } else {
+          EXPECT_EQ(grad_x, 0.0) << i << " of " << to_string(c);
+        }
+      }
+    }
+  }
+}
+
 // A padded sample: its outputs are NaN, and as long as nobody uses them every parameter gradient
 // stays clean.
 TEST(GroupNorm, SampleWithoutValidValue) {

@@ -94,6 +94,10 @@ TEST(Plan, UsesThreadsForLargeInputsOnly) {
   EXPECT_EQ(plan_cpu(large, 8).tasks, 8) << "64 channels for 8 threads";
   large.extent = {2, 2, 1 << 20};
   EXPECT_EQ(plan_cpu(large, 8).path, CpuPath::kChunk) << "2 channels for 8 threads";
+  large.extent = {1, 512, 1024};
+  large.num_groups = 32;
+  large.pass = Pass::kBackward;
+  EXPECT_EQ(plan_cpu(large, 8).tasks, 8) << "one sample, but 32 groups for 8 threads";
 }
 
 TEST(Plan, StreamsOutputsThatTheCacheCannotHold) {
