@@ -112,7 +112,7 @@ __device__ void load_batch(const BackwardCall& call, Vector<T, kWidth> (&x)[kVec
 template <class A>
 struct SliceGradient {
   A slope, offset;
-  A is_constant;  // 1 for a slice of one value: y does not depend on x, grad_x is exactly 0
+  A is_constant;  // 1 for a slice of one value: y does not depend on x, grad_x is 0, or NaN with g
   __device__ const SliceGradient& operator[](int) const { return *this; }
 };
 
@@ -130,7 +130,7 @@ __device__ void apply_backward(const BackwardCall& call, const Vector<T, kWidth>
     const bool counts = (counting >> i & 1) != 0, is_used = counts || g[i] != A{0};
     const A centered = convert_from<A>(x[i]) - affine[i].center;
     const A through = std::fma(slice[i].slope, centered, slice[i].offset);
-    const A direct = slice[i].is_constant != A{0} ? A{0} : g[i] * affine[i].gain;
+    const A direct = g[i] * (slice[i].is_constant != A{0} ? A{0} : affine[i].gain);
     dx[i] = !is_used ? A{0} : call.batch_statistics && counts ? direct + through : direct;
   }
   store_values(call.grad.x, index, span, dx);
