@@ -18,10 +18,10 @@ while [ $# -gt 0 ]; do
 done
 selection=("$@")
 if [ ${#selection[@]} -eq 0 ]; then
-  # Every path on plain calls; every epilogue, the residual and masks on planes and rows of odd sizes, which take
+  # Every path on plain calls; every epilogue, parameters per sample and masks on planes and rows of odd sizes, which take
   # every other way in a kernel.
   plain="test_small and (float32 or bfloat16)"
-  fused="(test_epilogue_and_residual or test_mask) and bfloat16 and (odd or several_blocks or many_rows)"
+  fused="(test_epilogue or test_affine_map or test_mask) and bfloat16 and (odd or several_blocks or many_rows)"
   selection=(tests/gpu/test_agreement.py -k "($plain) or ($fused)")
 fi
 

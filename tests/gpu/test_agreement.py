@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import DIFFERENTIABLE, compare
+from compare import DIFFERENTIABLE, away_from_zero, compare
 from devices import needs_cuda
 from freed_memory import poison_freed_memory
 from shape_list import Shape
@@ -21,7 +21,10 @@ pytestmark = needs_cuda
 
 
 def check(norm: str, shape: Shape, dtype: torch.dtype, **options: Any) -> None:
-    workload = Workload.random(norm, shape, dtype, **options)
+    check_workload(Workload.random(norm, shape, dtype, **options))
+
+
+def check_workload(workload: Workload) -> None:
     expected = workload.expected()
     parts = (workload.operands.get(name) for name in DIFFERENTIABLE)
     compute = compute_dtype(workload.x, workload.operands.get("dtype"), *parts)
@@ -50,14 +53,31 @@ def test_large(norm: str, shape: Shape, dtype: torch.dtype) -> None:
     check(norm, shape, dtype, activation="silu")
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SMALL, ids=name_of)
 @pytest.mark.parametrize("norm", NORMS)
 def test_epilogue_and_residual(
-    norm: str, shape: Shape, dtype: torch.dtype, activation: str
+    norm: str, shape: Shape, dtype: torch.dtype, activation: str | None
 ) -> None:
     check(norm, shape, dtype, activation=activation, residual=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=name_of)
+@pytest.mark.parametrize("norm", NORMS)
+def test_epilogue_with_relu(norm: str, shape: Shape, dtype: torch.dtype) -> None:
+    workload = Workload.random(norm, shape, dtype, residual=True)
+    z = workload.expected().value["y"]
+    workload.operands["residual"] = away_from_zero(z, workload.operands["residual"])
+    workload.operands["activation"] = "relu"
+    check_workload(workload)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=name_of)
+def test_affine_map_per_sample(shape: Shape, dtype: torch.dtype) -> None:
+    check("group_norm", shape, dtype, per_sample=True, activation="silu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

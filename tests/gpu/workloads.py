@@ -73,16 +73,18 @@ class Workload:
         out: torch.dtype | None = None,
         residual: bool = False,
         masked: bool = False,
+        per_sample: bool = False,
         **options: Any,
     ) -> Workload:
         """New operands on the default device; `options` are further arguments of the function."""
+        affine = (shape.size[0], *shape.features) if per_sample else shape.features
 
         def normal(size: Any, dtype: torch.dtype) -> Tensor:
             return torch.randn(size).to(dtype)
 
         operands = {
-            "weight": (torch.rand(shape.features) + 0.5).to(parameters),
-            "bias": normal(shape.features, parameters),
+            "weight": (torch.rand(affine) + 0.5).to(parameters),
+            "bias": normal(affine, parameters),
             "axis": shape.axis,
             **options,
         }
