@@ -130,20 +130,25 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, A>& in,
   return out;
 }
 
-// Calls f(TypeTag<T>, TypeTag<G>, activation), the latter as a constant.
-template <class A, class F>
+// Calls f(TypeTag<T>, TypeTag<G>, activation), the latter as a constant. kKept: grad_y may be kept g,
+// which is of type A.
+template <bool kKept, class A, class F>
 HWY_INLINE void visit_gradient(const GradientArgs<A>& args, F&& f) {
   visit_elements<A>(args.x.dtype, [&](auto tag) HWY_ATTR {
     constexpr std::integral_constant<Activation, Activation::kNone> kNone;
     const bool is_plain = args.activation == Activation::kNone && args.mask.data == nullptr;
     if (is_plain && args.grad_y.dtype == args.x.dtype) {
       f(tag, tag, kNone);
-    } else if (is_plain && args.grad_y.dtype == kArithmeticType<A>) {
-      f(tag, TypeTag<A>(), kNone);
-    } else {
-      visit_activation(args.activation,
-                       [&](auto activation) HWY_ATTR { f(tag, TypeTag<void>(), activation); });
+      return;
     }
+    if constexpr (kKept) {
+      if (is_plain && args.grad_y.dtype == kArithmeticType<A>) {
+        f(tag, TypeTag<A>(), kNone);
+        return;
+      }
+    }
+    visit_activation(args.activation,
+                     [&](auto activation) HWY_ATTR { f(tag, TypeTag<void>(), activation); });
   });
 }
 
@@ -167,7 +172,7 @@ void sums_of_runs(const GradientArgs<A>& given, const RunBlock& given_block, Gra
   // Copies that `out` cannot alias: runs may be short.
   const GradientArgs<A> args = given;
   const RunBlock block = given_block;
-  visit_gradient(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
+  visit_gradient<false>(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     using G = typename decltype(grad_tag)::type;
     using Whole = WholeUnit<A, kOrderOf<A, T>>;
@@ -228,7 +233,7 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
                   A* g_centered) {
   std::fill(g, g + width, A{0});
   std::fill(g_centered, g_centered + width, A{0});
-  visit_gradient(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
+  visit_gradient<false>(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     using G = typename decltype(grad_tag)::type;
     const ColumnSource<A> source{args.coefficients};
@@ -315,7 +320,7 @@ HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, std::int64_t offs
 
 template <class A>
 void gradient_of_runs(const GradientArgs<A>& args, std::int64_t count, std::int64_t length) {
-  visit_gradient(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
+  visit_gradient<true>(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     using G = typename decltype(grad_tag)::type;
     for (std::int64_t run = 0; run < count; ++run) {
@@ -331,7 +336,7 @@ void gradient_of_runs(const GradientArgs<A>& args, std::int64_t count, std::int6
 
 template <class A>
 void gradient_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width) {
-  visit_gradient(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
+  visit_gradient<true>(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     using G = typename decltype(grad_tag)::type;
     const ColumnSource<A> source{args.coefficients};
