@@ -31,21 +31,24 @@ CheckedNorm<std::int64_t> check(const Tensor& input, bool is_group_norm,
       options.mask().defined() ? OptionalTensor(options.mask()) : std::nullopt;
   const Operands operands{input, none, none, none, mask};
   constexpr double kEps = 1e-5;
+  const OptionalString activation =
+      options.activation() ? OptionalString(*options.activation()) : std::nullopt;
   if (is_group_norm) {
     const at::OptionalIntArrayRef reduction_axes =
         options.reduction_axes() ? at::OptionalIntArrayRef(options.reduction_axes()->vec())
                                  : std::nullopt;
     return Check<std::int64_t>::group_norm(operands, options.num_groups(), options.axis(),
-                                           reduction_axes, kEps, std::nullopt, std::nullopt);
+                                           reduction_axes, kEps, activation, std::nullopt);
   }
   return Check<std::int64_t>::batch_norm_train(operands, none, none, none, options.axis(), 0.1,
-                                               kEps, std::nullopt, std::nullopt);
+                                               kEps, activation, std::nullopt);
 }
 
 std::string explain_op(const Tensor& input, std::string_view op, at::IntArrayRef axis,
                        std::int64_t num_groups, at::OptionalIntArrayRef reduction_axes,
-                       const OptionalTensor& mask, bool affine_per_sample, bool training,
-                       bool backward, std::optional<c10::Device> device) {
+                       const OptionalTensor& mask, OptionalString activation,
+                       bool affine_per_sample, bool training, bool backward,
+                       std::optional<c10::Device> device) {
   auto options = ExplainOptions()
                      .axis(axis.vec())
                      .num_groups(num_groups)
@@ -54,6 +57,7 @@ std::string explain_op(const Tensor& input, std::string_view op, at::IntArrayRef
                      .training(training)
                      .backward(backward)
                      .device(device);
+  if (activation) options.activation(std::string(*activation));
   if (reduction_axes) options.reduction_axes(IntList(reduction_axes->vec()));
   return explain(input, std::string(op), options);
 }
@@ -76,6 +80,7 @@ std::string explain(const Tensor& input, const std::string& op, const ExplainOpt
   problem.dtype = backend::to_dtype(input.scalar_type());
   problem.num_groups = is_group_norm ? norm.num_groups : 0;
   problem.affine_per_sample = options.affine_per_sample();
+  problem.activation = norm.activation;
   const bool has_batch_statistics = is_group_norm || options.training();
   if (options.mask().defined() && has_batch_statistics) {
     problem.mask =

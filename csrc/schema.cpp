@@ -25,7 +25,8 @@ TORCH_LIBRARY(normcore, m) {
   m.def(
       "explain(Tensor input, str op, *, int[1] axis=1, int num_groups=32, int[]? "
       "reduction_axes=None, "
-      "Tensor? mask=None, bool affine_per_sample=False, bool training=True, bool backward=False, "
+      "Tensor? mask=None, str? activation=None, bool affine_per_sample=False, bool training=True, "
+      "bool backward=False, "
       "Device? device=None) -> str",
       tags);
 

@@ -24,22 +24,22 @@ HWY_INLINE Vector<A> constant(double value) {
   return hn::Set(Tag<A>(), static_cast<A>(value));
 }
 
-// exp(x) for x <= 0. float32: relative error at most 0.7 * 2^-23, 0 below -87.7 (instead of a
-// subnormal number), NaN stays NaN.
+// exp(x) for x <= 0. float32: relative error at most 0.7 * 2^-23 where the result is normal, gradual
+// underflow, 0 below -104, NaN stays NaN.
 template <class A>
 HWY_INLINE Vector<A> exp_nonpositive(Vector<A> x) {
   const Tag<A> d;
   if constexpr (sizeof(A) == 4) {
-    // x = n ln 2 + r. The sum's lowest bits are n + 127, the exponent of 2^n.
-    const auto shift = constant<A>(12582912.0 + 127.0);
+    // x = n ln 2 + r. The sum's lowest bits are n + 64 + 127, the exponent of 2^(n + 64): normal
+    // wherever the result is not 0.
+    const auto shift = constant<A>(12582912.0 + 64.0 + 127.0);
     const auto biased = hn::MulAdd(x, constant<A>(1.4426950408889634), shift);
     const auto n = hn::Sub(biased, shift);
     const auto r = hn::NegMulAdd(n, constant<A>(1.428606765330187e-6),
                                  hn::NegMulAdd(n, constant<A>(0.693145751953125), x));
     const hn::RebindToUnsigned<Tag<A>> du;
     const auto power = hn::BitCast(d, hn::ShiftLeft<23>(hn::BitCast(du, biased)));
-    // exp(r) = 1 + r + r^2 p(r): minimax for |r| <= ln(2) / 2, relative error 3.1e-9;
-    // in short chains: latency is what limits this.
+    // exp(r) = 1 + r + r^2 p(r): minimax for |r| <= ln(2) / 2, relative error 3.1e-9
     const auto r2 = hn::Mul(r, r);
     const auto low =
         hn::MulAdd(r, constant<A>(0.1666652113199234), constant<A>(0.4999999403953552));
@@ -47,7 +47,8 @@ HWY_INLINE Vector<A> exp_nonpositive(Vector<A> x) {
         hn::MulAdd(r, constant<A>(0.008368718437850475), constant<A>(0.04166838899254799));
     const auto p = hn::MulAdd(r2, hn::MulAdd(r2, constant<A>(0.0013814604608342052), high), low);
     const auto value = hn::Add(hn::MulAdd(p, r2, r), constant<A>(1.0));
-    return hn::IfThenZeroElse(hn::Lt(x, constant<A>(-88.0)), hn::Mul(value, power));
+    const auto result = hn::Mul(hn::Mul(value, power), constant<A>(0x1p-64));
+    return hn::IfThenZeroElse(hn::Lt(x, constant<A>(-104.0)), result);
   } else {
     return hn::Exp(d, x);
   }

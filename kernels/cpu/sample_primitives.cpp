@@ -15,6 +15,7 @@
 // clang-format on
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/activation-inl.h"
 #include "cpu/convert-inl.h"
@@ -110,6 +111,16 @@ struct Arrays {
 
 // ---- forward
 
+// Statistics of one slice of float32 values in float64: for squares that float32 cannot hold.
+inline void wide_statistics(const float* x, std::int64_t size, double eps, double* mean,
+                            float* rstd) {
+  double sum = 0.0, square = 0.0;
+  for (std::int64_t i = 0; i < size; ++i) sum += x[i];
+  *mean = sum / static_cast<double>(size);
+  for (std::int64_t i = 0; i < size; ++i) square += (x[i] - *mean) * (x[i] - *mean);
+  *rstd = static_cast<float>(1.0 / std::sqrt(square / static_cast<double>(size) + eps));
+}
+
 template <class A>
 HWY_INLINE void statistics_of_sample(const SampleShape& shape, double eps, const A* x, A* pivot,
                                      A* sum, A* square, double* mean, A* rstd) {
@@ -142,6 +153,15 @@ HWY_INLINE void statistics_of_sample(const SampleShape& shape, double eps, const
                 u.load(square), s, shift),
             rstd);
   });
+  if constexpr (sizeof(A) == 4) {
+    constexpr float kTiny = 1e-28f;  // below, squares of a slice may be subnormal
+    const bool tiny_matters = eps < 1e-20;
+    const A* const begin = x - shape.columns();
+    for (std::int64_t k = 0; k < shape.slices; ++k) {
+      if (std::isfinite(square[k]) && !(tiny_matters && square[k] < kTiny)) continue;
+      wide_statistics(begin + k * shape.size, shape.size, eps, mean + k, rstd + k);
+    }
+  }
 }
 
 template <Activation kActivation, class A>

@@ -127,12 +127,13 @@ void run_samples(const GroupNormForwardArgs& args, const CpuPlan& plan, void* wo
 template <class A>
 void run_samples(const BackwardCall& call, const CpuPlan& plan, void* workspace,
                  const CpuExecutor& executor) {
+  const bool wants_parameters = call.grad.scale || call.grad.bias;
+  if (!wants_parameters && !call.grad.x && !call.grad.residual) return;
   const Problem problem(call.input, call.num_groups, Pass::kBackward);
   const Samples<A> samples(call.input, problem, plan, workspace);
   const auto simd = primitives<A>();
   const SamplesGeometry& g = samples.geometry();
   const std::int64_t c = call.input.extent.c, s = g.positions();
-  const bool wants_parameters = call.grad.scale || call.grad.bias;
   const bool per_sample = call.input.affine_per_sample;
 
   samples.for_each_tile(executor, [&](std::int64_t task, std::int64_t tile) {

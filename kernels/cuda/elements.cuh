@@ -1,5 +1,5 @@
 // Elements as the CUDA kernels see them: conversion to and from the arithmetic type, and vectors of
-// kWidth neighbouring elements. A vector of x holds 16 bytes; the tensors beside it may have other
+// kWidth neighbouring elements. A vector of x holds kVectorBytes; the tensors beside it may have other
 // dtypes, whose vectors of as many elements are narrower or wider. At the ends of a run only a part
 // of a vector exists: a Span says which, and what lies outside of it is neither read nor written.
 #pragma once
@@ -7,6 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <type_traits>
@@ -14,6 +15,7 @@
 #include "cuda/launch.cuh"
 #include "normcore/kernels/host_device.h"
 #include "normcore/kernels/types.h"
+#include "plan/cuda_constants.h"
 
 namespace normcore::kernels::cuda {
 
@@ -91,7 +93,7 @@ struct Span {
 // 16-bit elements stay packed in words: a load of halves would be unpacked right behind it, so that
 // the next one waits for it, and take twice the registers.
 template <class T, int kWidth>
-class alignas(sizeof(T) * kWidth < 16 ? sizeof(T) * kWidth : 16) Vector {
+class alignas(std::min<std::int64_t>(sizeof(T) * kWidth, kVectorBytes)) Vector {
  public:
   __device__ static Vector zero() {
     Vector result;

@@ -40,7 +40,7 @@ __device__ T& block_shared() {
 // An array of LaunchConfig::dynamic_shared bytes per block.
 template <class T>
 __device__ T* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char bytes[];
+  extern __shared__ __align__(kVectorBytes) unsigned char bytes[];
   return reinterpret_cast<T*>(bytes);
 }
 

@@ -19,8 +19,8 @@ constexpr std::int64_t kTaskBytes = 32 << 10;  // less input is not worth anothe
 constexpr std::int64_t kMinStreamed = 4 << 20, kMaxCached = 32 << 20;
 constexpr std::int64_t kUnknownCache = 32 << 20;
 
-// Gradients behind an activation that are worth keeping, of all tiles that are under way: reading them
-// back is cheaper than an exponential even from memory, but not than the first touch of new pages.
+// Bytes of gradients behind an activation that are kept at most, of all tiles that are under way: a
+// bound of the workspace. Keeping paid up to the largest tiles measured, 4 MiB.
 constexpr std::size_t kMaxKept = 32 << 20;
 
 // Whether the backward pass would compute an exponential per value and sweep. Under a mask what is

@@ -258,6 +258,7 @@ def explain(
     num_groups: int = 32,
     reduction_axes: Sequence[int] | None = None,
     mask: Tensor | None = None,
+    activation: str | None = None,
     affine_per_sample: bool = False,
     training: bool = True,
     backward: bool = False,
@@ -275,6 +276,7 @@ def explain(
         num_groups: as for :func:`group_norm`.
         reduction_axes: as for :func:`group_norm`.
         mask: as for the function; only its shape matters.
+        activation: as for the function.
         affine_per_sample: whether weight and bias of :func:`group_norm` are ``[N, C]``.
         training: of :func:`batch_norm`: whether statistics are those of the batch.
         backward: the backward pass, with all gradients wanted, instead of the forward pass.
@@ -298,6 +300,7 @@ def explain(
         num_groups=num_groups,
         reduction_axes=reduction_axes,
         mask=mask,
+        activation=activation,
         affine_per_sample=affine_per_sample,
         training=training,
         backward=backward,

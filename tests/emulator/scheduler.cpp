@@ -12,12 +12,11 @@
 #include "emulator.h"
 #include "fiber.h"
 #include "race.h"
+#include "shared_array.h"
 
 namespace emulator {
 namespace {
 
-constexpr std::size_t kCanary = 256;  // bytes on both sides of shared memory
-constexpr unsigned char kCanaryByte = 0x5a;
 constexpr unsigned kWarpSize = 32, kMaxThreads = 1024, kMaxCluster = 16;
 
 // What a thread waits for.
@@ -59,32 +58,6 @@ struct Warp {
   std::uint64_t values[kWarpSize];
   int arguments[kWarpSize];
   char arrivals[kWarpSize], departures[kWarpSize];  // of a lane, for the race detector
-};
-
-// Starts as NaN bytes, ends as NaN bytes for a peer that reads too late.
-class SharedArray {
- public:
-  explicit SharedArray(std::size_t bytes)
-      : bytes_(bytes), memory_(bytes + 2 * kCanary, kCanaryByte) {
-    clear();
-  }
-  unsigned char* data() { return memory_.data() + kCanary; }
-  void clear() { std::memset(data(), 0xff, bytes_); }
-  bool is_intact() const {
-    const auto is_canary = [](unsigned char byte) { return byte == kCanaryByte; };
-    return std::all_of(memory_.begin(), memory_.begin() + kCanary, is_canary) &&
-           std::all_of(memory_.end() - kCanary, memory_.end(), is_canary);
-  }
-  // The offset of a pointer into the array.
-  std::optional<std::size_t> find(const void* pointer) {
-    const auto* const byte = static_cast<const unsigned char*>(pointer);
-    if (byte < data() || byte > data() + bytes_) return std::nullopt;
-    return byte - data();
-  }
-
- private:
-  std::size_t bytes_;
-  std::vector<unsigned char> memory_;
 };
 
 struct Block {
@@ -134,7 +107,8 @@ class Grid {
         launch_.grid.x % launch_.cluster != 0) {
       throw Error("invalid launch configuration");
     }
-    if (const std::string excess = excess_of_shared(0); !excess.empty()) throw Error(excess);
+    if (const std::string excess = excess_of_shared(launch_, 0); !excess.empty())
+      throw Error(excess);
     blockDim = launch_.block;
     gridDim = launch_.grid;
     const std::vector<unsigned> order = order_of(blocks / launch_.cluster);
@@ -157,26 +131,6 @@ class Grid {
 
   Thread& current() { return *current_; }
   const Launch& launch() const { return launch_; }
-
-  // What is wrong with the launch if its kernel has that much static shared memory; a device refuses
-  // it, here only the memory that threads get to counts.
-  std::string excess_of_shared(std::size_t static_bytes) const {
-    const bool asks = launch_.max_dynamic_shared != 0;
-    const std::size_t dynamic = asks ? launch_.max_dynamic_shared : launch_.dynamic_shared;
-    const std::size_t limit = asks ? kOptInShared : kDefaultShared;
-    std::ostringstream text;
-    if (launch_.dynamic_shared > dynamic) {
-      text << "shared memory: " << launch_.dynamic_shared << " dynamic bytes, asked for "
-           << dynamic;
-    } else if (static_bytes > launch_.max_static_shared) {
-      text << "shared memory: " << static_bytes << " static bytes, the launch expects up to "
-           << launch_.max_static_shared;
-    } else if (static_bytes + dynamic > limit) {
-      text << "shared memory: " << static_bytes << " static and " << dynamic
-           << " dynamic bytes, more than " << limit << (asks ? "" : " without asking for it");
-    }
-    return text.str();
-  }
 
   void yield() {
     idle_rounds_ = 0;
@@ -588,7 +542,7 @@ void* shared_memory(const void* key, std::size_t bytes) {
   const auto [entry, is_new] = block.shared.try_emplace(key, bytes);
   if (is_new) {
     block.static_shared += bytes;
-    const std::string excess = grid->excess_of_shared(block.static_shared);
+    const std::string excess = excess_of_shared(grid->launch(), block.static_shared);
     if (!excess.empty()) grid->fail(excess);
   }
   return entry->second.data();

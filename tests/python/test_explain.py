@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +98,14 @@ def test_follows_the_rules_of_the_operator() -> None:
         normcore.explain(meta(2, 4), "batch_norm")
     with pytest.raises(ValueError, match="affine_per_sample with group_norm only"):
         normcore.explain(meta(2, 4), "batch_norm", device="cpu", affine_per_sample=True)
+
+
+def test_activation() -> None:
+    def text(**options: Any) -> str:
+        return normcore.explain(meta(2, 64, 28, 28), "group_norm", device="cpu", **options)
+
+    assert "activation kept" in text(backward=True, activation="silu")
+    assert "activation kept" not in text(backward=True, activation="relu")
+    assert "activation kept" not in text(activation="silu")
+    with pytest.raises(ValueError, match="expected activation to be"):
+        text(activation="swish")

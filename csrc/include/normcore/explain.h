@@ -26,6 +26,8 @@ struct NORMCORE_API ExplainOptions {
   TORCH_ARG(OptionalIntList, reduction_axes);
   /// Of the statistics; only its shape matters.
   TORCH_ARG(at::Tensor, mask);
+  /// Name of the activation, as of the operator. Empty: none.
+  TORCH_ARG(std::optional<std::string>, activation);
   /// Of group norm: whether weight and bias are [N, C].
   TORCH_ARG(bool, affine_per_sample) = false;
   /// Batch norm: whether the statistics are those of the batch.
