@@ -25,8 +25,9 @@ SCHEMAS = [
     "float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? mask=None, "
     "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
     "explain(Tensor input, str op, *, int[1] axis=1, int num_groups=32, "
-    "int[]? reduction_axes=None, Tensor? mask=None, str? activation=None, bool affine_per_sample=False, "
-    "bool training=True, bool backward=False, Device? device=None) -> str",
+    "int[]? reduction_axes=None, Tensor? mask=None, str? activation=None, "
+    "bool affine_per_sample=False, bool training=True, bool backward=False, "
+    "Device? device=None) -> str",
     "_batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
     "Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, int[] axis, float? momentum, float eps, bool unbiased, "
