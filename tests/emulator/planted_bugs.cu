@@ -93,7 +93,7 @@ __device__ unsigned take_ticket(unsigned* ticket, Bug bug) {
   return cuda::fetch_add_acq_rel(ticket, 1);
 }
 
-__global__ void ticket_sum_kernel(const float* x, int n, float* partials, unsigned* ticket,
+__global__ void ticket_sum_kernel(const float* x, int n, double* partials, unsigned* ticket,
                                   float* sum, Bug bug) {
   const float own = sum_in_block(own_sum(x, n, bug), bug);
   if (threadIdx.x != 0) return;
@@ -107,7 +107,7 @@ __global__ void ticket_sum_kernel(const float* x, int n, float* partials, unsign
   if (!is_last) return;
   float total = 0.0f;
   const unsigned first = bug == Bug::kMergesFromItself ? blockIdx.x : 0;
-  for (unsigned i = 0; i < blocks; ++i) total += partials[(first + i) % blocks];
+  for (unsigned i = 0; i < blocks; ++i) total += static_cast<float>(partials[(first + i) % blocks]);
   *sum = total;
   if (bug != Bug::kTicketNotReset) cuda::store_relaxed(ticket, 0);
 }
@@ -133,7 +133,7 @@ __global__ void cluster_sum_kernel(const float* x, int n, float* sums, Bug bug) 
   emulator::cluster_wait();
 }
 
-__global__ void team_sum_kernel(const float* x, int n, float* partials, unsigned* counter,
+__global__ void team_sum_kernel(const float* x, int n, double* partials, unsigned* counter,
                                 float* sums, Bug bug) {
   const float own = sum_in_block(own_sum(x, n, bug), bug);
   if (threadIdx.x == 0) {
@@ -145,7 +145,7 @@ __global__ void team_sum_kernel(const float* x, int n, float* partials, unsigned
   }
   __syncthreads();
   float total = 0.0f;
-  for (unsigned i = 0; i < gridDim.x; ++i) total += partials[i];
+  for (unsigned i = 0; i < gridDim.x; ++i) total += static_cast<float>(partials[i]);
   if (threadIdx.x == 0) sums[blockIdx.x] = total;
 }
 
@@ -177,7 +177,7 @@ void exchange_sum(const float* x, int n, float* sum, Bug bug) {
   emulator::run({1, 64}, [=] { exchange_sum_kernel(x, n, sum, bug); });
 }
 
-void ticket_sum(const float* x, int n, int blocks, float* partials, unsigned* ticket, float* sum,
+void ticket_sum(const float* x, int n, int blocks, double* partials, unsigned* ticket, float* sum,
                 Bug bug) {
   emulator::run({static_cast<unsigned>(blocks), 32},
                 [=] { ticket_sum_kernel(x, n, partials, ticket, sum, bug); });
@@ -187,7 +187,7 @@ void cluster_sum(const float* x, int n, float* sums, Bug bug) {
   emulator::run({4, 32, 4}, [=] { cluster_sum_kernel(x, n, sums, bug); });
 }
 
-void team_sum(const float* x, int n, int blocks, float* partials, unsigned* counter, float* sums,
+void team_sum(const float* x, int n, int blocks, double* partials, unsigned* counter, float* sums,
               Bug bug) {
   const bool is_cooperative = bug != Bug::kNotCooperative;
   emulator::run({static_cast<unsigned>(blocks), 32, 1, is_cooperative},

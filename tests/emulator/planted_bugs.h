@@ -44,13 +44,14 @@ enum class Bug : std::uint8_t {
 void block_sum(const float* x, int n, float* sum, Bug bug);
 // The same, with threads that exchange values through shared memory.
 void exchange_sum(const float* x, int n, float* sum, Bug bug);
-// By `blocks` blocks of 32 threads; the last one to arrive merges. partials: [blocks].
-void ticket_sum(const float* x, int n, int blocks, float* partials, unsigned* ticket, float* sum,
+// By `blocks` blocks of 32 threads; the last one to arrive merges. partials: [blocks], of 8 bytes as
+// the race detector remembers 4 accesses to each 8 bytes: it must not have to forget one.
+void ticket_sum(const float* x, int n, int blocks, double* partials, unsigned* ticket, float* sum,
                 Bug bug);
 // By a cluster of 4 blocks of 32 threads; every block stores the sum. sums: [4].
 void cluster_sum(const float* x, int n, float* sums, Bug bug);
 // By `blocks` blocks that run together; every block stores the sum. partials, sums: [blocks].
-void team_sum(const float* x, int n, int blocks, float* partials, unsigned* counter, float* sums,
+void team_sum(const float* x, int n, int blocks, double* partials, unsigned* counter, float* sums,
               Bug bug);
 
 // 1, by a kernel with the most static shared memory, started by the kernels' launch().

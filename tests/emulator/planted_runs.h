@@ -38,13 +38,13 @@ inline Result run_exchange_sum(Bug bug) {
 // Twice: a ticket that is not reset shows in the second launch.
 inline Result run_ticket_sum(Bug bug) {
   Result result;
-  std::vector<float> partials(kBlocks, std::numeric_limits<float>::quiet_NaN());
+  std::vector<double> partials(kBlocks, std::numeric_limits<double>::quiet_NaN());
   unsigned ticket = 0;
   for (int launch = 0; launch < 2; ++launch) {
     float sum = -1.0f;
     ticket_sum(input().data(), kSize, kBlocks, partials.data(), &ticket, &sum, bug);
     result.push_back(sum);
-    partials.assign(kBlocks, std::numeric_limits<float>::quiet_NaN());
+    partials.assign(kBlocks, std::numeric_limits<double>::quiet_NaN());
   }
   return result;
 }
@@ -57,7 +57,7 @@ inline Result run_cluster_sum(Bug bug) {
 
 inline Result run_team_sum(Bug bug) {
   Result sums(kBlocks, -1.0f);
-  std::vector<float> partials(kBlocks, std::numeric_limits<float>::quiet_NaN());
+  std::vector<double> partials(kBlocks, std::numeric_limits<double>::quiet_NaN());
   unsigned counter = 0;
   team_sum(input().data(), kSize, kBlocks, partials.data(), &counter, sums.data(), bug);
   return sums;
