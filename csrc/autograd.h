@@ -133,19 +133,20 @@ void announce(const Ptr& node) {
 }
 
 // Records one call: constructed before the operator runs, attached to its output after. Does
-// nothing where no operand requires grad.
+// nothing, and does not ask for the norm, where no operand requires grad.
 template <class Norm>
 class Recorder {
  public:
-  Recorder(const Operands& operands, Norm norm) {
+  template <class MakeNorm>
+  Recorder(const Operands& operands, MakeNorm&& make_norm) {
     const auto& [input, weight, bias, residual, mask] = operands;
     if (!ta::compute_requires_grad(input, weight, bias, residual)) return;
     node_ = make_node<NormNode<Norm>>();
     node_->set_next_edges(ta::collect_next_edges(input, weight, bias, residual));
-    node_->save_operands(operands, std::move(norm));
+    node_->save_operands(operands, make_norm());
   }
 
-  void attach(const Tensor& y, const Tensor& mean, const Tensor& rstd) {
+  void attach(const Tensor& y, const Tensor& mean, const Tensor& rstd) const {
     if (!node_) return;
     node_->save_statistics(mean, rstd);
     const NodePtr node(node_);
@@ -156,6 +157,9 @@ class Recorder {
  private:
   decltype(make_node<NormNode<Norm>>()) node_{};
 };
+
+template <class MakeNorm>
+Recorder(const Operands&, MakeNorm&&) -> Recorder<std::invoke_result_t<MakeNorm>>;
 
 inline bool has_tangent(const Tensor& t) {
   return t.defined() && t._fw_grad(/*level=*/0).defined();

@@ -8,6 +8,7 @@
 #include <normcore/settings.h>
 
 #include <algorithm>
+#include <cstddef>
 
 #if defined(NORMCORE_CUDA)
 #include <ATen/ops/empty.h>
@@ -40,8 +41,15 @@ template <class Args>
 void run_on_cpu(const char* op, const Args& args) {
   const auto executor = cpu_executor();
   const auto plan = kernels::plan_cpu(problem_of(args), executor.num_threads);
-  const auto workspace = c10::GetCPUAllocator()->allocate(plan.workspace_bytes);
-  check(kernels::run(args, plan, workspace.get(), executor), op);
+  // On the stack if it is small: to a norm of a few values an allocation matters.
+  alignas(64) std::byte small[8192];
+  c10::DataPtr allocated;
+  void* workspace = small;
+  if (plan.workspace_bytes > sizeof(small)) {
+    allocated = c10::GetCPUAllocator()->allocate(plan.workspace_bytes);
+    workspace = allocated.get();
+  }
+  check(kernels::run(args, plan, workspace, executor), op);
 }
 
 kernels::CudaOptions cuda_options() {

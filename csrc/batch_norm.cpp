@@ -21,9 +21,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
   const auto norm =
       Check<Int>::batch_norm_train(operands, running_mean, running_var, num_batches_tracked, axis,
                                    momentum, eps, activation, dtype);
-  const auto y = empty_output(input, norm.dtype);
-  const auto mean = empty_statistic(input, {norm.channels}, at::kDouble);
-  const auto rstd = empty_statistic(input, {norm.channels}, compute_dtype(input.scalar_type()));
+  const auto y = empty_output<Int>(input, norm.dtype);
+  const auto mean = empty_statistic<Int>(input, {norm.channels}, at::kDouble);
+  const auto rstd =
+      empty_statistic<Int>(input, {norm.channels}, compute_dtype(input.scalar_type()));
   if constexpr (is_concrete<Int>) {
     if (input.numel() == 0) return {y, mean.zero_(), rstd.zero_()};
     Staging staging(operands, norm, Samples::kReduced);
@@ -57,8 +58,9 @@ std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const OptionalTe
   const Operands operands{input, weight, bias, residual, no_mask};
   const auto norm = Check<Int>::batch_norm_eval(operands, running_mean, running_var, axis, eps,
                                                 activation, dtype);
-  const auto y = empty_output(input, norm.dtype);
-  const auto rstd = empty_statistic(input, {norm.channels}, compute_dtype(input.scalar_type()));
+  const auto y = empty_output<Int>(input, norm.dtype);
+  const auto rstd =
+      empty_statistic<Int>(input, {norm.channels}, compute_dtype(input.scalar_type()));
   if constexpr (is_concrete<Int>) {
     if (input.numel() == 0) return {y, rstd.zero_()};
     Staging staging(operands, norm, Samples::kReduced);
@@ -85,7 +87,7 @@ Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input,
   const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
   const auto norm = Check<Int>::batch_norm_backward(grad_output, operands, mean, rstd, axis,
                                                     batch_statistics, eps, activation);
-  const auto gradients = empty_gradients(operands, output_mask);
+  const auto gradients = empty_gradients<Int>(operands, output_mask);
   if constexpr (is_concrete<Int>) {
     const auto remaining = fill_without_kernel(gradients, grad_output, norm.activation);
     if (!any_defined(remaining)) return gradients;

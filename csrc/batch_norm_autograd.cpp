@@ -43,9 +43,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
     double eps, bool unbiased, OptionalString activation, OptionalDType dtype) {
   check_no_tangents("batch_norm", input, weight, bias, residual, mask, running_mean, running_var);
   check_no_grad("batch_norm", running_mean, running_var);
-  Recorder recorder({input, weight, bias, residual, mask},
-                    BatchNormBackward{axis.vec(), /*batch_statistics=*/true, eps,
-                                      parse_activation("batch_norm", activation)});
+  const Recorder recorder({input, weight, bias, residual, mask}, [&] {
+    return BatchNormBackward{axis.vec(), /*batch_statistics=*/true, eps,
+                             parse_activation("batch_norm", activation)};
+  });
   const auto result = [&] {
     const at::AutoDispatchBelowAutograd guard;
     return op::batch_norm_train().redispatch(
@@ -66,9 +67,10 @@ std::tuple<Tensor, Tensor> batch_norm_eval(c10::DispatchKeySet keys, const Tenso
   check_no_tangents("batch_norm", input, weight, bias, residual, running_mean, running_var);
   check_no_grad("batch_norm", running_mean, running_var);
   const OptionalTensor no_mask;
-  Recorder recorder({input, weight, bias, residual, no_mask},
-                    BatchNormBackward{axis.vec(), /*batch_statistics=*/false, eps,
-                                      parse_activation("batch_norm", activation)});
+  const Recorder recorder({input, weight, bias, residual, no_mask}, [&] {
+    return BatchNormBackward{axis.vec(), /*batch_statistics=*/false, eps,
+                             parse_activation("batch_norm", activation)};
+  });
   const auto result = [&] {
     const at::AutoDispatchBelowAutograd guard;
     return op::batch_norm_eval().redispatch(keys & c10::after_autograd_keyset, input, weight, bias,

@@ -29,15 +29,6 @@ constexpr std::pair<std::string_view, kernels::Activation> kActivations[] = {
     {"gelu_tanh", kernels::Activation::kGeluTanh},
 };
 
-template <class Int>
-c10::ArrayRef<Int> sizes_of(const Tensor& t) {
-  if constexpr (std::is_same_v<Int, c10::SymInt>) {
-    return t.sym_sizes();
-  } else {
-    return t.sizes();
-  }
-}
-
 // Whether a rule holds. On symbolic sizes it becomes a guard, or a run-time assertion where the
 // size is not known.
 bool holds(const c10::SymBool& rule) { return rule.expect_true(__FILE__, __LINE__); }

@@ -35,6 +35,15 @@ struct Operands {
 template <class Int>
 inline constexpr bool is_concrete = std::is_same_v<Int, std::int64_t>;
 
+template <class Int>
+c10::ArrayRef<Int> sizes_of(const Tensor& t) {
+  if constexpr (std::is_same_v<Int, c10::SymInt>) {
+    return t.sym_sizes();
+  } else {
+    return t.sizes();
+  }
+}
+
 // A norm whose arguments obey the rules. Batch norm is the norm without kept axes that has one
 // group per channel.
 template <class Int>

@@ -19,10 +19,10 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
   const Operands operands{input, weight, bias, residual, mask};
   const auto norm =
       Check<Int>::group_norm(operands, num_groups, axis, reduction_axes, eps, activation, dtype);
-  const auto y = empty_output(input, norm.dtype);
-  const auto mean = empty_statistic(input, {norm.samples, num_groups}, at::kDouble);
-  const auto rstd =
-      empty_statistic(input, {norm.samples, num_groups}, compute_dtype(input.scalar_type()));
+  const auto y = empty_output<Int>(input, norm.dtype);
+  const auto mean = empty_statistic<Int>(input, {norm.samples, norm.num_groups}, at::kDouble);
+  const auto rstd = empty_statistic<Int>(input, {norm.samples, norm.num_groups},
+                                         compute_dtype(input.scalar_type()));
   if constexpr (is_concrete<Int>) {
     if (input.numel() == 0) return {y, mean.zero_(), rstd.zero_()};
     Staging staging(operands, norm, Samples::kKept);
@@ -48,7 +48,7 @@ Gradients group_norm_backward(const Tensor& grad_output, const Tensor& input,
   const Operands operands{input, weight, bias, residual, mask};
   const auto norm = Check<Int>::group_norm_backward(grad_output, operands, mean, rstd, num_groups,
                                                     axis, reduction_axes, eps, activation);
-  const auto gradients = empty_gradients(operands, output_mask);
+  const auto gradients = empty_gradients<Int>(operands, output_mask);
   if constexpr (is_concrete<Int>) {
     const auto remaining = fill_without_kernel(gradients, grad_output, norm.activation);
     if (!any_defined(remaining)) return gradients;

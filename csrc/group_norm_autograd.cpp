@@ -47,10 +47,12 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
     std::int64_t num_groups, at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
     double eps, OptionalString activation, OptionalDType dtype) {
   check_no_tangents("group_norm", input, weight, bias, residual, mask);
-  GroupNormBackward backward{num_groups, axis.vec(), std::nullopt, eps,
-                             parse_activation("group_norm", activation)};
-  if (reduction_axes.has_value()) backward.reduction_axes = reduction_axes->vec();
-  Recorder recorder({input, weight, bias, residual, mask}, std::move(backward));
+  const Recorder recorder({input, weight, bias, residual, mask}, [&] {
+    GroupNormBackward backward{num_groups, axis.vec(), std::nullopt, eps,
+                               parse_activation("group_norm", activation)};
+    if (reduction_axes.has_value()) backward.reduction_axes = reduction_axes->vec();
+    return backward;
+  });
   const auto result = [&] {
     const at::AutoDispatchBelowAutograd guard;
     return op::group_norm_forward().redispatch(keys & c10::after_autograd_keyset, input, weight,

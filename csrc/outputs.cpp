@@ -1,28 +1,59 @@
 #include "outputs.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 namespace normcore {
 
+namespace {
+
+Tensor empty(at::IntArrayRef shape, const at::TensorOptions& options) {
+  if (options.device().is_cpu()) {
+    return at::detail::empty_cpu(shape, c10::typeMetaToScalarType(options.dtype()));
+  }
+  return at::empty(shape, options);
+}
+Tensor empty(c10::SymIntArrayRef shape, const at::TensorOptions& options) {
+  return at::empty_symint(shape, options);
+}
+
+}  // namespace
+
+template <class Int>
 Tensor empty_output(const Tensor& input, at::ScalarType dtype) {
+  if constexpr (is_concrete<Int>) {
+    if (input.is_cpu() && input.is_non_overlapping_and_dense()) {
+      return at::detail::empty_strided_cpu(input.sizes(), input.strides(), dtype);
+    }
+  }
   return at::empty_like(input, input.options().dtype(dtype));
 }
 
-Tensor empty_statistic(const Tensor& input, c10::SymIntArrayRef shape, at::ScalarType dtype) {
-  return at::empty_symint(shape, input.options().dtype(dtype));
+template <class Int>
+Tensor empty_statistic(const Tensor& input, c10::ArrayRef<Int> shape, at::ScalarType dtype) {
+  return empty(shape, input.options().dtype(dtype));
 }
 
+template <class Int>
 Gradients empty_gradients(const Operands& operands, const OutputMask& wanted) {
   const auto parameter = [](const OptionalTensor& t, bool want) {
-    return want && has(t) ? at::empty_symint(t->sym_sizes(), t->options()) : Tensor();
+    return want && has(t) ? empty(sizes_of<Int>(*t), t->options()) : Tensor();
   };
   const auto& residual = operands.residual;
-  return {wanted[0] ? empty_output(operands.input, operands.input.scalar_type()) : Tensor(),
+  return {wanted[0] ? empty_output<Int>(operands.input, operands.input.scalar_type()) : Tensor(),
           parameter(operands.weight, wanted[1]), parameter(operands.bias, wanted[2]),
-          wanted[3] && has(residual) ? empty_output(operands.input, residual->scalar_type())
+          wanted[3] && has(residual) ? empty_output<Int>(operands.input, residual->scalar_type())
                                      : Tensor()};
 }
+
+#define NORMCORE_INSTANTIATE(Int)                                                          \
+  template Tensor empty_output<Int>(const Tensor&, at::ScalarType);                        \
+  template Tensor empty_statistic<Int>(const Tensor&, c10::ArrayRef<Int>, at::ScalarType); \
+  template Gradients empty_gradients<Int>(const Operands&, const OutputMask&);
+NORMCORE_INSTANTIATE(std::int64_t)
+NORMCORE_INSTANTIATE(c10::SymInt)
+#undef NORMCORE_INSTANTIATE
 
 Gradients fill_without_kernel(const Gradients& gradients, const Tensor& grad_output,
                               kernels::Activation activation) {

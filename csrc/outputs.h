@@ -9,10 +9,14 @@
 
 namespace normcore {
 
+// Int: std::int64_t where there is data; that of CPUs is allocated without the dispatcher.
+template <class Int>
 Tensor empty_output(const Tensor& input, at::ScalarType dtype);
-Tensor empty_statistic(const Tensor& input, c10::SymIntArrayRef shape, at::ScalarType dtype);
+template <class Int>
+Tensor empty_statistic(const Tensor& input, c10::ArrayRef<Int> shape, at::ScalarType dtype);
 
 // The gradients that `wanted` asks for; undefined for the others, and for operands that are absent.
+template <class Int>
 Gradients empty_gradients(const Operands& operands, const OutputMask& wanted);
 
 // Fills the gradients that need no kernel: parameters of an empty input (zero), and the residual

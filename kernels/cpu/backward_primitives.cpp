@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "cpu/activation-inl.h"
+#include "cpu/coefficients-inl.h"
 #include "cpu/convert-inl.h"
 #include "cpu/primitives.h"
 #include "cpu/primitives_export.h"
@@ -24,15 +25,31 @@ HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {
 namespace {
 
+// G: the type of grad_y where there is neither an activation nor a mask; void: any of all these.
+template <class G>
+inline constexpr bool kPlain = !std::is_void_v<G>;
+
 // One run or row of the operands; offsets are applied once.
-template <class T, class A>
+template <class T, class G>
 struct Operands {
+  const T* x;
+  const G* grad_y;
+
+  template <class A>
+  HWY_INLINE Operands(const GradientArgs<A>& args, std::int64_t offset, const std::uint8_t*, bool)
+      : x(static_cast<const T*>(args.x.data) + offset),
+        grad_y(static_cast<const G*>(args.grad_y.data) + offset) {}
+};
+
+template <class T>
+struct Operands<T, void> {
   const T* x;
   ConstTensor grad_y;
   ConstTensor residual;
   const std::uint8_t* mask;  // null: every value counts
   bool mask_is_one_value;    // the mask is a single byte for the whole row
 
+  template <class A>
   HWY_INLINE Operands(const GradientArgs<A>& args, std::int64_t offset, const std::uint8_t* mask,
                       bool mask_is_one_value)
       : x(static_cast<const T*>(args.x.data) + offset),
@@ -40,37 +57,6 @@ struct Operands {
         residual(advance(args.residual, offset)),
         mask(mask),
         mask_is_one_value(mask_is_one_value) {}
-};
-
-// Where the coefficients of a unit come from: one value per run, or one per column.
-template <class A>
-struct UnitCoefficients {
-  Pair<A> center, scale, shift, slope, offset;
-};
-
-template <class A>
-struct RunSource {
-  UnitCoefficients<A> values;
-  HWY_INLINE RunSource(const Coefficients<A>& c, std::int64_t run)
-      : values{broadcast(c.center[run]), broadcast(c.scale[run]), broadcast(c.shift[run]),
-               broadcast(c.slope == nullptr ? A{0} : c.slope[run]),
-               broadcast(c.offset == nullptr ? A{0} : c.offset[run])} {}
-  template <class Unit>
-  HWY_INLINE const UnitCoefficients<A>& at(const Unit&) const {
-    return values;
-  }
-};
-
-template <class A>
-struct ColumnSource {
-  const Coefficients<A>& c;
-  template <class Unit>
-  HWY_INLINE UnitCoefficients<A> at(const Unit& u) const {
-    const auto zero = broadcast(A{0});
-    return {u.load(c.center), u.load(c.scale), u.load(c.shift),
-            c.slope == nullptr ? zero : u.load(c.slope),
-            c.offset == nullptr ? zero : u.load(c.offset)};
-  }
 };
 
 // g, x - center, the mask of one unit, and what is not a masked-out value whose grad_y is 0.
@@ -85,49 +71,46 @@ HWY_INLINE Vector<A> subtract_or_zero(hn::Mask<Tag<A>> keep, Vector<A> x, Vector
   return hn::IfThenElseZero(keep, hn::Sub(x, center));
 }
 
-// G: the type of grad_y where there is neither an activation nor a mask; void: any of all these.
-template <class G>
-inline constexpr bool kPlain = !std::is_void_v<G>;
-
-template <class G, Activation kActivation, class T, class A, class Unit>
-HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, A>& in,
-                                        const UnitCoefficients<A>& c) {
-  const Tag<A> d;
+template <class A, Activation kActivation, class T, class G, class Unit, class V>
+HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, G>& in,
+                                        const UnitCoefficients<V>& c) {
   const auto x = u.load(in.x);
   Gradient<A> out;
   if constexpr (kPlain<G>) {
-    out.g = u.load(static_cast<const G*>(in.grad_y.data));
-    out.centered = {hn::Sub(x.lo, c.center.lo), hn::Sub(x.hi, c.center.hi)};
+    out.g = u.load(in.grad_y);
+    out.centered = {hn::Sub(x.lo, lo<A>(c.center)), hn::Sub(x.hi, hi<A>(c.center))};
+    return out;
+  } else {
+    const Tag<A> d;
+    out.g = load_any<A>(u, in.grad_y);
+    const auto every = hn::Eq(hn::Zero(d), hn::Zero(d));
+    out.counts = {every, every};
+    out.used = {every, every};
+    if (in.mask != nullptr) {
+      if (!in.mask_is_one_value) {
+        out.counts = u.load_mask(in.mask);
+      } else if (*in.mask == 0) {
+        out.counts = {hn::Not(every), hn::Not(every)};
+      }
+      out.used = {hn::Or(out.counts.lo, hn::Ne(out.g.lo, hn::Zero(d))),
+                  hn::Or(out.counts.hi, hn::Ne(out.g.hi, hn::Zero(d)))};
+    }
+    out.centered = {subtract_or_zero<A>(out.used.lo, x.lo, lo<A>(c.center)),
+                    subtract_or_zero<A>(out.used.hi, x.hi, hi<A>(c.center))};
+    if constexpr (kActivation != Activation::kNone) {
+      Pair<A> z = {hn::MulAdd(out.centered.lo, lo<A>(c.scale), lo<A>(c.shift)),
+                   hn::MulAdd(out.centered.hi, hi<A>(c.scale), hi<A>(c.shift))};
+      if (in.residual) {
+        const auto r = load_any<A>(u, in.residual);
+        z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)};
+      }
+      out.g = {hn::IfThenElseZero(out.used.lo,
+                                  hn::Mul(out.g.lo, activation_derivative<kActivation, A>(z.lo))),
+               hn::IfThenElseZero(out.used.hi,
+                                  hn::Mul(out.g.hi, activation_derivative<kActivation, A>(z.hi)))};
+    }
     return out;
   }
-  out.g = load_any<A>(u, in.grad_y);
-  const auto every = hn::Eq(hn::Zero(d), hn::Zero(d));
-  out.counts = {every, every};
-  out.used = {every, every};
-  if (in.mask != nullptr) {
-    if (!in.mask_is_one_value) {
-      out.counts = u.load_mask(in.mask);
-    } else if (*in.mask == 0) {
-      out.counts = {hn::Not(every), hn::Not(every)};
-    }
-    out.used = {hn::Or(out.counts.lo, hn::Ne(out.g.lo, hn::Zero(d))),
-                hn::Or(out.counts.hi, hn::Ne(out.g.hi, hn::Zero(d)))};
-  }
-  out.centered = {subtract_or_zero<A>(out.used.lo, x.lo, c.center.lo),
-                  subtract_or_zero<A>(out.used.hi, x.hi, c.center.hi)};
-  if constexpr (kActivation != Activation::kNone) {
-    Pair<A> z = {hn::MulAdd(out.centered.lo, c.scale.lo, c.shift.lo),
-                 hn::MulAdd(out.centered.hi, c.scale.hi, c.shift.hi)};
-    if (in.residual) {
-      const auto r = load_any<A>(u, in.residual);
-      z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)};
-    }
-    out.g = {hn::IfThenElseZero(out.used.lo,
-                                hn::Mul(out.g.lo, activation_derivative<kActivation, A>(z.lo))),
-             hn::IfThenElseZero(out.used.hi,
-                                hn::Mul(out.g.hi, activation_derivative<kActivation, A>(z.hi)))};
-  }
-  return out;
 }
 
 // Calls f(TypeTag<T>, TypeTag<G>, activation), the latter as a constant. kKept: grad_y may be kept g,
@@ -186,13 +169,13 @@ void sums_of_runs(const GradientArgs<A>& given, const RunBlock& given_block, Gra
                 ? nullptr
                 : args.mask.data + record * args.mask.record_stride + run * args.mask.run_stride;
         const std::int64_t offset = record * block.record_stride + run * block.run_stride;
-        const Operands<T, A> in(args, offset, mask, false);
+        const Operands<T, G> in(args, offset, mask, false);
         A* const kept =
             args.kept_gradient == nullptr
                 ? nullptr
                 : args.kept_gradient + record * block.record_stride + run * args.kept_run_stride;
         const auto add = [&](const auto& u, SumPair<A>& sums) HWY_ATTR {
-          const auto v = gradient_of_unit<G, activation()>(u, in, source.values);
+          const auto v = gradient_of_unit<A, activation()>(u, in, source.values);
           sums.add(u.only_new(v.g), u.only_new(v.centered));
           if constexpr (!kPlain<G>) {
             if (kept != nullptr) u.store(v.g, kept);
@@ -219,13 +202,13 @@ void sums_of_runs(const GradientArgs<A>& given, const RunBlock& given_block, Gra
   });
 }
 
-template <class T, class A>
-HWY_INLINE Operands<T, A> row_operands(const GradientArgs<A>& args, std::int64_t row,
+template <class T, class G, class A>
+HWY_INLINE Operands<T, G> row_operands(const GradientArgs<A>& args, std::int64_t row,
                                        std::int64_t width) {
   const bool per_row = args.mask.per_row;
   const std::uint8_t* mask =
       args.mask.data == nullptr ? nullptr : args.mask.data + (per_row ? row : row * width);
-  return Operands<T, A>(args, row * width, mask, per_row);
+  return Operands<T, G>(args, row * width, mask, per_row);
 }
 
 template <class A>
@@ -246,8 +229,8 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
         const auto coefficients = source.at(u);
         SumPair<A> sums(u.load(g), u.load(g_centered));
         for (int k = 0; k < count(); ++k) {
-          const auto in = row_operands<T>(args, row + k, width);
-          const auto v = gradient_of_unit<G, activation()>(u, in, coefficients);
+          const auto in = row_operands<T, G>(args, row + k, width);
+          const auto v = gradient_of_unit<A, activation()>(u, in, coefficients);
           sums.add(u.only_new(v.g), u.only_new(v.centered));
           if constexpr (!kPlain<G>) {
             if (args.kept_gradient != nullptr) {
@@ -268,18 +251,19 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
 // ---- gradients
 
 // grad_x of what gradient_of_unit() gave.
-template <class G, class A>
-HWY_INLINE Pair<A> input_gradient(const Gradient<A>& v, const UnitCoefficients<A>& c,
+template <class G, class A, class V>
+HWY_INLINE Pair<A> input_gradient(const Gradient<A>& v, const UnitCoefficients<V>& c,
                                   bool constant_statistics) {
-  Pair<A> dx = {hn::Mul(v.g.lo, c.scale.lo), hn::Mul(v.g.hi, c.scale.hi)};
+  Pair<A> dx = {hn::Mul(v.g.lo, lo<A>(c.scale)), hn::Mul(v.g.hi, hi<A>(c.scale))};
   if (constant_statistics) return dx;
-  Pair<A> through = {hn::MulAdd(v.centered.lo, c.slope.lo, c.offset.lo),
-                     hn::MulAdd(v.centered.hi, c.slope.hi, c.offset.hi)};
+  Pair<A> through = {hn::MulAdd(v.centered.lo, lo<A>(c.slope), lo<A>(c.offset)),
+                     hn::MulAdd(v.centered.hi, hi<A>(c.slope), hi<A>(c.offset))};
   if constexpr (!kPlain<G>) {
     through = {hn::IfThenElseZero(v.counts.lo, through.lo),
                hn::IfThenElseZero(v.counts.hi, through.hi)};
   }
-  dx = {hn::MulAdd(v.g.lo, c.scale.lo, through.lo), hn::MulAdd(v.g.hi, c.scale.hi, through.hi)};
+  dx = {hn::MulAdd(v.g.lo, lo<A>(c.scale), through.lo),
+        hn::MulAdd(v.g.hi, hi<A>(c.scale), through.hi)};
   if constexpr (!kPlain<G>) {  // scale is NaN where no value counts
     dx = {hn::IfThenElseZero(v.used.lo, dx.lo), hn::IfThenElseZero(v.used.hi, dx.hi)};
   }
@@ -299,7 +283,7 @@ HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, std::int64_t offs
   const auto step = [&](const auto& u, auto options) HWY_ATTR {
     const auto& c = source.at(u);
     for (int row = 0; row < kRows; ++row) {
-      const auto v = gradient_of_unit<G, kActivation>(u, operands(row), c);
+      const auto v = gradient_of_unit<A, kActivation>(u, operands(row), c);
       if (grad_x != nullptr) {
         u.template store<options()>(input_gradient<G>(v, c, constant_statistics),
                                     grad_x + row * stride);
@@ -326,10 +310,10 @@ void gradient_of_runs(const GradientArgs<A>& args, std::int64_t count, std::int6
     for (std::int64_t run = 0; run < count; ++run) {
       const std::uint8_t* mask =
           args.mask.data == nullptr ? nullptr : args.mask.data + run * args.mask.record_stride;
-      const Operands<T, A> in(args, run * length, mask, false);
+      const Operands<T, G> in(args, run * length, mask, false);
       gradient_of_block<G, activation(), 1, T>(
           args, run * length, length, length, RunSource<A>(args.coefficients, run),
-          [&](int) HWY_ATTR -> const Operands<T, A>& { return in; });
+          [&](int) HWY_ATTR -> const Operands<T, G>& { return in; });
     }
   });
 }
@@ -346,7 +330,7 @@ void gradient_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64
     const auto block = [&](auto count) HWY_ATTR {
       gradient_of_block<G, activation(), count(), T>(
           args, row * width, width, width, source,
-          [&](int k) HWY_ATTR { return row_operands<T>(args, row + k, width); });
+          [&](int k) HWY_ATTR { return row_operands<T, G>(args, row + k, width); });
       row += count();
     };
     while (row + kRows <= rows) block(std::integral_constant<int, kRows>());

@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "cpu/activation-inl.h"
+#include "cpu/coefficients-inl.h"
 #include "cpu/convert-inl.h"
 #include "cpu/primitives.h"
 #include "cpu/primitives_export.h"
@@ -315,32 +316,6 @@ void moments_of_rows(ConstTensor x, std::int64_t rows, std::int64_t width, const
 
 // ---- application
 
-// How a run or a row gets its coefficients: one value for all, or one per column.
-template <class A>
-struct RunCoefficients {
-  Pair<A> center, scale, shift;
-  HWY_INLINE RunCoefficients(const Coefficients<A>& c, std::int64_t run)
-      : center(broadcast(c.center[run])),
-        scale(broadcast(c.scale[run])),
-        shift(broadcast(c.shift[run])) {}
-  template <class Unit>
-  HWY_INLINE const RunCoefficients& at(const Unit&) const {
-    return *this;
-  }
-};
-
-template <class A>
-struct ColumnCoefficients {
-  const Coefficients<A>& c;
-  struct AtUnit {
-    Pair<A> center, scale, shift;
-  };
-  template <class Unit>
-  HWY_INLINE AtUnit at(const Unit& u) const {
-    return {u.load(c.center), u.load(c.scale), u.load(c.shift)};
-  }
-};
-
 // y of kRows runs of n values that share their coefficients; `stride` leads from run to run. kPlain: y
 // has the dtype of x and there is no epilogue.
 template <class T, class A, bool kPlain, Activation kActivation, int kRows, class Source>
@@ -352,8 +327,8 @@ HWY_INLINE void apply_block(const ApplyArgs<A>& args, std::int64_t offset, std::
   const auto y = advance(args.y, offset);
   const auto normalized = [&](const auto& u, const auto& c, int row) HWY_ATTR {
     const auto v = u.load(x + row * stride);
-    return Pair<A>{hn::MulAdd(hn::Sub(v.lo, c.center.lo), c.scale.lo, c.shift.lo),
-                   hn::MulAdd(hn::Sub(v.hi, c.center.hi), c.scale.hi, c.shift.hi)};
+    return Pair<A>{hn::MulAdd(hn::Sub(v.lo, lo<A>(c.center)), lo<A>(c.scale), lo<A>(c.shift)),
+                   hn::MulAdd(hn::Sub(v.hi, hi<A>(c.center)), hi<A>(c.scale), hi<A>(c.shift))};
   };
   if constexpr (kPlain) {
     T* const out = static_cast<T*>(y.data);
@@ -401,7 +376,7 @@ void apply_runs(const ApplyArgs<A>& args, std::int64_t count, std::int64_t lengt
     using T = typename decltype(tag)::type;
     for (std::int64_t r = 0; r < count; ++r) {
       apply_block<T, A, plain(), activation(), 1>(args, r * length, length, length,
-                                                  RunCoefficients<A>(args.coefficients, r));
+                                                  RunSource<A>(args.coefficients, r));
     }
   });
 }
@@ -412,7 +387,7 @@ void apply_rows(const ApplyArgs<A>& args, std::int64_t rows, std::int64_t width)
     using T = typename decltype(tag)::type;
     // Rows that share one load of the coefficients: worth it where that has to be put in order.
     constexpr int kRows = plain() && kOrderOf<A, T> == Order::kEvenOdd ? 4 : 1;
-    const ColumnCoefficients<A> source{args.coefficients};
+    const ColumnSource<A> source{args.coefficients};
     std::int64_t row = 0;
     for (; row + kRows <= rows; row += kRows) {
       apply_block<T, A, plain(), activation(), kRows>(args, row * width, width, width, source);

@@ -184,7 +184,7 @@ class BatchNorm(NormBase):
         dtype = self.dtype
         if dtype is None:
             dtype = result_type(x, scale, bias)
-        if not x.is_floating_point() and not x.is_complex():
+        if dtype != x.dtype and not x.is_floating_point() and not x.is_complex():
             x = x.to(torch.promote_types(dtype, torch.float32))
         momentum = 1.0 - float(self.momentum)
         out_dtype = None if dtype == x.dtype else dtype
@@ -394,13 +394,16 @@ class GroupNorm(NormBase):
         dtype = self.dtype
         if dtype is None:
             dtype = result_type(x, scale, bias)
-        if not x.is_floating_point() and not x.is_complex():
+        if dtype != x.dtype and not x.is_floating_point() and not x.is_complex():
             x = x.to(torch.promote_types(dtype, torch.float32))
         out_dtype = None if dtype == x.dtype else dtype
+        num_groups = self.num_groups
+        if num_groups is None:
+            num_groups = self._num_groups_of_size()
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return group_norm_op(
                 x,
-                self._num_groups(),
+                num_groups,
                 scale,
                 bias,
                 self.epsilon,
@@ -416,7 +419,7 @@ class GroupNorm(NormBase):
             options = given_options(axis, mask, self.activation, residual, out_dtype)
             if self.reduction_axes is not None:
                 options["reduction_axes"] = self.reduction_axes
-            arguments = (x, self._num_groups(), scale, bias, self.epsilon)
+            arguments = (x, num_groups, scale, bias, self.epsilon)
             return call_op(group_norm_op, arguments, options)
 
     @torch.jit.unused
@@ -432,10 +435,8 @@ class GroupNorm(NormBase):
             # Not self.forward: a subclass may override it and have called this one.
             return GroupNorm.forward(self, x, mask, residual)
 
-    def _num_groups(self) -> int:
-        num_groups, group_size = self.num_groups, self.group_size
-        if num_groups is not None:
-            return num_groups
+    def _num_groups_of_size(self) -> int:
+        group_size = self.group_size
         assert group_size is not None
         channels = 1
         for size in self._features:
