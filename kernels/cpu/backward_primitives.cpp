@@ -13,6 +13,7 @@
 // clang-format on
 
 #include <algorithm>
+#include <array>
 #include <type_traits>
 
 #include "cpu/activation-inl.h"
@@ -204,47 +205,73 @@ void sums_of_runs(const GradientArgs<A>& given, const RunBlock& given_block, Gra
 
 template <class T, class G, class A>
 HWY_INLINE Operands<T, G> row_operands(const GradientArgs<A>& args, std::int64_t row,
-                                       std::int64_t width) {
+                                       std::int64_t width, std::int64_t first) {
   const bool per_row = args.mask.per_row;
   const std::uint8_t* mask =
-      args.mask.data == nullptr ? nullptr : args.mask.data + (per_row ? row : row * width);
-  return Operands<T, G>(args, row * width, mask, per_row);
+      args.mask.data == nullptr ? nullptr : args.mask.data + (per_row ? row : row * width + first);
+  return Operands<T, G>(args, row * width + first, mask, per_row);
+}
+
+// Of kRows rows from `row` on, made once for all of their units.
+template <class T, class G, int kRows, class A>
+HWY_INLINE std::array<Operands<T, G>, kRows> block_operands(const GradientArgs<A>& args,
+                                                            std::int64_t row, std::int64_t width,
+                                                            std::int64_t first) {
+  const auto at = [&](int k) HWY_ATTR { return row_operands<T, G>(args, row + k, width, first); };
+  if constexpr (kRows == 1) {
+    return {at(0)};
+  } else if constexpr (kRows == 2) {
+    return {at(0), at(1)};
+  } else {
+    static_assert(kRows == 4);
+    return {at(0), at(1), at(2), at(3)};
+  }
 }
 
 template <class A>
 void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width, A* g,
                   A* g_centered) {
-  std::fill(g, g + width, A{0});
-  std::fill(g_centered, g_centered + width, A{0});
   visit_gradient<false>(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     using G = typename decltype(grad_tag)::type;
-    const ColumnSource<A> source{args.coefficients};
-    // Rows that share one load of the accumulators: worth it where that has to be put in order. Plain
-    // loads are rather followed by prefetchers along one row.
-    constexpr int kRows = kPlain<G> && kOrderOf<A, T> == Order::kEvenOdd ? 4 : 1;
-    std::int64_t row = 0;
-    const auto add_rows = [&](auto count) HWY_ATTR {
-      for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {
-        const auto coefficients = source.at(u);
-        SumPair<A> sums(u.load(g), u.load(g_centered));
-        for (int k = 0; k < count(); ++k) {
-          const auto in = row_operands<T, G>(args, row + k, width);
-          const auto v = gradient_of_unit<A, activation()>(u, in, coefficients);
-          sums.add(u.only_new(v.g), u.only_new(v.centered));
-          if constexpr (!kPlain<G>) {
-            if (args.kept_gradient != nullptr) {
-              u.store(v.g, args.kept_gradient + (row + k) * width);
+    constexpr Order kOrder = kOrderOf<A, T>;
+    // Rows that share one load of the accumulators. Those of float32 are rather followed by
+    // prefetchers along one row.
+    constexpr int kRows = kPlain<G> && kOrder == Order::kEvenOdd ? 4 : 1;
+    for_each_strip(width, [&](std::int64_t first, std::int64_t columns) HWY_ATTR {
+      const ColumnSource<A, kOrder> source(args.coefficients, first, columns);
+      constexpr std::int64_t kSize = kStrip + kSlotPadding<A>;
+      HWY_ALIGN A g_slots[kSize];
+      HWY_ALIGN A centered_slots[kSize];
+      for_each_unit<A, kOrder>(columns, [&](const auto& u) HWY_ATTR {
+        store_slot<A>(u, broadcast(A{0}), g_slots);
+        store_slot<A>(u, broadcast(A{0}), centered_slots);
+      });
+      std::int64_t row = 0;
+      const auto add_rows = [&](auto count) HWY_ATTR {
+        const auto in = block_operands<T, G, count()>(args, row, width, first);
+        for_each_unit<A, kOrder>(columns, [&](const auto& u) HWY_ATTR {
+          const auto coefficients = source.at(u);
+          SumPair<A> sums(load_slot<A>(u, g_slots), load_slot<A>(u, centered_slots));
+          for (int k = 0; k < count(); ++k) {
+            const auto v = gradient_of_unit<A, activation()>(u, in[k], coefficients);
+            sums.add(v.g, v.centered);
+            if constexpr (!kPlain<G>) {
+              if (args.kept_gradient != nullptr) {
+                u.store(v.g, args.kept_gradient + (row + k) * width + first);
+              }
             }
           }
-        }
-        u.store(sums.g, g);
-        u.store(sums.g_centered, g_centered);
-      });
-      row += count();
-    };
-    while (row + kRows <= rows) add_rows(std::integral_constant<int, kRows>());
-    while (row < rows) add_rows(std::integral_constant<int, 1>());
+          store_slot<A>(u, sums.g, g_slots);
+          store_slot<A>(u, sums.g_centered, centered_slots);
+        });
+        row += count();
+      };
+      while (row + kRows <= rows) add_rows(std::integral_constant<int, kRows>());
+      while (row < rows) add_rows(std::integral_constant<int, 1>());
+      from_slots<A, kOrder>(g_slots, columns, g + first);
+      from_slots<A, kOrder>(centered_slots, columns, g_centered + first);
+    });
   });
 }
 
@@ -270,20 +297,18 @@ HWY_INLINE Pair<A> input_gradient(const Gradient<A>& v, const UnitCoefficients<V
   return dx;
 }
 
-// kRows runs of n values that share their coefficients; operands(row) and `stride` lead from run to
-// run.
-template <class G, Activation kActivation, int kRows, class T, class A, class Source,
-          class RowOperands>
-HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, std::int64_t offset,
+// kRows runs of n values that share their coefficients; `stride` leads from run to run.
+template <Activation kActivation, int kRows, class T, class G, class A, class Source>
+HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, bool stream, std::int64_t offset,
                                   std::int64_t stride, std::int64_t n, const Source& source,
-                                  const RowOperands& operands) {
+                                  const std::array<Operands<T, G>, kRows>& operands) {
   T* const grad_x = static_cast<T*>(advance(args.grad_x, offset).data);
   const auto grad_residual = advance(args.grad_residual, offset);
   const bool constant_statistics = args.coefficients.slope == nullptr;
   const auto step = [&](const auto& u, auto options) HWY_ATTR {
     const auto& c = source.at(u);
     for (int row = 0; row < kRows; ++row) {
-      const auto v = gradient_of_unit<A, kActivation>(u, operands(row), c);
+      const auto v = gradient_of_unit<A, kActivation>(u, operands[row], c);
       if (grad_x != nullptr) {
         u.template store<options()>(input_gradient<G>(v, c, constant_statistics),
                                     grad_x + row * stride);
@@ -294,7 +319,7 @@ HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, std::int64_t offs
   if constexpr (kPlain<G>) {
     // Coefficients hold canonical NaNs only, and so do values of T.
     for_each_stored_unit<A, kOrderOf<A, T>, StoreOptions{.canonical_nan = std::is_same_v<G, T>}>(
-        n, grad_x, args.stream && (kRows == 1 || is_stream_stride(grad_x, stride)), step);
+        n, grad_x, stream, step);
   } else {
     for_each_unit<A, kOrderOf<A, T>>(n, [&](const auto& u) HWY_ATTR {
       step(u, std::integral_constant<StoreOptions, StoreOptions{}>());
@@ -310,10 +335,9 @@ void gradient_of_runs(const GradientArgs<A>& args, std::int64_t count, std::int6
     for (std::int64_t run = 0; run < count; ++run) {
       const std::uint8_t* mask =
           args.mask.data == nullptr ? nullptr : args.mask.data + run * args.mask.record_stride;
-      const Operands<T, G> in(args, run * length, mask, false);
-      gradient_of_block<G, activation(), 1, T>(
-          args, run * length, length, length, RunSource<A>(args.coefficients, run),
-          [&](int) HWY_ATTR -> const Operands<T, G>& { return in; });
+      gradient_of_block<activation(), 1, T, G>(args, args.stream, run * length, length, length,
+                                               RunSource<A>(args.coefficients, run),
+                                               {Operands<T, G>(args, run * length, mask, false)});
     }
   });
 }
@@ -323,18 +347,23 @@ void gradient_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64
   visit_gradient<true>(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     using G = typename decltype(grad_tag)::type;
-    const ColumnSource<A> source{args.coefficients};
-    // Rows that share one load of the coefficients: worth it where that has to be put in order.
-    constexpr int kRows = kPlain<G> && kOrderOf<A, T> == Order::kEvenOdd ? 2 : 1;
-    std::int64_t row = 0;
-    const auto block = [&](auto count) HWY_ATTR {
-      gradient_of_block<G, activation(), count(), T>(
-          args, row * width, width, width, source,
-          [&](int k) HWY_ATTR { return row_operands<T, G>(args, row + k, width); });
-      row += count();
-    };
-    while (row + kRows <= rows) block(std::integral_constant<int, kRows>());
-    while (row < rows) block(std::integral_constant<int, 1>());
+    constexpr Order kOrder = kOrderOf<A, T>;
+    // Rows that share one load of the coefficients.
+    constexpr int kRows = kPlain<G> && kOrder == Order::kEvenOdd ? 2 : 1;
+    for_each_strip(width, [&](std::int64_t first, std::int64_t columns) HWY_ATTR {
+      const ColumnSource<A, kOrder> source(args.coefficients, first, columns);
+      const bool stream = args.stream && args.grad_x &&
+                          is_stream_start(static_cast<const T*>(args.grad_x.data) + first, width);
+      std::int64_t row = 0;
+      const auto block = [&](auto count) HWY_ATTR {
+        gradient_of_block<activation(), count(), T, G>(
+            args, stream, row * width + first, width, columns, source,
+            block_operands<T, G, count()>(args, row, width, first));
+        row += count();
+      };
+      while (row + kRows <= rows) block(std::integral_constant<int, kRows>());
+      while (row < rows) block(std::integral_constant<int, 1>());
+    });
   });
 }
 

@@ -9,6 +9,8 @@
 
 #include <hwy/highway.h>
 
+#include <algorithm>
+
 #include "cpu/convert-inl.h"
 #include "cpu/primitives.h"
 
@@ -56,17 +58,39 @@ struct RunSource {
   }
 };
 
-template <class A>
-struct ColumnSource {
-  const Coefficients<A>& c;
+// Columns that share one ColumnSource: all of a folded row.
+inline constexpr std::int64_t kStrip = 2048;
+
+template <class A, Order kOrder>
+class ColumnSource {
+ public:
+  // Of `columns` <= kStrip columns.
+  HWY_INLINE ColumnSource(const Coefficients<A>& c, std::int64_t first, std::int64_t columns)
+      : has_slope_(c.slope != nullptr) {
+    const A* const given[] = {c.center, c.scale, c.shift, c.slope, c.offset};
+    for (int i = 0; i < 5; ++i) {
+      if (given[i] != nullptr) to_slots<A, kOrder>(given[i] + first, columns, slots_[i]);
+    }
+  }
   template <class Unit>
   HWY_INLINE UnitCoefficients<Pair<A>> at(const Unit& u) const {
-    const auto of = [&](const A* coefficients) HWY_ATTR {
-      return coefficients == nullptr ? broadcast(A{0}) : u.load(coefficients);
-    };
-    return {of(c.center), of(c.scale), of(c.shift), of(c.slope), of(c.offset)};
+    const auto of = [&](int i) HWY_ATTR { return load_slot<A>(u, slots_[i]); };
+    const auto zero = broadcast(A{0});
+    return {of(0), of(1), of(2), has_slope_ ? of(3) : zero, has_slope_ ? of(4) : zero};
   }
+
+ private:
+  bool has_slope_;
+  HWY_ALIGN A slots_[5][kStrip + kSlotPadding<A>];
 };
+
+// Calls f(first, columns) for strips of the columns of rows.
+template <class F>
+HWY_INLINE void for_each_strip(std::int64_t width, F&& f) {
+  for (std::int64_t first = 0; first < width; first += kStrip) {
+    f(first, std::min(kStrip, width - first));
+  }
+}
 
 }  // namespace normcore::kernels::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();

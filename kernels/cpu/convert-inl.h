@@ -337,6 +337,7 @@ struct WholeUnit {
   }
   HWY_INLINE Pair<A> only_new(const Pair<A>& v) const { return v; }
   HWY_INLINE PairMask<A> only_new(const PairMask<A>& m) const { return m; }
+  HWY_INLINE std::int64_t slot() const { return at; }
 };
 
 // The end of a run. Runs of at least a unit: the last whole unit, which overlaps values already
@@ -345,13 +346,14 @@ struct WholeUnit {
 template <class A, Order kOrder>
 struct LastUnit {
   using Whole = WholeUnit<A, kOrder>;
-  std::int64_t at, count;
+  std::int64_t at, count, whole;
   PairMask<A> fresh;  // lanes that hold values not seen before
 
   HWY_INLINE explicit LastUnit(std::int64_t n) {
     const auto u = unit<A>();
     at = n >= u ? n - u : 0;
     count = n >= u ? u : n;
+    whole = n / u * u;
     fresh = lanes_from(n >= u ? u - n % u : 0);
   }
 
@@ -381,6 +383,7 @@ struct LastUnit {
   HWY_INLINE PairMask<A> only_new(const PairMask<A>& v) const {
     return {hn::And(fresh.lo, v.lo), hn::And(fresh.hi, v.hi)};
   }
+  HWY_INLINE std::int64_t slot() const { return whole; }
 
  private:
   HWY_INLINE PairMask<A> lanes_from(std::int64_t first) const {
@@ -416,10 +419,40 @@ HWY_INLINE std::int64_t values_to_alignment(const T* p) {
   return static_cast<std::int64_t>((kBytes - over) % kBytes / sizeof(T));
 }
 
-// Whether runs at this distance are aligned alike.
+// Whether all runs at this distance, from `p` on, start where streams may be written to.
 template <class T>
-HWY_INLINE bool is_stream_stride(const T*, std::int64_t stride) {
-  return static_cast<std::size_t>(stride) * sizeof(T) % HWY_MAX_BYTES == 0;
+HWY_INLINE bool is_stream_start(const T* p, std::int64_t stride) {
+  return values_to_alignment(p) == 0 &&
+         static_cast<std::size_t>(stride) * sizeof(T) % HWY_MAX_BYTES == 0;
+}
+
+// Arrays of A that only loops see hold the pairs of all units as they are, one behind the other: no
+// lane has to move, and the last unit has a slot of its own, so that its values may be seen twice.
+template <class A>
+inline constexpr std::int64_t kSlotPadding = 2 * HWY_MAX_BYTES / sizeof(A);
+
+template <class A, class Unit>
+HWY_INLINE Pair<A> load_slot(const Unit& u, const A* slots) {
+  const Tag<A> d;
+  return {hn::LoadU(d, slots + u.slot()), hn::LoadU(d, slots + u.slot() + lanes<A>())};
+}
+template <class A, class Unit>
+HWY_INLINE void store_slot(const Unit& u, const Pair<A>& v, A* slots) {
+  const Tag<A> d;
+  hn::StoreU(v.lo, d, slots + u.slot());
+  hn::StoreU(v.hi, d, slots + u.slot() + lanes<A>());
+}
+
+template <class A, Order kOrder>
+HWY_INLINE void to_slots(const A* values, std::int64_t n, A* slots) {
+  for_each_unit<A, kOrder>(
+      n, [&](const auto& u) HWY_ATTR { store_slot<A>(u, u.load(values), slots); });
+}
+// `values` may be `slots`: the units come in order.
+template <class A, Order kOrder>
+HWY_INLINE void from_slots(const A* slots, std::int64_t n, A* values) {
+  for_each_unit<A, kOrder>(
+      n, [&](const auto& u) HWY_ATTR { u.store(load_slot<A>(u, slots), values); });
 }
 
 // Calls body(unit, options) for the units that cover n values of which the outputs at `out` are

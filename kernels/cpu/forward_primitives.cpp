@@ -160,7 +160,7 @@ void moments_of_runs(ConstTensor x, const RunBlock& block, const MaskBlock& mask
 // ---- moments of rows
 
 // Columns are processed in strips whose accumulators fit the first-level cache.
-constexpr std::int64_t kStrip = 1024;
+constexpr std::int64_t kMomentStrip = 1024;
 
 // Rows that count, as offsets in rows; all of them when there is no row mask.
 struct RowList {
@@ -171,7 +171,11 @@ struct RowList {
 
 template <class A>
 struct StripSums {
-  A pivot[kStrip], sum[kStrip], square[kStrip], count[kStrip];
+  static constexpr std::int64_t kSize = kMomentStrip + kSlotPadding<A>;
+  HWY_ALIGN A pivot[kSize];
+  HWY_ALIGN A sum[kSize];
+  HWY_ALIGN A square[kSize];
+  HWY_ALIGN A count[kSize];
 };
 
 template <class A>
@@ -182,45 +186,49 @@ HWY_INLINE void fill_zero(A* p, std::int64_t n) {
 template <class T, class A>
 HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t width,
                               const RowList& rows, StripSums<A>& s) {
+  constexpr Order kOrder = kOrderOf<A, T>;
   const std::int64_t head = (rows.size + 7) / 8;
   const T* first = x + rows[0] * stride;
-  fill_zero(s.sum, width);
+  fill_zero(s.sum, s.kSize);
   for (std::int64_t i = 1; i < head; ++i) {
     const T* row = x + rows[i] * stride;
-    for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {
-      const auto v = u.only_new(subtract(u.load(row), u.load(first)));
-      const auto sum = u.load(s.sum);
-      u.store(Pair<A>{hn::Add(sum.lo, v.lo), hn::Add(sum.hi, v.hi)}, s.sum);
+    for_each_unit<A, kOrder>(width, [&](const auto& u) HWY_ATTR {
+      const auto v = subtract(u.load(row), u.load(first));
+      const auto sum = load_slot<A>(u, s.sum);
+      store_slot<A>(u, {hn::Add(sum.lo, v.lo), hn::Add(sum.hi, v.hi)}, s.sum);
     });
   }
   const auto weight = hn::Set(Tag<A>(), A{1} / static_cast<A>(head));
-  for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {
-    const auto sum = u.load(s.sum), base = u.load(first);
-    u.store(Pair<A>{hn::MulAdd(sum.lo, weight, base.lo), hn::MulAdd(sum.hi, weight, base.hi)},
-            s.pivot);
+  for_each_unit<A, kOrder>(width, [&](const auto& u) HWY_ATTR {
+    const auto sum = load_slot<A>(u, s.sum), base = u.load(first);
+    store_slot<A>(u, {hn::MulAdd(sum.lo, weight, base.lo), hn::MulAdd(sum.hi, weight, base.hi)},
+                  s.pivot);
   });
-  fill_zero(s.sum, width);
-  fill_zero(s.square, width);
-  constexpr int kRows = kOrderOf<A, T> == Order::kEvenOdd ? 4 : 1;
+  fill_zero(s.sum, s.kSize);
+  fill_zero(s.square, s.kSize);
+  // Rows that share one load of the accumulators. Those of float32 are rather followed by prefetchers
+  // along one row.
+  constexpr int kRows = kOrder == Order::kEvenOdd ? 4 : 1;
   std::int64_t i = 0;
   const auto add_rows = [&](auto count) HWY_ATTR {
     const T* row[kRows];
     for (int k = 0; k < count(); ++k) row[k] = x + rows[i + k] * stride;
-    for_each_unit<A, kOrderOf<A, T>>(width, [&](const auto& u) HWY_ATTR {
-      const auto pivot = u.load(s.pivot);
-      auto sum = u.load(s.sum), square = u.load(s.square);
+    for_each_unit<A, kOrder>(width, [&](const auto& u) HWY_ATTR {
+      const auto pivot = load_slot<A>(u, s.pivot);
+      auto sum = load_slot<A>(u, s.sum), square = load_slot<A>(u, s.square);
       for (int k = 0; k < count(); ++k) {
-        const auto v = u.only_new(subtract(u.load(row[k]), pivot));
+        const auto v = subtract(u.load(row[k]), pivot);
         sum = {hn::Add(sum.lo, v.lo), hn::Add(sum.hi, v.hi)};
         square = {hn::MulAdd(v.lo, v.lo, square.lo), hn::MulAdd(v.hi, v.hi, square.hi)};
       }
-      u.store(sum, s.sum);
-      u.store(square, s.square);
+      store_slot<A>(u, sum, s.sum);
+      store_slot<A>(u, square, s.square);
     });
     i += count();
   };
   while (i + kRows <= rows.size) add_rows(std::integral_constant<int, kRows>());
   while (i < rows.size) add_rows(std::integral_constant<int, 1>());
+  for (A* array : {s.pivot, s.sum, s.square}) from_slots<A, kOrder>(array, width, array);
 }
 
 template <class T, class A>
@@ -282,8 +290,8 @@ void moments_of_rows(ConstTensor x, std::int64_t rows, std::int64_t width, const
   }
   const bool masked = mask.data != nullptr && !mask.per_row;
   StripSums<A> s;
-  for (std::int64_t at = 0; at < width; at += kStrip) {
-    const std::int64_t columns = std::min(kStrip, width - at);
+  for (std::int64_t at = 0; at < width; at += kMomentStrip) {
+    const std::int64_t columns = std::min(kMomentStrip, width - at);
     if (list.size == 0) {
       for (std::int64_t j = at; j < at + columns; ++j) out.mean[j] = out.m2[j] = out.count[j] = 0.0;
       continue;
@@ -319,8 +327,8 @@ void moments_of_rows(ConstTensor x, std::int64_t rows, std::int64_t width, const
 // y of kRows runs of n values that share their coefficients; `stride` leads from run to run. kPlain: y
 // has the dtype of x and there is no epilogue.
 template <class T, class A, bool kPlain, Activation kActivation, int kRows, class Source>
-HWY_INLINE void apply_block(const ApplyArgs<A>& args, std::int64_t offset, std::int64_t stride,
-                            std::int64_t n, const Source& source) {
+HWY_INLINE void apply_block(const ApplyArgs<A>& args, bool stream, std::int64_t offset,
+                            std::int64_t stride, std::int64_t n, const Source& source) {
   constexpr Order kOrder = kOrderOf<A, T>;
   const T* const x = static_cast<const T*>(args.x.data) + offset;
   const auto residual = advance(args.residual, offset);
@@ -334,8 +342,7 @@ HWY_INLINE void apply_block(const ApplyArgs<A>& args, std::int64_t offset, std::
     T* const out = static_cast<T*>(y.data);
     // Coefficients hold canonical NaNs only.
     for_each_stored_unit<A, kOrder, StoreOptions{.canonical_nan = true}>(
-        n, out, args.stream && (kRows == 1 || is_stream_stride(out, stride)),
-        [&](const auto& u, auto options) HWY_ATTR {
+        n, out, stream, [&](const auto& u, auto options) HWY_ATTR {
           const auto& c = source.at(u);
           for (int row = 0; row < kRows; ++row) {
             u.template store<options()>(normalized(u, c, row), out + row * stride);
@@ -375,7 +382,7 @@ void apply_runs(const ApplyArgs<A>& args, std::int64_t count, std::int64_t lengt
   visit_apply(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     for (std::int64_t r = 0; r < count; ++r) {
-      apply_block<T, A, plain(), activation(), 1>(args, r * length, length, length,
+      apply_block<T, A, plain(), activation(), 1>(args, args.stream, r * length, length, length,
                                                   RunSource<A>(args.coefficients, r));
     }
   });
@@ -385,16 +392,22 @@ template <class A>
 void apply_rows(const ApplyArgs<A>& args, std::int64_t rows, std::int64_t width) {
   visit_apply(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
-    // Rows that share one load of the coefficients: worth it where that has to be put in order.
-    constexpr int kRows = plain() && kOrderOf<A, T> == Order::kEvenOdd ? 4 : 1;
-    const ColumnSource<A> source{args.coefficients};
-    std::int64_t row = 0;
-    for (; row + kRows <= rows; row += kRows) {
-      apply_block<T, A, plain(), activation(), kRows>(args, row * width, width, width, source);
-    }
-    for (; row < rows; ++row) {
-      apply_block<T, A, plain(), activation(), 1>(args, row * width, width, width, source);
-    }
+    constexpr Order kOrder = kOrderOf<A, T>;
+    // Rows that share one load of the coefficients.
+    constexpr int kRows = plain() && kOrder == Order::kEvenOdd ? 4 : 1;
+    for_each_strip(width, [&](std::int64_t first, std::int64_t columns) HWY_ATTR {
+      const ColumnSource<A, kOrder> source(args.coefficients, first, columns);
+      const bool stream =
+          args.stream && is_stream_start(static_cast<const T*>(args.y.data) + first, width);
+      std::int64_t row = 0;
+      const auto rows_at = [&](auto count) HWY_ATTR {
+        apply_block<T, A, plain(), activation(), count()>(args, stream, row * width + first, width,
+                                                          columns, source);
+        row += count();
+      };
+      while (row + kRows <= rows) rows_at(std::integral_constant<int, kRows>());
+      while (row < rows) rows_at(std::integral_constant<int, 1>());
+    });
   });
 }
 
