@@ -1,6 +1,5 @@
-// The tensors that the operators return. They are made the same way with and without data, so that
-// shapes, strides and dtypes inferred on Meta are those of the real results: whatever has the
-// input's shape keeps its layout.
+// The tensors that the operators return. With and without data they have the same shapes, strides
+// and dtypes: whatever has the input's shape keeps its layout.
 #pragma once
 
 #include <c10/core/SymIntArrayRef.h>
@@ -9,7 +8,7 @@
 
 namespace normcore {
 
-// Int: std::int64_t where there is data; that of CPUs is allocated without the dispatcher.
+// Int: std::int64_t where there is data; on the CPU, tensors are then made without the dispatcher.
 template <class Int>
 Tensor empty_output(const Tensor& input, at::ScalarType dtype);
 template <class Int>
