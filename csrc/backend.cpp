@@ -42,10 +42,10 @@ void run_on_cpu(const char* op, const Args& args) {
   const auto executor = cpu_executor();
   const auto plan = kernels::plan_cpu(problem_of(args), executor.num_threads);
   // On the stack if it is small: to a norm of a few values an allocation matters.
-  alignas(64) std::byte small[8192];
+  alignas(64) std::byte on_stack[8192];
   c10::DataPtr allocated;
-  void* workspace = small;
-  if (plan.workspace_bytes > sizeof(small)) {
+  void* workspace = on_stack;
+  if (plan.workspace_bytes > sizeof(on_stack)) {
     allocated = c10::GetCPUAllocator()->allocate(plan.workspace_bytes);
     workspace = allocated.get();
   }

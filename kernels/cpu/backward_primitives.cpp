@@ -231,6 +231,8 @@ HWY_INLINE std::array<Operands<T, G>, kRows> block_operands(const GradientArgs<A
 template <class A>
 void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width, A* g,
                   A* g_centered) {
+  Coefficients<A> needed = args.coefficients;  // slope and offset follow from the sums
+  needed.slope = needed.offset = nullptr;
   visit_gradient<false>(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     using G = typename decltype(grad_tag)::type;
@@ -239,14 +241,12 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
     // prefetchers along one row.
     constexpr int kRows = kPlain<G> && kOrder == Order::kEvenOdd ? 4 : 1;
     for_each_strip(width, [&](std::int64_t first, std::int64_t columns) HWY_ATTR {
-      const ColumnSource<A, kOrder> source(args.coefficients, first, columns);
-      constexpr std::int64_t kSize = kStrip + kSlotPadding<A>;
+      const ColumnSource<A, kOrder> source(needed, first, columns);
+      constexpr std::int64_t kSize = kColumnStrip + kSlotPadding<A>;
       HWY_ALIGN A g_slots[kSize];
       HWY_ALIGN A centered_slots[kSize];
-      for_each_unit<A, kOrder>(columns, [&](const auto& u) HWY_ATTR {
-        store_slot<A>(u, broadcast(A{0}), g_slots);
-        store_slot<A>(u, broadcast(A{0}), centered_slots);
-      });
+      clear_slots<A, kOrder>(columns, g_slots);
+      clear_slots<A, kOrder>(columns, centered_slots);
       std::int64_t row = 0;
       const auto add_rows = [&](auto count) HWY_ATTR {
         const auto in = block_operands<T, G, count()>(args, row, width, first);
@@ -352,7 +352,7 @@ void gradient_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64
     constexpr int kRows = kPlain<G> && kOrder == Order::kEvenOdd ? 2 : 1;
     for_each_strip(width, [&](std::int64_t first, std::int64_t columns) HWY_ATTR {
       const ColumnSource<A, kOrder> source(args.coefficients, first, columns);
-      const bool stream = args.stream && args.grad_x &&
+      const bool stream = kPlain<G> && args.stream && args.grad_x &&
                           is_stream_start(static_cast<const T*>(args.grad_x.data) + first, width);
       std::int64_t row = 0;
       const auto block = [&](auto count) HWY_ATTR {

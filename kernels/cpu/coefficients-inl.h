@@ -58,13 +58,13 @@ struct RunSource {
   }
 };
 
-// Columns that share one ColumnSource: all of a folded row.
-inline constexpr std::int64_t kStrip = 2048;
+// Columns that share one ColumnSource: all of a folded row (kMaxFoldedColumns in plan/cpu_geometry.cpp).
+inline constexpr std::int64_t kColumnStrip = 2048;
 
 template <class A, Order kOrder>
 class ColumnSource {
  public:
-  // Of `columns` <= kStrip columns.
+  // Of `columns` <= kColumnStrip columns.
   HWY_INLINE ColumnSource(const Coefficients<A>& c, std::int64_t first, std::int64_t columns)
       : has_slope_(c.slope != nullptr) {
     const A* const given[] = {c.center, c.scale, c.shift, c.slope, c.offset};
@@ -81,14 +81,14 @@ class ColumnSource {
 
  private:
   bool has_slope_;
-  HWY_ALIGN A slots_[5][kStrip + kSlotPadding<A>];
+  HWY_ALIGN A slots_[5][kColumnStrip + kSlotPadding<A>];
 };
 
 // Calls f(first, columns) for strips of the columns of rows.
 template <class F>
 HWY_INLINE void for_each_strip(std::int64_t width, F&& f) {
-  for (std::int64_t first = 0; first < width; first += kStrip) {
-    f(first, std::min(kStrip, width - first));
+  for (std::int64_t first = 0; first < width; first += kColumnStrip) {
+    f(first, std::min(kColumnStrip, width - first));
   }
 }
 

@@ -419,7 +419,8 @@ HWY_INLINE std::int64_t values_to_alignment(const T* p) {
   return static_cast<std::int64_t>((kBytes - over) % kBytes / sizeof(T));
 }
 
-// Whether all runs at this distance, from `p` on, start where streams may be written to.
+// Whether all runs at this distance, from `p` on, start where streams may be written to: their units
+// then begin at multiples of a unit, as slots need.
 template <class T>
 HWY_INLINE bool is_stream_start(const T* p, std::int64_t stride) {
   return values_to_alignment(p) == 0 &&
@@ -443,6 +444,11 @@ HWY_INLINE void store_slot(const Unit& u, const Pair<A>& v, A* slots) {
   hn::StoreU(v.hi, d, slots + u.slot() + lanes<A>());
 }
 
+template <class A, Order kOrder>
+HWY_INLINE void clear_slots(std::int64_t n, A* slots) {
+  for_each_unit<A, kOrder>(
+      n, [&](const auto& u) HWY_ATTR { store_slot<A>(u, broadcast(A{0}), slots); });
+}
 template <class A, Order kOrder>
 HWY_INLINE void to_slots(const A* values, std::int64_t n, A* slots) {
   for_each_unit<A, kOrder>(

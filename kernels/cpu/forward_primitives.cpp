@@ -169,6 +169,7 @@ struct RowList {
   HWY_INLINE std::int64_t operator[](std::int64_t i) const { return index ? index[i] : i; }
 };
 
+// In the order of the columns when a strip is done. count: with a mask of values only.
 template <class A>
 struct StripSums {
   static constexpr std::int64_t kSize = kMomentStrip + kSlotPadding<A>;
@@ -189,7 +190,7 @@ HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t widt
   constexpr Order kOrder = kOrderOf<A, T>;
   const std::int64_t head = (rows.size + 7) / 8;
   const T* first = x + rows[0] * stride;
-  fill_zero(s.sum, s.kSize);
+  clear_slots<A, kOrder>(width, s.sum);
   for (std::int64_t i = 1; i < head; ++i) {
     const T* row = x + rows[i] * stride;
     for_each_unit<A, kOrder>(width, [&](const auto& u) HWY_ATTR {
@@ -204,8 +205,8 @@ HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t widt
     store_slot<A>(u, {hn::MulAdd(sum.lo, weight, base.lo), hn::MulAdd(sum.hi, weight, base.hi)},
                   s.pivot);
   });
-  fill_zero(s.sum, s.kSize);
-  fill_zero(s.square, s.kSize);
+  clear_slots<A, kOrder>(width, s.sum);
+  clear_slots<A, kOrder>(width, s.square);
   // Rows that share one load of the accumulators. Those of float32 are rather followed by prefetchers
   // along one row.
   constexpr int kRows = kOrder == Order::kEvenOdd ? 4 : 1;
@@ -397,8 +398,8 @@ void apply_rows(const ApplyArgs<A>& args, std::int64_t rows, std::int64_t width)
     constexpr int kRows = plain() && kOrder == Order::kEvenOdd ? 4 : 1;
     for_each_strip(width, [&](std::int64_t first, std::int64_t columns) HWY_ATTR {
       const ColumnSource<A, kOrder> source(args.coefficients, first, columns);
-      const bool stream =
-          args.stream && is_stream_start(static_cast<const T*>(args.y.data) + first, width);
+      const bool stream = plain() && args.stream &&
+                          is_stream_start(static_cast<const T*>(args.y.data) + first, width);
       std::int64_t row = 0;
       const auto rows_at = [&](auto count) HWY_ATTR {
         apply_block<T, A, plain(), activation(), count()>(args, stream, row * width + first, width,
