@@ -5,17 +5,16 @@
 #include <ATen/ops/empty_like.h>
 
 namespace normcore {
-
 namespace {
 
-Tensor empty(at::IntArrayRef shape, const at::TensorOptions& options) {
-  if (options.device().is_cpu()) {
-    return at::detail::empty_cpu(shape, c10::typeMetaToScalarType(options.dtype()));
+template <class Int>
+Tensor empty(c10::ArrayRef<Int> shape, const Tensor& like, at::ScalarType dtype) {
+  if constexpr (is_concrete<Int>) {
+    if (like.is_cpu()) return at::detail::empty_cpu(shape, dtype);
+    return at::empty(shape, like.options().dtype(dtype));
+  } else {
+    return at::empty_symint(shape, like.options().dtype(dtype));
   }
-  return at::empty(shape, options);
-}
-Tensor empty(c10::SymIntArrayRef shape, const at::TensorOptions& options) {
-  return at::empty_symint(shape, options);
 }
 
 }  // namespace
@@ -32,13 +31,13 @@ Tensor empty_output(const Tensor& input, at::ScalarType dtype) {
 
 template <class Int>
 Tensor empty_statistic(const Tensor& input, c10::ArrayRef<Int> shape, at::ScalarType dtype) {
-  return empty(shape, input.options().dtype(dtype));
+  return empty(shape, input, dtype);
 }
 
 template <class Int>
 Gradients empty_gradients(const Operands& operands, const OutputMask& wanted) {
   const auto parameter = [](const OptionalTensor& t, bool want) {
-    return want && has(t) ? empty(sizes_of<Int>(*t), t->options()) : Tensor();
+    return want && has(t) ? empty(sizes_of<Int>(*t), *t, t->scalar_type()) : Tensor();
   };
   const auto& residual = operands.residual;
   return {wanted[0] ? empty_output<Int>(operands.input, operands.input.scalar_type()) : Tensor(),
