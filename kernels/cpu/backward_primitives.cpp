@@ -267,7 +267,8 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
         });
         row += count();
       };
-      while (row + kRows <= rows) add_rows(std::integral_constant<int, kRows>());
+      const std::int64_t shared = end_of_shared_rows<T>(rows, width);
+      while (row + kRows <= shared) add_rows(std::integral_constant<int, kRows>());
       while (row < rows) add_rows(std::integral_constant<int, 1>());
       from_slots<A, kOrder>(g_slots, columns, g + first);
       from_slots<A, kOrder>(centered_slots, columns, g_centered + first);
@@ -361,7 +362,8 @@ void gradient_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64
             block_operands<T, G, count()>(args, row, width, first));
         row += count();
       };
-      while (row + kRows <= rows) block(std::integral_constant<int, kRows>());
+      const std::int64_t shared = end_of_shared_rows<T>(rows, width);
+      while (row + kRows <= shared) block(std::integral_constant<int, kRows>());
       while (row < rows) block(std::integral_constant<int, 1>());
     });
   });

@@ -84,6 +84,15 @@ class ColumnSource {
   HWY_ALIGN A slots_[5][kColumnStrip + kSlotPadding<A>];
 };
 
+// The end of the rows that are taken several at a time, to share one load of coefficients and
+// accumulators. Longer rows are as many streams, which prefetchers do not follow beyond the caches:
+// none of them.
+template <class T>
+HWY_INLINE std::int64_t end_of_shared_rows(std::int64_t rows, std::int64_t width) {
+  constexpr std::int64_t kMaxBytes = 256;  // of a row
+  return width * static_cast<std::int64_t>(sizeof(T)) <= kMaxBytes ? rows : 0;
+}
+
 // Calls f(first, columns) for strips of the columns of rows.
 template <class F>
 HWY_INLINE void for_each_strip(std::int64_t width, F&& f) {

@@ -12,6 +12,7 @@
 #define HWY_TARGET_INCLUDE "cpu/forward_primitives.cpp"
 #include <hwy/foreach_target.h>
 // clang-format off: must follow foreach_target.h
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 // clang-format on
 
@@ -207,17 +208,21 @@ HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t widt
   });
   clear_slots<A, kOrder>(width, s.sum);
   clear_slots<A, kOrder>(width, s.square);
-  // Rows that share one load of the accumulators. Those of float32 are rather followed by prefetchers
-  // along one row.
+  // Rows that share one load of the accumulators, worth it even if long rows have to be prefetched.
+  // Those of float32 are rather followed by prefetchers along one row.
   constexpr int kRows = kOrder == Order::kEvenOdd ? 4 : 1;
   std::int64_t i = 0;
   const auto add_rows = [&](auto count) HWY_ATTR {
-    const T* row[kRows];
-    for (int k = 0; k < count(); ++k) row[k] = x + rows[i + k] * stride;
+    const T *row[kRows], *next[kRows];
+    for (int k = 0; k < count(); ++k) {
+      row[k] = x + rows[i + k] * stride;
+      next[k] = x + rows[std::min(i + kRows + k, rows.size - 1)] * stride;
+    }
     for_each_unit<A, kOrder>(width, [&](const auto& u) HWY_ATTR {
       const auto pivot = load_slot<A>(u, s.pivot);
       auto sum = load_slot<A>(u, s.sum), square = load_slot<A>(u, s.square);
       for (int k = 0; k < count(); ++k) {
+        if constexpr (kRows > 1) hwy::Prefetch(next[k] + u.at);
         const auto v = subtract(u.load(row[k]), pivot);
         sum = {hn::Add(sum.lo, v.lo), hn::Add(sum.hi, v.hi)};
         square = {hn::MulAdd(v.lo, v.lo, square.lo), hn::MulAdd(v.hi, v.hi, square.hi)};
@@ -406,7 +411,8 @@ void apply_rows(const ApplyArgs<A>& args, std::int64_t rows, std::int64_t width)
                                                           columns, source);
         row += count();
       };
-      while (row + kRows <= rows) rows_at(std::integral_constant<int, kRows>());
+      const std::int64_t shared = end_of_shared_rows<T>(rows, width);
+      while (row + kRows <= shared) rows_at(std::integral_constant<int, kRows>());
       while (row < rows) rows_at(std::integral_constant<int, 1>());
     });
   });
