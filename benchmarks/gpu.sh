@@ -2,12 +2,15 @@
 # One command for a machine with a GPU, torch and nvcc, without network: builds the library with CUDA kernels for the
 # present device, runs the tests that need a device and the benchmark beside its peers. Every stage has its time; one
 # that fails does not keep the next from running. Results in FOLDER: stages.json, benchmark.json, a log per stage.
-#   benchmarks/gpu.sh [--output FOLDER] [--seconds N] [--stages LIST] [--sanitize] [--rehearse]
+#   benchmarks/gpu.sh [--output FOLDER] [--seconds N] [--stages LIST] [--sanitize] [--prebuilt] [--rehearse]
 #     --output FOLDER   default build/gpu/results
 #     --seconds N       for everything, default 530
-#     --stages LIST     of build,gpu_tests,op_tests,benchmark, which is the default; or build,sanitize
+#     --stages LIST     of build,gpu_tests,op_tests,benchmark, which is the default; or build,sanitize; besides limits,
+#                       what the device allows (device_limits.cu), and profile, hardware counters (gpu_profile.py)
 #     --sanitize        short for --stages build,sanitize: the four tools of compute-sanitizer on a selection of the
 #                       tests. They share no run with other stages: of the default time each is sure of a minute.
+#     --prebuilt        build/gpu/site was made on another machine, for the same torch: the stage build only compiles
+#                       the Python module for this machine's Python
 #     --rehearse        where there is no device: the same stages; tests skip, the benchmark runs tiny cases on the CPU
 # PYTHON is the interpreter with torch (python3), MAX_JOBS limits compile jobs, DEPENDENCIES is the folder that
 # benchmarks/pack_dependencies.sh made (build/dependencies); without it the system's Highway is used. The build is kept
@@ -22,6 +25,7 @@ total=530
 stages=build,gpu_tests,op_tests,benchmark
 chosen=
 sanitize=
+prebuilt=
 rehearse=
 while [ $# -gt 0 ]; do
   case $1 in
@@ -29,6 +33,7 @@ while [ $# -gt 0 ]; do
     --seconds) total=$2; shift 2 ;;
     --stages) stages=$2; chosen=1; shift 2 ;;
     --sanitize) sanitize=1; shift ;;
+    --prebuilt) prebuilt=1; shift ;;
     --rehearse) rehearse=1; shift ;;
     *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2 ;;
   esac
@@ -57,7 +62,8 @@ PATH=$(dirname "$(command -v "$python")"):$PATH:${CUDA_HOME:-/usr/local/cuda}/bi
 export PATH
 
 # Seconds of 530 that a stage may count on, whatever those before it take.
-declare -A guaranteed=([build]=240 [gpu_tests]=60 [op_tests]=60 [sanitize]=240 [benchmark]=90)
+declare -A guaranteed=([build]=240 [gpu_tests]=60 [op_tests]=60 [sanitize]=240 [limits]=60 [benchmark]=90
+  [profile]=60)
 for stage in "${!guaranteed[@]}"; do
   guaranteed[$stage]=$((guaranteed[$stage] * total / 530))
 done
@@ -81,8 +87,28 @@ architecture() { # of the present device, such as 90
 }
 
 build() {
-  local torch_root options=() folder source
   torch_root=$("$python" -c 'import os, torch; print(os.path.dirname(torch.__file__))') || return
+  if [ -n "$prebuilt" ]; then
+    build_python_module || return
+  else
+    build_all || return
+  fi
+  cp python/normcore/*.py "$site/normcore/"
+  cd build && "$python" -c 'import normcore; print(normcore.__file__, normcore.build_info())'
+}
+
+build_python_module() {
+  local suffix headers
+  suffix=$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))') || return
+  headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))') || return
+  rm -f "$site"/normcore/_C.*.so
+  "${CXX:-g++}" -std=c++20 -O2 -shared -fPIC -fvisibility=hidden -isystem "$torch_root/include" \
+    -isystem "$headers" -I "$site/normcore/include" python/bindings/module.cpp \
+    -o "$site/normcore/_C$suffix" -L "$site/normcore/lib" -lnormcore -Wl,-rpath,'$ORIGIN/lib'
+}
+
+build_all() {
+  local options=() folder source
   for folder in highway googletest; do
     source=$dependencies/$folder
     [ ! -d "$source" ] || options+=("-DFETCHCONTENT_SOURCE_DIR_${folder^^}=$source")
@@ -100,9 +126,7 @@ build() {
   cmake --build build/gpu/cmake --target normcore _C --parallel "${MAX_JOBS:-$(nproc)}" || return
   # A package folder like that of a wheel.
   rm -rf "$site"
-  cmake --install build/gpu/cmake --prefix "$site/normcore" || return
-  cp python/normcore/*.py "$site/normcore/"
-  cd build && "$python" -c 'import normcore; print(normcore.__file__, normcore.build_info())'
+  cmake --install build/gpu/cmake --prefix "$site/normcore"
 }
 
 # Several processes share the device where pytest-xdist is installed.
@@ -138,12 +162,24 @@ benchmark() {
   "$python" benchmarks/gpu.py "${options[@]}"
 }
 
+limits() {
+  command -v nvcc >/dev/null || return 77
+  nvidia-smi >/dev/null 2>&1 || return 77
+  nvcc -O3 -std=c++20 "-arch=sm_$(architecture)" benchmarks/device_limits.cu -o build/gpu/device_limits &&
+    build/gpu/device_limits >"$output/limits.jsonl"
+}
+
+profile() {
+  "$python" benchmarks/gpu_profile.py --output "$output/profile.json"
+}
+
 # What a stage's log says, in a line.
 gist() {
   case $1 in
     *_tests) grep -E '[0-9]+ (passed|skipped|failed|error)' "$output/$1.log" | tail -1 ;;
     build) tail -1 "$output/$1.log" ;;
     sanitize) grep -cE 'passed: ' "$output/$1.log" | sed 's/$/ tools passed/' ;;
+    limits) echo "$(wc -l <"$output/limits.jsonl") figures" ;;
     benchmark) grep -E '^against' "$output/$1.log" | tr '\n' ';' ;;
   esac | cut -c 1-200
 }
@@ -153,8 +189,8 @@ run_stage() {
   limit=$(limit_of "$stage")
   echo "=== $stage (at most $limit s)"
   # `timeout` ends a stage with everything that it started.
-  export -f "$stage" run_pytest pytest_arguments architecture
-  export python root output site dependencies rehearse limit
+  export -f "$stage" run_pytest pytest_arguments architecture build_python_module build_all
+  export python root output site dependencies prebuilt rehearse limit
   timeout --kill-after 5 "$limit" bash -uo pipefail -c "$stage" >"$output/$stage.log" 2>&1
   code=$?
   took[$stage]=$((SECONDS - start))

@@ -39,17 +39,12 @@ options=(--error-exitcode 99 --print-limit 20)
 filter=${filter:+$filter kns=normcore}
 echo "kernels that are looked at: ${filter:-all, as compute-sanitizer --help names no filter}; by initcheck all"
 
-failed=0
-deadline=$((SECONDS + seconds))
-tools=(memcheck racecheck initcheck synccheck)
-for index in "${!tools[@]}"; do
-  tool=${tools[index]}
-  start=$SECONDS
-  limit=$(((deadline - SECONDS) / (${#tools[@]} - index)))
-  filter_options=()
+# check TOOL: runs the selection under it, and prints a line.
+check() {
+  local tool=$1 start=$SECONDS code verdict tests summary filter_options=()
   [ "$tool" = initcheck ] || read -ra filter_options <<<"$filter"
   # Every allocation its own, so that its end is an end.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 NORMCORE_TEST_SEED=0 timeout --kill-after 5 "$((limit > 5 ? limit : 5))" \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 NORMCORE_TEST_SEED=0 timeout --kill-after 5 "$seconds" \
     compute-sanitizer --tool "$tool" "${options[@]}" "${filter_options[@]}" \
     "$python" -m pytest -q -p no:cacheprovider "${selection[@]}" >"$logs/$tool.log" 2>&1
   code=$?
@@ -68,6 +63,17 @@ for index in "${!tools[@]}"; do
   summary=$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$logs/$tool.log" | tail -1 | sed 's/^=* *//')
   printf '%-10s %4d s  %s: %s; %s\n' "$tool" $((SECONDS - start)) "$verdict" \
     "${tests:-no tests}" "${summary:-no summary}"
-  [ $code -eq 0 ] || failed=1
+  [ $code -eq 0 ]
+}
+
+# The tools spend most of their time on the host: they run beside each other.
+jobs=()
+for tool in memcheck racecheck initcheck synccheck; do
+  check "$tool" &
+  jobs+=($!)
+done
+failed=0
+for job in "${jobs[@]}"; do
+  wait "$job" || failed=1
 done
 exit $failed
