@@ -103,7 +103,7 @@ build_python_module() {
   headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))') || return
   rm -f "$site"/normcore/_C.*.so
   "${CXX:-g++}" -std=c++20 -O2 -shared -fPIC -fvisibility=hidden -isystem "$torch_root/include" \
-    -isystem "$headers" -I "$site/normcore/include" python/bindings/module.cpp \
+    -isystem "$torch_root/include/torch/csrc/api/include" -isystem "$headers" -I "$site/normcore/include" python/bindings/module.cpp \
     -o "$site/normcore/_C$suffix" -L "$site/normcore/lib" -lnormcore -Wl,-rpath,'$ORIGIN/lib'
 }
 
@@ -179,7 +179,7 @@ gist() {
     *_tests) grep -E '[0-9]+ (passed|skipped|failed|error)' "$output/$1.log" | tail -1 ;;
     build) tail -1 "$output/$1.log" ;;
     sanitize) grep -cE 'passed: ' "$output/$1.log" | sed 's/$/ tools passed/' ;;
-    limits) echo "$(wc -l <"$output/limits.jsonl") figures" ;;
+    limits) cat "$output/limits.jsonl" 2>/dev/null | wc -l | sed 's/$/ figures/' ;;
     benchmark) grep -E '^against' "$output/$1.log" | tr '\n' ';' ;;
   esac | cut -c 1-200
 }
