@@ -40,8 +40,9 @@ def make_operands(
     layout: str,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    parameters: torch.dtype = torch.float32,
 ) -> Operands:
-    """Random operands; scale and bias are float32 and want gradients."""
+    """Random operands; scale and bias want gradients."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(function: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
@@ -49,7 +50,8 @@ def make_operands(
 
     x = lay_out(random(torch.randn, size).to(dtype), layout)
     weight, bias = random(torch.rand, size[1:2]) + 0.5, random(torch.randn, size[1:2])
-    return Operands(x, weight.requires_grad_(), bias.requires_grad_(), torch.randn_like(x), groups)
+    weight, bias = (p.to(parameters).requires_grad_() for p in (weight, bias))
+    return Operands(x, weight, bias, torch.randn_like(x), groups)
 
 
 def batch_norms(o: Operands, training: bool) -> tuple[Norm, Norm]:

@@ -290,7 +290,8 @@ def difference(got: Tensor, want: Tensor) -> float:
 
 def wanted(case: Case, o: Operands) -> dict[str, Tensor]:
     """Results of torch in float32 for the same operands."""
-    wide = Operands(o.x.float(), o.weight, o.bias, o.grad.float(), o.groups)
+    weight, bias = (p.detach().float().requires_grad_() for p in (o.weight, o.bias))
+    wide = Operands(o.x.float(), weight, bias, o.grad.float(), o.groups)
     _, theirs = norms_of(case, wide)
     operation = "batch_norm train" if case.norm == "batch_norm" else case.norm
     with torch.no_grad():
@@ -302,7 +303,9 @@ def measure(
     case: Case, watch: Any, device: str, seconds: float, peers: set[str], report: Report
 ) -> None:
     shape = case.shape
-    o = make_operands(shape.size, shape.groups, case.layout, case.dtype, device)
+    # torch's group norm on a device wants scale and bias in the dtype of x.
+    parameters = torch.float32 if case.norm == "batch_norm" else case.dtype
+    o = make_operands(shape.size, shape.groups, case.layout, case.dtype, device, parameters)
     target = torch.empty_like(o.x)
     operations = candidates(case, o, peers, report.failures)
     exact = wanted(case, o) if o.x.numel() <= 1 << 30 else {}
@@ -447,11 +450,11 @@ def sweep(report: Report, arguments: argparse.Namespace) -> None:
     """Every case in the order of importance, until the time is over."""
     rehearse = arguments.rehearse
     watch: Any = RehearsalStopwatch() if rehearse else Stopwatch()
-    peers = {"compile"}
+    peers = set(arguments.peers.split(","))
     # A backward pass is run many times.
     torch._functorch.config.donated_buffer = False
-    if importlib.util.find_spec("triton") and (not rehearse or "TRITON_INTERPRET" in os.environ):
-        peers.add("triton")
+    if not importlib.util.find_spec("triton") or (rehearse and "TRITON_INTERPRET" not in os.environ):
+        peers.discard("triton")
     if not rehearse:
         with watch.stream():
             report.facts["copy_gb_per_s"] = copy_speed(watch)
@@ -466,8 +469,8 @@ def sweep(report: Report, arguments: argparse.Namespace) -> None:
             break
         # torch.compile may take what the cases after this one do not need without it.
         spare = end - now - slowest_compile - (len(todo) - index) * 0.5 * slowest_plain
-        with_compile = spare > 0
-        if not with_compile:
+        with_compile = "compile" in peers and spare > 0
+        if "compile" in peers and not with_compile:
             report.left_out.append(f"{case.name}: torch.compile")
         chosen = peers if with_compile else peers - {"compile"}
         share = min(arguments.case_seconds, (end - now) / (len(todo) - index))
@@ -506,6 +509,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="for the whole sweep")
     parser.add_argument("--case-seconds", type=float, default=0.6, help="of timing, at most")
     parser.add_argument("--only", default="", help="part of a case's name")
+    parser.add_argument("--peers", default="compile,triton", help="beside torch eager")
     parser.add_argument("--rehearse", action="store_true", help="small tensors on the CPU")
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()

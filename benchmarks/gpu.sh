@@ -129,7 +129,7 @@ build_all() {
   cmake --install build/gpu/cmake --prefix "$site/normcore"
 }
 
-# Several processes share the device where pytest-xdist is installed.
+# Several processes share the device and the processor's cores where pytest-xdist is installed.
 pytest_arguments() {
   printf '%s\n' -q -p no:cacheprovider --config-file="$root/pyproject.toml"
   if "$python" -c 'import xdist' 2>/dev/null; then
@@ -140,7 +140,7 @@ pytest_arguments() {
 run_pytest() {
   local arguments
   mapfile -t arguments < <(pytest_arguments)
-  cd build && "$python" -m pytest "${arguments[@]}" "$@"
+  cd build && OMP_NUM_THREADS=1 "$python" -m pytest "${arguments[@]}" "$@"
 }
 
 gpu_tests() { run_pytest "$root/tests/gpu"; }

@@ -1,6 +1,8 @@
 // From run-time choices to kernel instantiations. Every combination that plan_cuda() can choose is
 // instantiated here, and no other: x stays in registers for 16- and 32-bit dtypes only, few vectors
-// per thread exist only where a vector has several elements.
+// per thread exist only where a vector has several elements. kPlain kernels are for the common calls:
+// no mask, whole vectors only, activations and their gradients in the dtype of x. They take a part
+// of the instructions.
 #pragma once
 
 #include <type_traits>
@@ -15,6 +17,20 @@
 
 namespace normcore::kernels::cuda {
 
+inline bool has_dtype(const auto& tensor, DType dtype) { return !tensor || tensor.dtype == dtype; }
+
+inline bool is_plain(const ForwardCall& call) {
+  const DType dtype = call.input.x.dtype;
+  return !call.input.mask && has_dtype(call.input.residual, dtype) && has_dtype(call.y, dtype);
+}
+
+inline bool is_plain(const BackwardCall& call) {
+  const DType dtype = call.input.x.dtype;
+  return !call.input.mask && has_dtype(call.input.residual, dtype) &&
+         has_dtype(call.grad_y, dtype) && has_dtype(call.grad.x, dtype) &&
+         has_dtype(call.grad.residual, dtype);
+}
+
 template <class... Parameters>
 Status launch_blocks(void (*kernel)(Parameters...), const CudaPlan& plan, std::int64_t blocks,
                      CudaStream stream, std::type_identity_t<Parameters>... arguments) {
@@ -26,8 +42,8 @@ Status launch_blocks(void (*kernel)(Parameters...), const CudaPlan& plan, std::i
   return to_status(launch(kernel, config, arguments...));
 }
 
-// Calls start.operator()<T, kWidth, kVectors, kStage>(blocks) for every launch of the plan.
-template <int kFewVectors, int kManyVectors, class T, int kWidth, class Start>
+// Calls start.operator()<T, kWidth, kVectors, kStage, kPlain>(blocks) for every launch of the plan.
+template <int kFewVectors, int kManyVectors, class T, int kWidth, bool kPlain, class Start>
 Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
   switch (plan.path) {
     case CudaPath::kPack:
@@ -35,33 +51,41 @@ Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
       if constexpr (!std::is_same_v<T, double>) {
         if constexpr (kWidth > 1) {
           if (plan.vectors == kFewVectors) {
-            return start.template operator()<T, kWidth, kFewVectors, Stage::kResident>(plan.blocks);
+            return start.template operator()<T, kWidth, kFewVectors, Stage::kResident, kPlain>(
+                plan.blocks);
           }
         }
-        return start.template operator()<T, kWidth, kManyVectors, Stage::kResident>(plan.blocks);
+        return start.template operator()<T, kWidth, kManyVectors, Stage::kResident, kPlain>(
+                plan.blocks);
       }
       break;
     case CudaPath::kSplit: {
       const Status status =
-          start.template operator()<T, kWidth, kManyVectors, Stage::kReduce>(plan.blocks);
+          start.template operator()<T, kWidth, kManyVectors, Stage::kReduce, kPlain>(plan.blocks);
       if (!status.ok() || plan.apply_blocks == 0) return status;
-      return start.template operator()<T, kWidth, kManyVectors, Stage::kApply>(plan.apply_blocks);
+      return start.template operator()<T, kWidth, kManyVectors, Stage::kApply, kPlain>(
+          plan.apply_blocks);
     }
     case CudaPath::kStream:
-      return start.template operator()<T, kWidth, kManyVectors, Stage::kApply>(plan.blocks);
+      return start.template operator()<T, kWidth, kManyVectors, Stage::kApply, kPlain>(plan.blocks);
   }
   return Status::invalid("the plan has no kernel");
 }
 
 template <int kFewVectors, int kManyVectors, class Start>
-Status for_each_stage(DType x, const CudaPlan& plan, const Start& start) {
+Status for_each_stage(DType x, const CudaPlan& plan, bool is_plain, const Start& start) {
   return visit_dtype(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int kWidth = static_cast<int>(kVectorBytes / sizeof(T));
-    if (plan.width == kWidth) {
-      return for_each_stage_of<kFewVectors, kManyVectors, T, kWidth>(plan, start);
+    if (plan.width != kWidth) {
+      return for_each_stage_of<kFewVectors, kManyVectors, T, 1, false>(plan, start);
     }
-    return for_each_stage_of<kFewVectors, kManyVectors, T, 1>(plan, start);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (is_plain) {
+        return for_each_stage_of<kFewVectors, kManyVectors, T, kWidth, true>(plan, start);
+      }
+    }
+    return for_each_stage_of<kFewVectors, kManyVectors, T, kWidth, false>(plan, start);
   });
 }
 

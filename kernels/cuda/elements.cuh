@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/launch.cuh"
@@ -68,6 +69,23 @@ __device__ T convert_to(A value) {
   }
 }
 
+// Two neighbours of 16 bits in a word, the first in its lower half; each rounds once.
+template <class T>
+__device__ unsigned convert_pair(float first, float second) {
+  const auto pair = [&] {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      return __floats2bfloat162_rn(first, second);
+    } else {
+      static_assert(std::is_same_v<T, __half>);
+      return __floats2half2_rn(first, second);
+    }
+  }();
+  unsigned word;
+  static_assert(sizeof(word) == sizeof(pair));
+  std::memcpy(&word, &pair, sizeof(word));
+  return word;
+}
+
 template <class A>
 __device__ A load_element(ConstTensor tensor, std::int64_t index) {
   return visit_dtype(tensor.dtype, [&](auto tag) {
@@ -99,6 +117,23 @@ class alignas(std::min<std::int64_t>(sizeof(T) * kWidth, kVectorBytes)) Vector {
     Vector result;
 #pragma unroll
     for (Word& word : result.words_) word = Word(0);
+    return result;
+  }
+
+  // All elements, each rounded once.
+  template <class A>
+  __device__ static Vector from(const A (&values)[kWidth]) {
+    Vector result;
+    if constexpr (kIsPacked && std::is_same_v<A, float>) {
+#pragma unroll
+      for (int i = 0; i < kWidth / 2; ++i) {
+        result.words_[i] = convert_pair<T>(values[2 * i], values[2 * i + 1]);
+      }
+    } else {
+      result = zero();
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) result.set(i, convert_to<T>(values[i]));
+    }
     return result;
   }
 
@@ -141,9 +176,19 @@ __device__ Vector<T, kWidth> load_vector(const T* data, std::int64_t index, Span
   return out;
 }
 
-template <class A, int kWidth>
+// Calls f(TypeTag) with the element type of a tensor beside x: with T, that of x, if kPlain.
+template <bool kPlain, class T, class F>
+__device__ void visit_dtype_beside(DType dtype, F&& f) {
+  if constexpr (kPlain) {
+    f(TypeTag<T>{});
+  } else {
+    visit_dtype(dtype, f);
+  }
+}
+
+template <bool kPlain, class X, class A, int kWidth>
 __device__ void load_values(ConstTensor tensor, std::int64_t index, Span span, A (&out)[kWidth]) {
-  visit_dtype(tensor.dtype, [&](auto tag) {
+  visit_dtype_beside<kPlain, X>(tensor.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto vector = load_vector<T, kWidth>(static_cast<const T*>(tensor.data), index, span);
 #pragma unroll
@@ -151,17 +196,14 @@ __device__ void load_values(ConstTensor tensor, std::int64_t index, Span span, A
   });
 }
 
-template <class A, int kWidth>
+template <bool kPlain, class X, class A, int kWidth>
 __device__ void store_values(MutableTensor tensor, std::int64_t index, Span span,
                              const A (&values)[kWidth]) {
-  visit_dtype(tensor.dtype, [&](auto tag) {
+  visit_dtype_beside<kPlain, X>(tensor.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     T* const data = static_cast<T*>(tensor.data);
     if (span.begin == 0 && span.end == kWidth) {
-      auto vector = Vector<T, kWidth>::zero();
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) vector.set(i, convert_to<T>(values[i]));
-      *reinterpret_cast<Vector<T, kWidth>*>(data + index) = vector;
+      *reinterpret_cast<Vector<T, kWidth>*>(data + index) = Vector<T, kWidth>::from(values);
       return;
     }
 #pragma unroll

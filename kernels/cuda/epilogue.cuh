@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "cuda/activations.cuh"
 #include "cuda/call.h"
 #include "cuda/elements.cuh"
 #include "cuda/statistics.cuh"
@@ -34,7 +35,7 @@ __device__ A normalise(A x, const Affine<A>& affine) {
 }
 
 // What the activation is applied to: the normalised vector and the residual.
-template <class T, int kWidth, class Affines>
+template <bool kPlain, class T, int kWidth, class Affines>
 __device__ void pre_activation(const NormInput& input, const Vector<T, kWidth>& x,
                                std::int64_t index, Span span, const Affines& affine,
                                Arithmetic<T> (&z)[kWidth]) {
@@ -43,69 +44,64 @@ __device__ void pre_activation(const NormInput& input, const Vector<T, kWidth>& 
   for (int i = 0; i < kWidth; ++i) z[i] = normalise(convert_from<A>(x[i]), affine[i]);
   if (!input.residual) return;
   A residual[kWidth];
-  load_values(input.residual, index, span, residual);
+  load_values<kPlain, T>(input.residual, index, span, residual);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) z[i] += residual[i];
 }
 
-template <class T, int kWidth, class Affines>
+template <bool kPlain, class T, int kWidth, class Affines>
 __device__ void apply_forward(const ForwardCall& call, const Vector<T, kWidth>& x,
                               std::int64_t index, Span span, const Affines& affine) {
   Arithmetic<T> z[kWidth];
-  pre_activation(call.input, x, index, span, affine, z);
-  if (call.input.activation != Activation::kNone) {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) z[i] = activate(call.input.activation, z[i]);
-  }
-  store_values(call.y, index, span, z);
+  pre_activation<kPlain>(call.input, x, index, span, affine, z);
+  activate_all<T>(call.input.activation, z);
+  store_values<kPlain, T>(call.y, index, span, z);
 }
 
-// Makes the gradient behind the activation of grad_y. A masked-out value whose grad_y is 0 passes
+// Vectors of grad_y, held as they are in memory where it has the dtype of x.
+template <bool kPlain, class T, int kWidth>
+using GradientVector = Vector<std::conditional_t<kPlain, T, Arithmetic<T>>, kWidth>;
+
+// The gradient g behind the activation, from grad_y. A masked-out value whose grad_y is 0 passes
 // nothing on, not even a NaN: its g is 0, and what has g = 0 and does not count is taken out of every
 // sum.
-template <class T, int kWidth, class Affines>
+template <bool kPlain, class T, int kWidth, class Affines>
 __device__ void output_gradient(const BackwardCall& call, const Vector<T, kWidth>& x,
+                                const GradientVector<kPlain, T, kWidth>& grad_y,
                                 std::int64_t index, Span span, unsigned counting,
                                 const Affines& affine, Arithmetic<T> (&g)[kWidth]) {
   using A = Arithmetic<T>;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) g[i] = convert_from<A>(grad_y[i]);
   if (call.input.activation == Activation::kNone) return;
   A z[kWidth];
-  pre_activation(call.input, x, index, span, affine, z);
+  pre_activation<kPlain>(call.input, x, index, span, affine, z);
+  derive_all<T>(call.input.activation, z);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     const bool is_used = (counting >> i & 1) != 0 || g[i] != A{0};
-    g[i] = is_used ? g[i] * activate_derivative(call.input.activation, z[i]) : A{0};
+    g[i] = is_used ? g[i] * z[i] : A{0};
   }
 }
 
-// Loads x and grad_y of a batch of vectors, each tensor's before any is waited for where both have
-// the same dtype. for_each(f) calls f(k, index of the vector, span) for those that exist.
-template <class T, int kWidth, int kVectors, class ForEach>
+// Loads x and grad_y of a batch of vectors: for_each(f) calls f(k, index of the vector, span) for
+// those that exist.
+template <bool kPlain, class T, int kWidth, int kVectors, class ForEach>
 __device__ void load_batch(const BackwardCall& call, Vector<T, kWidth> (&x)[kVectors],
-                           Arithmetic<T> (&grad_y)[kVectors][kWidth], ForEach for_each) {
+                           GradientVector<kPlain, T, kWidth> (&grad_y)[kVectors],
+                           ForEach for_each) {
   const T* const data = static_cast<const T*>(call.input.x.data);
-  if (call.grad_y.dtype != call.input.x.dtype) {
-    for_each([&](int k, std::int64_t index, Span span) {
-      x[k] = load_vector<T, kWidth>(data, index, span);
-    });
-    for_each([&](int k, std::int64_t index, Span span) {
-      load_values(call.grad_y, index, span, grad_y[k]);
-    });
-    return;
-  }
-  const T* const gradients = static_cast<const T*>(call.grad_y.data);
-  Vector<T, kWidth> packed[kVectors];
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) packed[k] = Vector<T, kWidth>::zero();
   for_each([&](int k, std::int64_t index, Span span) {
-    packed[k] = load_vector<T, kWidth>(gradients, index, span);
     x[k] = load_vector<T, kWidth>(data, index, span);
+    if constexpr (kPlain) {
+      const T* const gradients = static_cast<const T*>(call.grad_y.data);
+      grad_y[k] = load_vector<T, kWidth>(gradients, index, span);
+    } else {
+      Arithmetic<T> values[kWidth];
+      load_values<kPlain, T>(call.grad_y, index, span, values);
+      grad_y[k] = GradientVector<kPlain, T, kWidth>::from(values);
+    }
   });
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) grad_y[k][i] = convert_from<Arithmetic<T>>(packed[k][i]);
-  }
 }
 
 // How grad_x of a slice depends on x through the statistics. All 0 if they are given.
@@ -116,13 +112,13 @@ struct SliceGradient {
   __device__ const SliceGradient& operator[](int) const { return *this; }
 };
 
-template <class T, int kWidth, class Affines, class SliceGradients>
+template <bool kPlain, class T, int kWidth, class Affines, class SliceGradients>
 __device__ void apply_backward(const BackwardCall& call, const Vector<T, kWidth>& x,
                                const Arithmetic<T> (&g)[kWidth], std::int64_t index, Span span,
                                unsigned counting, const Affines& affine,
                                const SliceGradients& slice) {
   using A = Arithmetic<T>;
-  if (call.grad.residual) store_values(call.grad.residual, index, span, g);
+  if (call.grad.residual) store_values<kPlain, T>(call.grad.residual, index, span, g);
   if (!call.grad.x) return;
   A dx[kWidth];
 #pragma unroll
@@ -133,7 +129,7 @@ __device__ void apply_backward(const BackwardCall& call, const Vector<T, kWidth>
     const A direct = g[i] * (slice[i].is_constant != A{0} ? A{0} : affine[i].gain);
     dx[i] = !is_used ? A{0} : call.batch_statistics && counts ? direct + through : direct;
   }
-  store_values(call.grad.x, index, span, dx);
+  store_values<kPlain, T>(call.grad.x, index, span, dx);
 }
 
 }  // namespace normcore::kernels::cuda

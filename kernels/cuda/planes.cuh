@@ -1,5 +1,6 @@
 // Where the vectors of a chunk lie in a kNCS tensor. A chunk's vectors are numbered segment by
 // segment: its slots, which the lanes take in turns so that neighbours read neighbouring memory.
+// kPlain: all of its elements exist and count.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -15,16 +16,17 @@ struct PlanesPosition {
   Span span;
 };
 
-template <int kWidth>
+template <int kWidth, bool kPlain>
 class PlanesChunk {
  public:
   __device__ PlanesChunk(const NormInput& input, std::int64_t num_groups,
                          const PlanesTiling& tiling, std::int64_t slice, std::uint32_t chunk)
       : tiling_(tiling),
         extent_(input.extent),
-        num_groups_(num_groups),
-        slice_(slice),
-        offset_(slice * input.extent.s * (num_groups == 0 ? 1 : input.extent.c / num_groups)),
+        is_group_norm_(num_groups != 0),
+        sample_(is_group_norm_ ? tiling.by_groups.quotient_of(slice) : 0),
+        first_channel_(is_group_norm_ ? (slice - sample_ * num_groups) * tiling.segments : slice),
+        offset_(slice * input.extent.s * (is_group_norm_ ? tiling.segments : 1)),
         first_segment_(tiling.first_segment(chunk)),
         first_granule_(tiling.first_granule(chunk)),
         segments_(tiling.segments_of(chunk)) {
@@ -51,16 +53,19 @@ class PlanesChunk {
   }
 
   __device__ std::int64_t channel(std::uint32_t segment) const {
-    if (num_groups_ == 0) return slice_;
-    return slice_ % num_groups_ * tiling_.segments + segment;
+    return is_group_norm_ ? first_channel_ + segment : first_channel_;
   }
   __device__ std::int64_t sample(std::uint32_t segment) const {
-    return num_groups_ == 0 ? segment : slice_ / num_groups_;
+    return is_group_norm_ ? sample_ : segment;
+  }
+  // Whether scale and bias are the same for all segments.
+  __device__ bool has_one_affine(const NormInput& input) const {
+    return segments_ == 1 || (!is_group_norm_ && !input.affine_per_sample);
   }
 
   // Bits of the elements that count for the statistics.
   __device__ unsigned counting(const Mask& mask, const PlanesPosition& p) const {
-    if (!mask) return existing_elements(p.span);  // without the division of sample()
+    if (kPlain || !mask) return existing_elements(p.span);  // without the division of sample()
     const std::int64_t row = sample(p.segment) * extent_.s + p.position;
     return counting_elements<kWidth>(mask, p.index, row, true, p.span);
   }
@@ -70,6 +75,12 @@ class PlanesChunk {
     PlanesPosition p;
     p.segment = first_segment_ + local_segment;
     const std::int64_t start = offset_ + p.segment * tiling_.segment_stride;
+    if constexpr (kPlain) {
+      p.position = static_cast<std::int64_t>(first_granule_ + granule) * kWidth;
+      p.index = start + p.position;
+      p.span = {0, kWidth};
+      return p;
+    }
     p.position =
         static_cast<std::int64_t>(first_granule_ + granule) * kWidth - (start & (kWidth - 1));
     p.index = start + p.position;
@@ -81,7 +92,8 @@ class PlanesChunk {
 
   const PlanesTiling& tiling_;
   const Extent& extent_;
-  std::int64_t num_groups_, slice_, offset_;
+  bool is_group_norm_;
+  std::int64_t sample_, first_channel_, offset_;
   std::uint32_t first_segment_, first_granule_, segments_, granules_;
 };
 

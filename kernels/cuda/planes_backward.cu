@@ -19,7 +19,7 @@ struct PlanesGradients {
   SliceGradient<A> of_unit[kMaxBackwardThreads];
 };
 
-template <class T, int kWidth, int kVectors, Stage kStage>
+template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
 class PlanesBackward {
  public:
   using A = Arithmetic<T>;
@@ -37,13 +37,13 @@ class PlanesBackward {
 
   // One chunk of one slice. All threads of the block get here together.
   __device__ void run(std::int64_t slice, std::uint32_t chunk_index, bool is_active) const {
-    const PlanesChunk<kWidth> chunk(call_.input, call_.num_groups, tiling_, slice, chunk_index);
+    const PlanesChunk<kWidth, kPlain> chunk(call_.input, call_.num_groups, tiling_, slice, chunk_index);
     const auto statistics = load_statistics<A>(call_, slice);
     const std::uint32_t slots = is_active ? chunk.slots() : 0;
 
     Vector<T, kWidth> x[kVectors];
-    A g[kVectors][kWidth];
-    load_batch(call_, x, g, [&](auto f) {
+    GradientVector<kPlain, T, kWidth> grad_y[kVectors];
+    load_batch<kPlain>(call_, x, grad_y, [&](auto f) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         const std::uint32_t slot = lane_ + k * lanes_;
@@ -52,19 +52,9 @@ class PlanesBackward {
         f(k, p.index, p.span);
       }
     });
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      const std::uint32_t slot = lane_ + k * lanes_;
-      if (slot >= slots) continue;
-      const PlanesPosition p = chunk.at(slot);
-      output_gradient(call_, x[k], p.index, p.span, chunk.counting(call_.input.mask, p),
-                      affine_at(chunk, statistics, p), g[k]);
-      keep_packed(x[k]);
-    }
-
     SliceGradient<A> gradient{A{0}, A{0}, A{0}};
     if constexpr (kStage != Stage::kApply) {
-      sum_channels(chunk, slots, statistics, x, g, slice, chunk_index);
+      sum_channels(chunk, slots, statistics, x, grad_y, slice, chunk_index);
       if constexpr (kStage == Stage::kReduce) {
         finish_split(chunk, slice, statistics);
         return;
@@ -75,6 +65,8 @@ class PlanesBackward {
     }
     if (!call_.grad.x && !call_.grad.residual) return;
 
+    const bool is_same_affine = chunk.has_one_affine(call_.input);
+    Affine<A> affine = affine_at(chunk, statistics, chunk.first_segment());
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const std::uint32_t slot = lane_ + k * lanes_;
@@ -82,17 +74,21 @@ class PlanesBackward {
       const PlanesPosition p = chunk.at(slot);
       if (p.span.is_empty()) continue;
       keep_packed(x[k]);
-      apply_backward(call_, x[k], g[k], p.index, p.span, chunk.counting(call_.input.mask, p),
-                     affine_at(chunk, statistics, p), gradient);
+      keep_packed(grad_y[k]);
+      keep_order();
+      if (!is_same_affine) affine = affine_at(chunk, statistics, p.segment);
+      const unsigned counting = chunk.counting(call_.input.mask, p);
+      A g[kWidth];
+      output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, p.span, counting, affine, g);
+      apply_backward<kPlain>(call_, x[k], g, p.index, p.span, counting, affine, gradient);
     }
   }
 
  private:
-  __device__ Affine<A> affine_at(const PlanesChunk<kWidth>& chunk,
+  __device__ Affine<A> affine_at(const PlanesChunk<kWidth, kPlain>& chunk,
                                  const SliceStatistics<A>& statistics,
-                                 const PlanesPosition& p) const {
-    return Affine<A>::of(call_.input, statistics, chunk.sample(p.segment),
-                         chunk.channel(p.segment));
+                                 std::uint32_t segment) const {
+    return Affine<A>::of(call_.input, statistics, chunk.sample(segment), chunk.channel(segment));
   }
 
   // Shared memory: the sums of every channel (float64, so first), then those of every slot or lane.
@@ -105,11 +101,11 @@ class PlanesBackward {
   }
 
   // Sums of the channels of a chunk: to shared memory, or to the workspace (kReduce).
-  __device__ void sum_channels(const PlanesChunk<kWidth>& chunk, std::uint32_t slots,
+  __device__ void sum_channels(const PlanesChunk<kWidth, kPlain>& chunk, std::uint32_t slots,
                                const SliceStatistics<A>& statistics,
-                               const Vector<T, kWidth> (&x)[kVectors],
-                               const A (&g)[kVectors][kWidth], std::int64_t slice,
-                               std::uint32_t chunk_index) const {
+                               Vector<T, kWidth> (&x)[kVectors],
+                               GradientVector<kPlain, T, kWidth> (&grad_y)[kVectors],
+                               std::int64_t slice, std::uint32_t chunk_index) const {
     PartialSums<A>* const own = slot_sums() + unit_ * slots_;
     PartialSums<A> total{A{0}, A{0}, A{0}};
 #pragma unroll
@@ -119,11 +115,19 @@ class PlanesBackward {
       if (slot < slots) {
         const PlanesPosition p = chunk.at(slot);
         const unsigned counting = chunk.counting(call_.input.mask, p);
-        const Affine<A> center{statistics.center, A{0}, A{0}};
+        keep_packed(x[k]);
+        keep_packed(grad_y[k]);
+        // Without an activation only the center is of interest.
+        Affine<A> affine{statistics.center, A{0}, A{0}};
+        if (call_.input.activation != Activation::kNone) {
+          affine = affine_at(chunk, statistics, p.segment);
+        }
+        A g[kWidth];
+        output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, p.span, counting, affine, g);
         total.count += static_cast<A>(__popc(counting));
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          if (p.span.contains(i)) total.add(x[k], g[k], counting, i, center);
+          if (p.span.contains(i)) total.add(x[k], g, counting, i, affine);
         }
       }
       if (is_per_segment_) own[slot] = total;
@@ -146,7 +150,7 @@ class PlanesBackward {
         });
   }
 
-  __device__ SliceGradient<A> finish_resident(const PlanesChunk<kWidth>& chunk, bool is_active,
+  __device__ SliceGradient<A> finish_resident(const PlanesChunk<kWidth, kPlain>& chunk, bool is_active,
                                               const SliceStatistics<A>& statistics) const {
     __syncthreads();
     auto& shared = block_shared<PlanesGradients<A>>();
@@ -163,7 +167,7 @@ class PlanesBackward {
   }
 
   // The last block to arrive sums the records of the slice, channel by channel.
-  __device__ void finish_split(const PlanesChunk<kWidth>& chunk, std::int64_t slice,
+  __device__ void finish_split(const PlanesChunk<kWidth, kPlain>& chunk, std::int64_t slice,
                                const SliceStatistics<A>& statistics) const {
     if (!is_last_block(call_.counters + slice, tiling_.chunks)) return;
     const std::uint32_t channels = is_per_segment_ ? tiling_.segments : 1;
@@ -191,29 +195,30 @@ class PlanesBackward {
   std::uint32_t records_, slots_;
 };
 
-template <class T, int kWidth, int kVectors, Stage kStage>
-__global__ void __launch_bounds__(kMaxBackwardThreads, 1)
+template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
+__global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxBackwardThreads : kBlockThreads,
+                                  kPlain && kStage != Stage::kResident ? 2 : 1)
     planes_backward_kernel(BackwardCall call, PlanesTiling tiling) {
-  const PlanesBackward<T, kWidth, kVectors, kStage> backward(call, tiling);
+  const PlanesBackward<T, kWidth, kVectors, kStage, kPlain> backward(call, tiling);
   const unsigned units = blockDim.x / tiling.lanes;
   const std::int64_t index =
       static_cast<std::int64_t>(blockIdx.x) * units + threadIdx.x / tiling.lanes;
   if constexpr (kStage == Stage::kResident) {
     // The samples of a block one after the other, for the sums over samples.
-    const std::int64_t per_sample = call.num_groups == 0 ? tiling.slices : call.num_groups;
-    const std::int64_t samples = tiling.slices / per_sample;
-    const std::int64_t block = index / per_sample;
+    const bool is_group_norm = call.num_groups != 0;
+    const std::int64_t block = is_group_norm ? tiling.by_groups.quotient_of(index) : 0;
+    const std::int64_t first = index + block * (call.samples_per_block - 1) * call.num_groups;
     for (std::int64_t i = 0; i < call.samples_per_block; ++i) {
-      const std::int64_t sample = block * call.samples_per_block + i;
-      const bool is_active = sample < samples;
-      backward.run(is_active ? sample * per_sample + index % per_sample : 0, 0, is_active);
+      const std::int64_t slice = first + i * call.num_groups;
+      const bool is_active = slice < tiling.slices;
+      backward.run(is_active ? slice : 0, 0, is_active);
     }
   } else {
     const std::int64_t chunks = tiling.slices * tiling.chunks;
     const bool is_active = index < chunks;
     // What the first launch read last may still be in the cache.
     const std::int64_t at = !is_active ? 0 : kStage == Stage::kApply ? chunks - 1 - index : index;
-    const std::int64_t slice = at / tiling.chunks;
+    const std::int64_t slice = tiling.by_chunks.quotient_of(at);
     backward.run(slice, static_cast<std::uint32_t>(at - slice * tiling.chunks), is_active);
   }
 }
@@ -223,9 +228,9 @@ __global__ void __launch_bounds__(kMaxBackwardThreads, 1)
 Status planes_backward(const BackwardCall& call, const PlanesTiling& tiling, const CudaPlan& plan,
                        CudaStream stream) {
   return for_each_stage<kBackwardFewVectors, kBackwardVectors>(
-      call.input.x.dtype, plan,
-      [&]<class T, int kWidth, int kVectors, Stage kStage>(std::int64_t blocks) {
-        return launch_blocks(planes_backward_kernel<T, kWidth, kVectors, kStage>, plan, blocks,
+      call.input.x.dtype, plan, is_plain(call) && call.input.extent.s % plan.width == 0,
+      [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
+        return launch_blocks(planes_backward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks,
                              stream, call, tiling);
       });
 }

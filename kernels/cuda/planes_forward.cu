@@ -1,6 +1,7 @@
 // Forward pass over kNCS tensors: every stage of every path is this one kernel.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/dispatch.cuh"
@@ -20,8 +21,9 @@ struct PlanesStatistics {
   SliceStatistics<A> of_unit[kMaxForwardThreads];
 };
 
-template <class T, int kWidth, int kVectors, Stage kStage>
-__global__ void __launch_bounds__(kMaxForwardThreads, 1)
+template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
+__global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxForwardThreads : kBlockThreads,
+                                  kPlain && kStage != Stage::kResident ? 3 : 1)
     planes_forward_kernel(ForwardCall call, PlanesTiling tiling) {
   using A = Arithmetic<T>;
   const unsigned lanes = tiling.lanes, lane = threadIdx.x % lanes, unit = threadIdx.x / lanes;
@@ -31,28 +33,33 @@ __global__ void __launch_bounds__(kMaxForwardThreads, 1)
   if (!is_active) index = 0;
   // What the first launch read last may still be in the cache.
   if constexpr (kStage == Stage::kApply) index = units - 1 - index;
-  const std::int64_t slice = index / tiling.chunks;
+  const std::int64_t slice = tiling.by_chunks.quotient_of(index);
   const auto chunk_index = static_cast<std::uint32_t>(index - slice * tiling.chunks);
-  const PlanesChunk<kWidth> chunk(call.input, call.num_groups, tiling, slice, chunk_index);
+  const PlanesChunk<kWidth, kPlain> chunk(call.input, call.num_groups, tiling, slice, chunk_index);
   const std::uint32_t slots = is_active ? chunk.slots() : 0;
   const T* const data = static_cast<const T*>(call.input.x.data);
   const Mask& mask = call.input.mask;
 
-  Vector<T, kWidth> x[kVectors];
+  // Nothing has to stay in registers for kApply: fewer at once leave room for more threads.
+  constexpr int kHeld = kStage == Stage::kApply ? std::min(kVectors, kApplyVectors) : kVectors;
+  Vector<T, kWidth> x[kHeld];
+  const auto load = [&](std::uint32_t first) {
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    const std::uint32_t slot = lane + k * lanes;
-    if (slot >= slots) continue;
-    const PlanesPosition p = chunk.at(slot);
-    x[k] = load_vector<T, kWidth>(data, p.index, p.span);
-  }
+    for (int k = 0; k < kHeld; ++k) {
+      const std::uint32_t slot = first + k * lanes;
+      if (slot >= slots) continue;
+      const PlanesPosition p = chunk.at(slot);
+      x[k] = load_vector<T, kWidth>(data, p.index, p.span);
+    }
+  };
+  load(lane);
 
   SliceStatistics<A> statistics;
   if constexpr (kStage != Stage::kApply) {
     // Calls f(vector, bits of the elements that count) for every vector that this thread holds.
     const auto for_each_vector = [&](auto f) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
+      for (int k = 0; k < kHeld; ++k) {
         const std::uint32_t slot = lane + k * lanes;
         if (slot >= slots) continue;
         keep_packed(x[k]);
@@ -61,18 +68,22 @@ __global__ void __launch_bounds__(kMaxForwardThreads, 1)
     };
     // The mean about `reference`, and how many values count.
     const auto mean_about = [&](A reference, double& count) {
-      A total[2] = {A{0}, A{0}};
+      A total[kPlain ? 1 : 2] = {};
       for_each_vector([&](const Vector<T, kWidth>& vector, unsigned counting) {
-        total[1] += static_cast<A>(__popc(counting));
+        if constexpr (!kPlain) total[1] += static_cast<A>(__popc(counting));
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           const A value = convert_from<A>(vector[i]);
           total[0] += (counting >> i & 1) != 0 ? value - reference : A{0};
         }
       });
-      double sums[2];
+      double sums[kPlain ? 1 : 2];
       sum_over_lanes(total, lanes, sums);
-      count = sums[1];
+      if constexpr (kPlain) {
+        count = static_cast<double>(slots) * kWidth;
+      } else {
+        count = sums[1];
+      }
       return count == 0.0 ? A{0} : reference + static_cast<A>(sums[0]) / static_cast<A>(count);
     };
     // About a value of the slice itself, so that equal values give exactly themselves. Under a mask
@@ -119,16 +130,26 @@ __global__ void __launch_bounds__(kMaxForwardThreads, 1)
     count_batch(call.running, nullptr);
   }
 
+  const auto affine_of = [&](std::uint32_t segment) {
+    return Affine<A>::of(call.input, statistics, chunk.sample(segment), chunk.channel(segment));
+  };
+  const bool is_same_affine = chunk.has_one_affine(call.input);
+  auto affine = affine_of(chunk.first_segment());
+#pragma unroll 1
+  for (int done = 0; done < kVectors; done += kHeld) {
+    const std::uint32_t first = lane + done * lanes;
+    if (done != 0) load(first);
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    const std::uint32_t slot = lane + k * lanes;
-    if (slot >= slots) continue;
-    const PlanesPosition p = chunk.at(slot);
-    if (p.span.is_empty()) continue;
-    keep_packed(x[k]);
-    const auto affine =
-        Affine<A>::of(call.input, statistics, chunk.sample(p.segment), chunk.channel(p.segment));
-    apply_forward(call, x[k], p.index, p.span, affine);
+    for (int k = 0; k < kHeld; ++k) {
+      const std::uint32_t slot = first + k * lanes;
+      if (slot >= slots) continue;
+      const PlanesPosition p = chunk.at(slot);
+      if (p.span.is_empty()) continue;
+      keep_packed(x[k]);
+      keep_order();
+      if (!is_same_affine) affine = affine_of(p.segment);
+      apply_forward<kPlain>(call, x[k], p.index, p.span, affine);
+    }
   }
 }
 
@@ -137,9 +158,9 @@ __global__ void __launch_bounds__(kMaxForwardThreads, 1)
 Status planes_forward(const ForwardCall& call, const PlanesTiling& tiling, const CudaPlan& plan,
                       CudaStream stream) {
   return for_each_stage<kForwardFewVectors, kForwardVectors>(
-      call.input.x.dtype, plan,
-      [&]<class T, int kWidth, int kVectors, Stage kStage>(std::int64_t blocks) {
-        return launch_blocks(planes_forward_kernel<T, kWidth, kVectors, kStage>, plan, blocks,
+      call.input.x.dtype, plan, is_plain(call) && call.input.extent.s % plan.width == 0,
+      [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
+        return launch_blocks(planes_forward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks,
                              stream, call, tiling);
       });
 }

@@ -10,6 +10,7 @@
 namespace normcore::kernels::cuda {
 
 inline constexpr unsigned kMaxWarps = kMaxForwardThreads / kWarp;
+static_assert(kMaxWarps <= kWarp);
 
 template <class A>
 __device__ A warp_sum(A value, unsigned lanes) {
@@ -38,11 +39,12 @@ __device__ void sum_over_lanes(const A (&values)[kValues], unsigned lanes,
     for (int i = 0; i < kValues; ++i) shared.values[threadIdx.x / kWarp][i] = sums[i];
   }
   __syncthreads();
+  // Every warp sums all of them: a lane takes one.
+  const unsigned lane = threadIdx.x % kWarp;
+  const bool has_value = lane < blockDim.x / kWarp;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) sums[i] = 0.0;
-  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) sums[i] += shared.values[warp][i];
+  for (int i = 0; i < kValues; ++i) {
+    sums[i] = warp_sum(has_value ? shared.values[lane][i] : 0.0, kWarp);
   }
   __syncthreads();  // the next sum may overwrite the shared values
 }

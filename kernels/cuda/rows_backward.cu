@@ -13,12 +13,13 @@
 namespace normcore::kernels::cuda {
 namespace {
 
-template <class T, int kWidth, int kVectors, Stage kStage>
+template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
 class RowsBackward {
  public:
   using A = Arithmetic<T>;
-  using Chunk = RowsChunk<kWidth, kVectors>;
+  using Chunk = RowsChunk<kWidth, kVectors, kPlain>;
   using Affines = PerColumn<Affine<A>, kWidth>;
+  using Gradients = GradientVector<kPlain, T, kWidth>;
 
   __device__ RowsBackward(const BackwardCall& call, const RowsTiling& tiling)
       : call_(call),
@@ -35,11 +36,11 @@ class RowsBackward {
     const Chunk chunk(call_.input, call_.num_groups, tiling_, own < 0 ? 0 : own, own >= 0);
     const Affines affine = affines(chunk);
     Vector<T, kWidth> x[kVectors];
-    A g[kVectors][kWidth];
-    load(chunk, 0, affine, x, g);
+    Gradients grad_y[kVectors];
+    load(chunk, 0, x, grad_y);
 
     if constexpr (kStage != Stage::kApply) {
-      sum_columns(chunk, affine, x, g);
+      sum_columns(chunk, affine, x, grad_y);
       if constexpr (kStage == Stage::kReduce) {
         finish_split(chunk);
         return;
@@ -49,15 +50,12 @@ class RowsBackward {
     if (!call_.grad.x && !call_.grad.residual) return;
     const auto gradients = slice_gradients_of(chunk);
     for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
-      if (batch != 0) load(chunk, batch, affine, x, g);
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        std::int64_t row;
-        if (!chunk.row(batch, k, row)) continue;
-        keep_packed(x[k]);
-        apply_backward(call_, x[k], g[k], chunk.index(row), {0, kWidth},
-                       chunk.counting(call_.input.mask, row), affine, gradients);
-      }
+      if (batch != 0) load(chunk, batch, x, grad_y);
+      for_each_vector(chunk, batch, affine, x, grad_y,
+                      [&](int k, const RowsPosition& p, unsigned counting, const A(&g)[kWidth]) {
+                        apply_backward<kPlain>(call_, x[k], g, p.index, Span{0, kWidth}, counting,
+                                               affine, gradients);
+                      });
     }
   }
 
@@ -66,7 +64,7 @@ class RowsBackward {
     return has_unit_ && chunk.column() + i < call_.input.extent.c;
   }
   __device__ std::int64_t slice_of(const Chunk& chunk, std::int64_t column) const {
-    return chunk.tile() * chunk.slices_per_tile() + column / chunk.channels_per_slice();
+    return chunk.tile() * chunk.slices_per_tile() + chunk.slice_of(column);
   }
 
   __device__ Affines affines(const Chunk& chunk) const {
@@ -82,31 +80,34 @@ class RowsBackward {
     return out;
   }
 
-  __device__ void load(const Chunk& chunk, std::uint32_t batch, const Affines& affine,
-                       Vector<T, kWidth> (&x)[kVectors], A (&g)[kVectors][kWidth]) const {
-    // One by one where the registers of a whole batch would leave a multiprocessor fewer blocks.
-    constexpr bool kIsAtOnce = sizeof(T) == 2 && kWidth > 1;
-    if constexpr (kIsAtOnce) {
-      load_batch(call_, x, g, [&](auto f) {
+  __device__ void load(const Chunk& chunk, std::uint32_t batch, Vector<T, kWidth> (&x)[kVectors],
+                       Gradients (&grad_y)[kVectors]) const {
+    load_batch<kPlain>(call_, x, grad_y, [&](auto f) {
 #pragma unroll
-        for (int k = 0; k < kVectors; ++k) {
-          std::int64_t row;
-          if (chunk.row(batch, k, row)) f(k, chunk.index(row), Span{0, kWidth});
-        }
-      });
-    }
+      for (int k = 0; k < kVectors; ++k) {
+        RowsPosition p;
+        if (chunk.at(batch, k, p)) f(k, p.index, Span{0, kWidth});
+      }
+    });
+  }
+
+  // Calls f(k, position, counting elements, g) for the vectors of a batch.
+  template <class F>
+  __device__ void for_each_vector(const Chunk& chunk, std::uint32_t batch, const Affines& affine,
+                                  Vector<T, kWidth> (&x)[kVectors], Gradients (&grad_y)[kVectors],
+                                  F f) const {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      std::int64_t row;
-      if (!chunk.row(batch, k, row)) continue;
-      if constexpr (!kIsAtOnce) {
-        const T* const data = static_cast<const T*>(call_.input.x.data);
-        x[k] = load_vector<T, kWidth>(data, chunk.index(row), {0, kWidth});
-        load_values(call_.grad_y, chunk.index(row), {0, kWidth}, g[k]);
-      }
-      output_gradient(call_, x[k], chunk.index(row), {0, kWidth},
-                      chunk.counting(call_.input.mask, row), affine, g[k]);
+      RowsPosition p;
+      if (!chunk.at(batch, k, p)) continue;
       keep_packed(x[k]);
+      keep_packed(grad_y[k]);
+      keep_order();
+      const unsigned counting = chunk.counting(call_.input.mask, p);
+      A g[kWidth];
+      output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, Span{0, kWidth}, counting, affine,
+                              g);
+      f(k, p, counting, g);
     }
   }
 
@@ -119,46 +120,47 @@ class RowsBackward {
   __device__ SliceGradient<A>* slice_gradients() const {
     return reinterpret_cast<SliceGradient<A>*>(lane_sums() + all_columns_ * tiling_.row_lanes);
   }
-  __device__ std::uint32_t slices_per_unit(const Chunk& chunk) const {
-    return tiling_.columns / static_cast<std::uint32_t>(chunk.channels_per_slice());
+  __device__ std::uint32_t slices_per_unit() const {
+    return tiling_.by_channels_per_slice.quotient(tiling_.columns);
   }
 
   // Sums of every column of the block over the rows of its chunk: to shared memory, or to the
   // workspace (kReduce).
   __device__ void sum_columns(const Chunk& chunk, const Affines& affine,
-                              Vector<T, kWidth> (&x)[kVectors], A (&g)[kVectors][kWidth]) const {
+                              Vector<T, kWidth> (&x)[kVectors],
+                              Gradients (&grad_y)[kVectors]) const {
     PartialSums<A> sums[kWidth] = {};
     for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
-      if (batch != 0) load(chunk, batch, affine, x, g);
+      if (batch != 0) load(chunk, batch, x, grad_y);
+      for_each_vector(chunk, batch, affine, x, grad_y,
+                      [&](int k, const RowsPosition&, unsigned counting, const A(&g)[kWidth]) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        std::int64_t row;
-        if (!chunk.row(batch, k, row)) continue;
-        keep_packed(x[k]);
-        const unsigned counting = chunk.counting(call_.input.mask, row);
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          sums[i].add(x[k], g[k], counting, i, affine);
-          sums[i].count += (counting >> i & 1) != 0 ? A{1} : A{0};
-        }
-      }
+                        for (int i = 0; i < kWidth; ++i) {
+                          sums[i].add(x[k], g, counting, i, affine);
+                          if constexpr (!kPlain) {
+                            sums[i].count += (counting >> i & 1) != 0 ? A{1} : A{0};
+                          }
+                        }
+                      });
     }
     if (has_unit_) {
-      const unsigned lane = threadIdx.x % unit_threads_;
-      const unsigned at =
-          (unit_ * tiling_.row_lanes + lane / tiling_.column_lanes) * tiling_.columns +
-          lane % tiling_.column_lanes * kWidth;
+      const unsigned lane = threadIdx.x - unit_ * unit_threads_;
+      const unsigned row_lane = lane / tiling_.column_lanes;
+      const unsigned at = (unit_ * tiling_.row_lanes + row_lane) * tiling_.columns +
+                          (lane - row_lane * tiling_.column_lanes) * kWidth;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) lane_sums()[at + i] = sums[i];
+      for (int i = 0; i < kWidth; ++i) {
+        if constexpr (kPlain) sums[i].count = static_cast<A>(chunk.own_rows());
+        lane_sums()[at + i] = sums[i];
+      }
     }
     __syncthreads();
     const std::int64_t c = call_.input.extent.c;
     sum_terms(
         all_columns_, tiling_.row_lanes, 1,
         [&](std::uint32_t column, std::uint32_t row) {
-          const unsigned unit = column / tiling_.columns;
-          return lane_sums()[(unit * tiling_.row_lanes + row) * tiling_.columns +
-                             column % tiling_.columns];
+          const unsigned unit = tiling_.by_columns.quotient(column);
+          return lane_sums()[column + (unit * (tiling_.row_lanes - 1) + row) * tiling_.columns];
         },
         [&](std::uint32_t column, const ChannelSums& total) {
           if constexpr (kStage == Stage::kReduce) {
@@ -178,7 +180,7 @@ class RowsBackward {
   __device__ void finish_resident(Index index) const {
     const Chunk first(call_.input, call_.num_groups, tiling_, 0, true);
     const auto width = static_cast<std::uint32_t>(first.channels_per_slice());
-    const std::uint32_t slices = slices_per_unit(first), items = tiling_.units * slices;
+    const std::uint32_t slices = slices_per_unit(), items = tiling_.units * slices;
     const unsigned lanes = lanes_for(width), lane = threadIdx.x % lanes;
     for (std::uint32_t at = 0; at < items; at += blockDim.x / lanes) {
       const std::uint32_t item = at + threadIdx.x / lanes;
@@ -237,7 +239,7 @@ class RowsBackward {
       const std::int64_t column = chunk.column() + i;
       if constexpr (kStage == Stage::kResident) {
         out.values[i] =
-            slice_gradients()[unit_ * slices_per_unit(chunk) + chunk.local_slice(column)];
+            slice_gradients()[unit_ * slices_per_unit() + chunk.local_slice(column)];
       } else if (call_.slice_gradients != nullptr) {
         out.values[i] =
             static_cast<const SliceGradient<A>*>(call_.slice_gradients)[slice_of(chunk, column)];
@@ -253,20 +255,20 @@ class RowsBackward {
   unsigned unit_, all_columns_;
 };
 
-template <class T, int kWidth, int kVectors, Stage kStage>
-__global__ void __launch_bounds__(kMaxRowsThreads, 1)
+template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
+__global__ void __launch_bounds__(kMaxRowsThreads, kPlain && kStage != Stage::kResident ? 2 : 1)
     rows_backward_kernel(BackwardCall call, RowsTiling tiling) {
-  const RowsBackward<T, kWidth, kVectors, kStage> backward(call, tiling);
+  const RowsBackward<T, kWidth, kVectors, kStage, kPlain> backward(call, tiling);
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * tiling.units;
   if constexpr (kStage == Stage::kResident) {
     // The samples of a block one after the other, for the sums over samples.
     const std::int64_t per_block = call.samples_per_block;
     for (std::int64_t i = 0; i < per_block; ++i) {
       backward.run([&](unsigned unit) -> std::int64_t {
-        const std::int64_t block = (first + unit) / tiling.column_tiles;
+        const std::int64_t block = tiling.by_column_tiles.quotient_of(first + unit);
         const std::int64_t sample = block * per_block + i;
         if (sample >= tiling.tiles) return -1;
-        return sample * tiling.column_tiles + (first + unit) % tiling.column_tiles;
+        return first + unit + (sample - block) * tiling.column_tiles;
       });
     }
   } else {
@@ -285,9 +287,9 @@ __global__ void __launch_bounds__(kMaxRowsThreads, 1)
 Status rows_backward(const BackwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
                      CudaStream stream) {
   return for_each_stage<kBackwardFewVectors, kBackwardVectors>(
-      call.input.x.dtype, plan,
-      [&]<class T, int kWidth, int kVectors, Stage kStage>(std::int64_t blocks) {
-        return launch_blocks(rows_backward_kernel<T, kWidth, kVectors, kStage>, plan, blocks,
+      call.input.x.dtype, plan, is_plain(call),
+      [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
+        return launch_blocks(rows_backward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks,
                              stream, call, tiling);
       });
 }

@@ -1,6 +1,7 @@
 // Forward pass over kNSC tensors: every stage of every path is this one kernel.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "cuda/dispatch.cuh"
@@ -25,11 +26,11 @@ struct alignas(16) ColumnSums {
   }
 };
 
-template <class T, int kWidth, int kVectors, Stage kStage>
+template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
 class RowsForward {
  public:
   using A = Arithmetic<T>;
-  using Chunk = RowsChunk<kWidth, kVectors>;
+  using Chunk = RowsChunk<kWidth, kVectors, kPlain>;
 
   __device__ RowsForward(const ForwardCall& call, const RowsTiling& tiling)
       : call_(call),
@@ -48,7 +49,7 @@ class RowsForward {
     Vector<T, kWidth> x[kVectors];
     load(chunk, 0, x);
     if constexpr (kStage != Stage::kApply) {
-      sum_columns(chunk, first, chunks, x);
+      sum_columns(chunk, x);
       if constexpr (kStage == Stage::kReduce) {
         finish_split(chunk);
         return;
@@ -65,10 +66,10 @@ class RowsForward {
       if (batch != 0) load(chunk, batch, x);
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
-        std::int64_t row;
-        if (!chunk.row(batch, k, row)) continue;
+        RowsPosition p;
+        if (!chunk.at(batch, k, p)) continue;
         keep_packed(x[k]);
-        apply_forward(call_, x[k], chunk.index(row), {0, kWidth}, affine);
+        apply_forward<kPlain>(call_, x[k], p.index, Span{0, kWidth}, affine);
       }
     }
   }
@@ -88,9 +89,8 @@ class RowsForward {
     const T* const data = static_cast<const T*>(call_.input.x.data);
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      std::int64_t row;
-      if (!chunk.row(batch, k, row)) continue;
-      x[k] = load_vector<T, kWidth>(data, chunk.index(row), {0, kWidth});
+      RowsPosition p;
+      if (chunk.at(batch, k, p)) x[k] = load_vector<T, kWidth>(data, p.index, {0, kWidth});
     }
   }
 
@@ -110,10 +110,10 @@ class RowsForward {
   template <int kValues, class Store>
   __device__ void sum_lanes(const A (&values)[kValues][kWidth], Store store) const {
     if (has_unit_) {
-      const unsigned lane = threadIdx.x % unit_threads_;
-      const unsigned at =
-          (unit_ * tiling_.row_lanes + lane / tiling_.column_lanes) * tiling_.columns +
-          lane % tiling_.column_lanes * kWidth;
+      const unsigned lane = threadIdx.x - unit_ * unit_threads_;
+      const unsigned row_lane = lane / tiling_.column_lanes;
+      const unsigned at = (unit_ * tiling_.row_lanes + row_lane) * tiling_.columns +
+                          (lane - row_lane * tiling_.column_lanes) * kWidth;
 #pragma unroll
       for (int v = 0; v < kValues; ++v) {
 #pragma unroll
@@ -122,8 +122,8 @@ class RowsForward {
     }
     __syncthreads();
     for (unsigned column = threadIdx.x; column < all_columns_; column += blockDim.x) {
-      const unsigned first =
-          column / tiling_.columns * tiling_.row_lanes * tiling_.columns + column % tiling_.columns;
+      const unsigned unit = tiling_.by_columns.quotient(column);
+      const unsigned first = column + unit * (tiling_.row_lanes - 1) * tiling_.columns;
       A sums[kValues] = {};
       for (unsigned row = 0; row < tiling_.row_lanes; ++row) {
 #pragma unroll
@@ -135,65 +135,70 @@ class RowsForward {
   }
 
   // ColumnSums of every column of the block, over the rows of its chunk.
-  __device__ void sum_columns(const Chunk& chunk, std::int64_t first, std::int64_t chunks,
-                              Vector<T, kWidth> (&x)[kVectors]) const {
+  __device__ void sum_columns(const Chunk& chunk, Vector<T, kWidth> (&x)[kVectors]) const {
     const Mask& mask = call_.input.mask;
-    const T* const data = static_cast<const T*>(call_.input.x.data);
-    // About a value of the column itself, so that equal values give exactly themselves. Under a mask
-    // no value is known to count: the mean about 0 stands in.
-    const auto first_value = [&](unsigned column) {
-      const Chunk other = chunk_of(first, column / tiling_.columns, chunks);
-      const std::int64_t at = static_cast<std::int64_t>(other.column_tile()) * tiling_.columns +
-                              column % tiling_.columns;
-      if (at >= call_.input.extent.c) return A{0};
-      return convert_from<A>(data[other.index(other.first_row(), at)]);
-    };
-    A about[kWidth];
-    const auto add_batch = [&](std::uint32_t batch, A(&sum)[kWidth], A(&square)[kWidth],
-                               A(&count)[kWidth]) {
+    const unsigned lane = threadIdx.x - unit_ * unit_threads_;
+    const unsigned own_column =
+        unit_ * tiling_.columns + lane % tiling_.column_lanes * kWidth;
+    // Calls f(element, value, whether it counts) for those of a batch.
+    const auto for_each_value = [&](std::uint32_t batch, auto f) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
-        std::int64_t row;
-        if (!chunk.row(batch, k, row)) continue;
+        RowsPosition p;
+        if (!chunk.at(batch, k, p)) continue;
         keep_packed(x[k]);
-        const unsigned counting = chunk.counting(mask, row);
+        const unsigned counting = chunk.counting(mask, p);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          const bool counts = (counting >> i & 1) != 0;
-          const A centered = counts ? convert_from<A>(x[k][i]) - about[i] : A{0};
-          sum[i] += centered;
-          square[i] = std::fma(centered, centered, square[i]);
-          count[i] += counts ? A{1} : A{0};
+          f(i, convert_from<A>(x[k][i]), (counting >> i & 1) != 0);
         }
       }
     };
-    const unsigned own_column =
-        unit_ * tiling_.columns + threadIdx.x % unit_threads_ % tiling_.column_lanes * kWidth;
-    // The pivot: the mean of the first batch, in one step or, under a mask, in two.
-    for (int step = mask ? 0 : 1; step < 2; ++step) {
+    // The pivot is the mean of the first batch. That is taken about a value of the column itself, so
+    // that equal values give exactly themselves; under a mask, where no value is known to count, in
+    // two steps, first about 0.
+    A about[kWidth] = {};
+    if (!mask && chunk.is_active()) {
+      const auto first =
+          load_vector<T, kWidth>(static_cast<const T*>(call_.input.x.data), chunk.start(), {0, kWidth});
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        about[i] = mask ? (step == 0 ? A{0} : column_sums()[own_column + i].pivot)
-                        : first_value(own_column + i);
-      }
-      A values[2][kWidth] = {}, unused[kWidth] = {};
-      add_batch(0, values[0], unused, values[1]);
-      sum_lanes(values, [&](unsigned column, const A(&sums)[2]) {
-        const A base =
-            mask ? (step == 0 ? A{0} : column_sums()[column].pivot) : first_value(column);
-        column_sums()[column].pivot = sums[1] == A{0} ? base : base + sums[0] / sums[1];
-      });
+      for (int i = 0; i < kWidth; ++i) about[i] = convert_from<A>(first[i]);
     }
+    const std::uint32_t first_rows = std::min(chunk.rows(), tiling_.row_lanes * kVectors);
+    const int first_step = kPlain || !mask ? 1 : 0;
+    for (int step = first_step; step < 2; ++step) {
+      A values[kPlain ? 1 : 2][kWidth] = {};
+      for_each_value(0, [&](int i, A value, bool counts) {
+        values[0][i] += counts ? value - about[i] : A{0};
+        if constexpr (!kPlain) values[1][i] += counts ? A{1} : A{0};
+      });
+      if (step == first_step && has_unit_ && chunk.row_lane() == 0) {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) about[i] = column_sums()[own_column + i].pivot;
-    A values[3][kWidth] = {};
+        for (int i = 0; i < kWidth; ++i) column_sums()[own_column + i].pivot = about[i];
+      }
+      sum_lanes(values, [&](unsigned column, const auto& sums) {
+        A count = static_cast<A>(first_rows);
+        if constexpr (!kPlain) count = sums[1];
+        if (count != A{0}) column_sums()[column].pivot += sums[0] / count;
+      });
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) about[i] = column_sums()[own_column + i].pivot;
+    }
+    A values[kPlain ? 2 : 3][kWidth] = {};
     for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
       if (batch != 0) load(chunk, batch, x);
-      add_batch(batch, values[0], values[1], values[2]);
+      for_each_value(batch, [&](int i, A value, bool counts) {
+        const A centered = counts ? value - about[i] : A{0};
+        values[0][i] += centered;
+        values[1][i] = std::fma(centered, centered, values[1][i]);
+        if constexpr (!kPlain) values[2][i] += counts ? A{1} : A{0};
+      });
     }
-    sum_lanes(values, [&](unsigned column, const A(&sums)[3]) {
+    sum_lanes(values, [&](unsigned column, const auto& sums) {
       ColumnSums<A>& out = column_sums()[column];
-      out = {sums[2], out.pivot, sums[0], sums[1]};
+      A count = static_cast<A>(chunk.rows());
+      if constexpr (!kPlain) count = sums[2];
+      out = {count, out.pivot, sums[0], sums[1]};
     });
   }
 
@@ -277,7 +282,7 @@ class RowsForward {
     PerColumn<Affine<A>, kWidth> out;
     const std::uint32_t slices =
         kStage == Stage::kResident
-            ? tiling_.columns / static_cast<std::uint32_t>(chunk.channels_per_slice())
+            ? tiling_.by_channels_per_slice.quotient(tiling_.columns)
             : 0;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -298,10 +303,10 @@ class RowsForward {
   unsigned unit_, units_, all_columns_;
 };
 
-template <class T, int kWidth, int kVectors, Stage kStage>
-__global__ void __launch_bounds__(kMaxRowsThreads, 1)
+template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
+__global__ void __launch_bounds__(kMaxRowsThreads, kPlain ? 2 : 1)
     rows_forward_kernel(ForwardCall call, RowsTiling tiling) {
-  RowsForward<T, kWidth, kVectors, kStage>(call, tiling)
+  RowsForward<T, kWidth, kVectors, kStage, kPlain>(call, tiling)
       .run(static_cast<std::int64_t>(blockIdx.x) * tiling.units,
            tiling.tiles * tiling.chunks * tiling.column_tiles);
 }
@@ -311,9 +316,9 @@ __global__ void __launch_bounds__(kMaxRowsThreads, 1)
 Status rows_forward(const ForwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
                     CudaStream stream) {
   return for_each_stage<kForwardFewVectors, kForwardVectors>(
-      call.input.x.dtype, plan,
-      [&]<class T, int kWidth, int kVectors, Stage kStage>(std::int64_t blocks) {
-        return launch_blocks(rows_forward_kernel<T, kWidth, kVectors, kStage>, plan, blocks, stream,
+      call.input.x.dtype, plan, is_plain(call),
+      [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
+        return launch_blocks(rows_forward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks, stream,
                              call, tiling);
       });
 }

@@ -17,6 +17,8 @@ inline constexpr std::int64_t kSectorBytes = 32;  // of memory: read as a whole 
 // activation in the arithmetic type.
 inline constexpr int kForwardVectors = 8, kForwardFewVectors = 2;
 inline constexpr int kBackwardVectors = 4, kBackwardFewVectors = 1;
+// Of those, how many at once where nothing is held.
+inline constexpr int kApplyVectors = 4;
 
 // Largest blocks, by layout and pass: what a thread holds leaves registers for no more.
 inline constexpr int kMaxForwardThreads = 512, kMaxBackwardThreads = 384, kMaxRowsThreads = 256;
@@ -45,7 +47,7 @@ inline constexpr std::int64_t kBlockThreads = 256;  // of kPack, kSplit and kStr
 inline constexpr std::int64_t kRowBytes = 128, kColumnLanes = 8, kNarrowColumnLanes = 32;
 // Rows of kSplit: blocks before chunks grow, and the most batches of a chunk, so that float32 sums
 // stay short.
-inline constexpr std::int64_t kBlocksPerMultiprocessor = 8, kMaxBatches = 32;
+inline constexpr std::int64_t kBlocksPerMultiprocessor = 4, kMaxBatches = 32;
 // Multiprocessors per slice above which a block for each slice leaves too many of them idle.
 inline constexpr std::int64_t kFewSlices = 4;
 // Blocks of samples that parameter gradients of group norm are summed over.

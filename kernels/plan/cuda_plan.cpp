@@ -67,6 +67,7 @@ class Planner {
       plan_.reason = "empty";
       return plan_;
     }
+    if (problem_.extent.c > kMaxCount) return std::nullopt;
     plan_.layout = layout_of(problem_);
     const bool is_planned = plan_.layout == Layout::kNCS ? plan_planes() : plan_rows();
     if (!is_planned) return std::nullopt;
@@ -357,6 +358,8 @@ PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan) {
     }
   }
   t.by_granules = FastDivide(t.granules_per_piece);
+  t.by_chunks = FastDivide(t.chunks);
+  if (is_group_norm(problem)) t.by_groups = FastDivide(static_cast<std::uint32_t>(problem.num_groups));
   return t;
 }
 
@@ -371,11 +374,17 @@ RowsTiling rows_tiling(const Problem& problem, const CudaPlan& plan) {
   t.row_lanes = static_cast<std::uint32_t>(plan.lanes) / t.column_lanes;
   t.units =
       plan.path == CudaPath::kPack ? static_cast<std::uint32_t>(plan.threads / plan.lanes) : 1;
-  t.rows_per_chunk = plan.rows_per_chunk;
+  t.rows_per_chunk = static_cast<std::uint32_t>(plan.rows_per_chunk);
+  t.batches = t.rows_per_chunk / (t.row_lanes * static_cast<std::uint32_t>(plan.vectors));
   t.chunks = static_cast<std::uint32_t>(ceil_div(t.rows, plan.rows_per_chunk));
   const std::int64_t d = channels_per_slice(problem);
   t.columns_per_slices = static_cast<std::uint32_t>(
       std::min<std::int64_t>(std::lcm(d, std::int64_t{t.columns}) / t.columns, t.column_tiles));
+  t.channels_per_slice = static_cast<std::uint32_t>(d);
+  t.by_columns = FastDivide(t.columns);
+  t.by_column_tiles = FastDivide(t.column_tiles);
+  t.by_chunks = FastDivide(t.chunks);
+  t.by_channels_per_slice = FastDivide(t.channels_per_slice);
   return t;
 }
 

@@ -32,6 +32,8 @@ struct PlanesTiling {
   std::uint32_t chunks = 1;  // per slice
   std::uint32_t lanes = 32;  // threads per chunk: a power of two up to 32, or the block
   FastDivide by_granules;    // by granules_per_piece
+  FastDivide by_chunks;
+  FastDivide by_groups;  // of group norm
 
   NORMCORE_HOST_DEVICE constexpr std::uint32_t first_segment(std::uint32_t chunk) const {
     return pieces > 1 ? chunk / pieces : chunk * segments_per_chunk;
@@ -58,8 +60,11 @@ struct RowsTiling {
   std::uint32_t row_lanes = 1;
   std::uint32_t units = 1;   // groups of lanes per block
   std::uint32_t chunks = 1;  // per tile
-  std::int64_t rows_per_chunk = 1;
+  std::uint32_t rows_per_chunk = 1;
+  std::uint32_t batches = 1;             // per chunk
   std::uint32_t columns_per_slices = 1;  // column tiles that whole slices need
+  std::uint32_t channels_per_slice = 1;
+  FastDivide by_columns, by_column_tiles, by_chunks, by_channels_per_slice;
 };
 
 PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan);
