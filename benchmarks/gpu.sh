@@ -104,7 +104,8 @@ build_python_module() {
   rm -f "$site"/normcore/_C.*.so
   "${CXX:-g++}" -std=c++20 -O2 -shared -fPIC -fvisibility=hidden -isystem "$torch_root/include" \
     -isystem "$torch_root/include/torch/csrc/api/include" -isystem "$headers" -I "$site/normcore/include" python/bindings/module.cpp \
-    -o "$site/normcore/_C$suffix" -L "$site/normcore/lib" -lnormcore -Wl,-rpath,'$ORIGIN/lib'
+    -o "$site/normcore/_C$suffix" -L "$site/normcore/lib" -lnormcore -Wl,-rpath,'$ORIGIN/lib' \
+    -Wl,--exclude-libs,ALL # a static libstdc++ must not stand in for that of the other libraries
 }
 
 build_all() {
@@ -131,7 +132,7 @@ build_all() {
 
 # Several processes share the device and the processor's cores where pytest-xdist is installed.
 pytest_arguments() {
-  printf '%s\n' -q -p no:cacheprovider --config-file="$root/pyproject.toml"
+  printf '%s\n' -v -p no:cacheprovider --config-file="$root/pyproject.toml"
   if "$python" -c 'import xdist' 2>/dev/null; then
     printf '%s\n' -n "$(($(nproc) < 6 ? $(nproc) : 6))"
   fi

@@ -37,8 +37,9 @@ __device__ inline float fast_sigmoid(float z) { return fast_divide(1.0f, 1.0f + 
 __device__ inline float fast_erfc(float x) {
   const float size = std::fabs(x), t = fast_divide(1.0f, std::fma(0.5f, size, 1.0f));
   float fit = 0.17087277f;
-  for (const float coefficient : {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f,
-                                  0.09678418f, 0.37409196f, 1.00002368f, -1.26551223f}) {
+  for (const float coefficient :
+       {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f, 0.09678418f,
+        0.37409196f, 1.00002368f, -1.26551223f}) {
     fit = std::fma(fit, t, coefficient);
   }
   const float tail = t * fast_exp(std::fma(-size, size, fit));

@@ -56,7 +56,7 @@ Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
           }
         }
         return start.template operator()<T, kWidth, kManyVectors, Stage::kResident, kPlain>(
-                plan.blocks);
+            plan.blocks);
       }
       break;
     case CudaPath::kSplit: {

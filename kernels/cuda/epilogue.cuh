@@ -67,9 +67,9 @@ using GradientVector = Vector<std::conditional_t<kPlain, T, Arithmetic<T>>, kWid
 // sum.
 template <bool kPlain, class T, int kWidth, class Affines>
 __device__ void output_gradient(const BackwardCall& call, const Vector<T, kWidth>& x,
-                                const GradientVector<kPlain, T, kWidth>& grad_y,
-                                std::int64_t index, Span span, unsigned counting,
-                                const Affines& affine, Arithmetic<T> (&g)[kWidth]) {
+                                const GradientVector<kPlain, T, kWidth>& grad_y, std::int64_t index,
+                                Span span, unsigned counting, const Affines& affine,
+                                Arithmetic<T> (&g)[kWidth]) {
   using A = Arithmetic<T>;
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) g[i] = convert_from<A>(grad_y[i]);

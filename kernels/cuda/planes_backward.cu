@@ -31,27 +31,19 @@ class PlanesBackward {
         lane_(threadIdx.x % lanes_),
         unit_(threadIdx.x / lanes_),
         units_(blockDim.x / lanes_),
-        is_per_segment_(call.num_groups != 0 && tiling.segments > 1),
-        records_(is_per_segment_ ? tiling.segments_per_chunk : 1),
-        slots_(is_per_segment_ ? lanes_ * kVectors : lanes_) {}
+        records_(tiling.channels_per_chunk()),
+        slots_(tiling.has_several_channels() ? lanes_ * kVectors * batches() : lanes_) {}
 
   // One chunk of one slice. All threads of the block get here together.
   __device__ void run(std::int64_t slice, std::uint32_t chunk_index, bool is_active) const {
-    const PlanesChunk<kWidth, kPlain> chunk(call_.input, call_.num_groups, tiling_, slice, chunk_index);
+    const PlanesChunk<kWidth, kPlain> chunk(call_.input, call_.num_groups, tiling_, slice,
+                                            chunk_index);
     const auto statistics = load_statistics<A>(call_, slice);
     const std::uint32_t slots = is_active ? chunk.slots() : 0;
 
     Vector<T, kWidth> x[kVectors];
-    GradientVector<kPlain, T, kWidth> grad_y[kVectors];
-    load_batch<kPlain>(call_, x, grad_y, [&](auto f) {
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        const std::uint32_t slot = lane_ + k * lanes_;
-        if (slot >= slots) continue;
-        const PlanesPosition p = chunk.at(slot);
-        f(k, p.index, p.span);
-      }
-    });
+    Gradients grad_y[kVectors];
+    load(chunk, slots, 0, x, grad_y);
     SliceGradient<A> gradient{A{0}, A{0}, A{0}};
     if constexpr (kStage != Stage::kApply) {
       sum_channels(chunk, slots, statistics, x, grad_y, slice, chunk_index);
@@ -67,24 +59,50 @@ class PlanesBackward {
 
     const bool is_same_affine = chunk.has_one_affine(call_.input);
     Affine<A> affine = affine_at(chunk, statistics, chunk.first_segment());
+    for (std::uint32_t batch = 0; batch < batches(); ++batch) {
+      if (batch != 0) load(chunk, slots, batch, x, grad_y);
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      const std::uint32_t slot = lane_ + k * lanes_;
-      if (slot >= slots) continue;
-      const PlanesPosition p = chunk.at(slot);
-      if (p.span.is_empty()) continue;
-      keep_packed(x[k]);
-      keep_packed(grad_y[k]);
-      keep_order();
-      if (!is_same_affine) affine = affine_at(chunk, statistics, p.segment);
-      const unsigned counting = chunk.counting(call_.input.mask, p);
-      A g[kWidth];
-      output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, p.span, counting, affine, g);
-      apply_backward<kPlain>(call_, x[k], g, p.index, p.span, counting, affine, gradient);
+      for (int k = 0; k < kVectors; ++k) {
+        const std::uint32_t slot = slot_of(batch, k);
+        if (slot >= slots) continue;
+        const PlanesPosition p = chunk.at(slot);
+        if (p.span.is_empty()) continue;
+        keep_packed(x[k]);
+        keep_packed(grad_y[k]);
+        keep_order();
+        if (!is_same_affine) affine = affine_at(chunk, statistics, p.segment);
+        const unsigned counting = chunk.counting(call_.input.mask, p);
+        A g[kWidth];
+        output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, p.span, counting, affine, g);
+        apply_backward<kPlain>(call_, x[k], g, p.index, p.span, counting, affine, gradient);
+      }
     }
   }
 
  private:
+  using Gradients = GradientVector<kPlain, T, kWidth>;
+
+  __device__ std::uint32_t batches() const {
+    return kStage == Stage::kResident ? 1 : tiling_.batches;
+  }
+  __device__ std::uint32_t slot_of(std::uint32_t batch, int k) const {
+    return lane_ + (batch * kVectors + k) * lanes_;
+  }
+
+  __device__ void load(const PlanesChunk<kWidth, kPlain>& chunk, std::uint32_t slots,
+                       std::uint32_t batch, Vector<T, kWidth> (&x)[kVectors],
+                       Gradients (&grad_y)[kVectors]) const {
+    load_batch<kPlain>(call_, x, grad_y, [&](auto f) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const std::uint32_t slot = slot_of(batch, k);
+        if (slot >= slots) continue;
+        const PlanesPosition p = chunk.at(slot);
+        f(k, p.index, p.span);
+      }
+    });
+  }
+
   __device__ Affine<A> affine_at(const PlanesChunk<kWidth, kPlain>& chunk,
                                  const SliceStatistics<A>& statistics,
                                  std::uint32_t segment) const {
@@ -103,39 +121,42 @@ class PlanesBackward {
   // Sums of the channels of a chunk: to shared memory, or to the workspace (kReduce).
   __device__ void sum_channels(const PlanesChunk<kWidth, kPlain>& chunk, std::uint32_t slots,
                                const SliceStatistics<A>& statistics,
-                               Vector<T, kWidth> (&x)[kVectors],
-                               GradientVector<kPlain, T, kWidth> (&grad_y)[kVectors],
+                               Vector<T, kWidth> (&x)[kVectors], Gradients (&grad_y)[kVectors],
                                std::int64_t slice, std::uint32_t chunk_index) const {
     PartialSums<A>* const own = slot_sums() + unit_ * slots_;
     PartialSums<A> total{A{0}, A{0}, A{0}};
+    const bool is_per_slot = tiling_.has_several_channels();
+    for (std::uint32_t batch = 0; batch < batches(); ++batch) {
+      if (batch != 0) load(chunk, slots, batch, x, grad_y);
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      const std::uint32_t slot = lane_ + k * lanes_;
-      if (is_per_segment_) total = {A{0}, A{0}, A{0}};
-      if (slot < slots) {
-        const PlanesPosition p = chunk.at(slot);
-        const unsigned counting = chunk.counting(call_.input.mask, p);
-        keep_packed(x[k]);
-        keep_packed(grad_y[k]);
-        // Without an activation only the center is of interest.
-        Affine<A> affine{statistics.center, A{0}, A{0}};
-        if (call_.input.activation != Activation::kNone) {
-          affine = affine_at(chunk, statistics, p.segment);
-        }
-        A g[kWidth];
-        output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, p.span, counting, affine, g);
-        total.count += static_cast<A>(__popc(counting));
+      for (int k = 0; k < kVectors; ++k) {
+        const std::uint32_t slot = slot_of(batch, k);
+        if (is_per_slot) total = {A{0}, A{0}, A{0}};
+        if (slot < slots) {
+          const PlanesPosition p = chunk.at(slot);
+          const unsigned counting = chunk.counting(call_.input.mask, p);
+          keep_packed(x[k]);
+          keep_packed(grad_y[k]);
+          // Without an activation only the center is of interest.
+          Affine<A> affine{statistics.center, A{0}, A{0}};
+          if (call_.input.activation != Activation::kNone) {
+            affine = affine_at(chunk, statistics, p.segment);
+          }
+          A g[kWidth];
+          output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, p.span, counting, affine, g);
+          total.count += static_cast<A>(__popc(counting));
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          if (p.span.contains(i)) total.add(x[k], g, counting, i, affine);
+          for (int i = 0; i < kWidth; ++i) {
+            if (p.span.contains(i)) total.add(x[k], g, counting, i, affine);
+          }
         }
+        if (is_per_slot) own[slot] = total;
       }
-      if (is_per_segment_) own[slot] = total;
     }
-    if (!is_per_segment_) own[lane_] = total;
+    if (!is_per_slot) own[lane_] = total;
     __syncthreads();
-    const std::uint32_t terms = is_per_segment_ ? chunk.slots() / chunk.segments() : lanes_;
-    const std::uint32_t records = is_per_segment_ ? chunk.segments() : 1;
+    const std::uint32_t terms = is_per_slot ? chunk.slots() / chunk.segments() : lanes_;
+    const std::uint32_t records = is_per_slot ? chunk.segments() : 1;
     sum_terms(
         units_ * records, terms, lanes_for(terms),
         [&](std::uint32_t item, std::uint32_t term) {
@@ -150,7 +171,8 @@ class PlanesBackward {
         });
   }
 
-  __device__ SliceGradient<A> finish_resident(const PlanesChunk<kWidth, kPlain>& chunk, bool is_active,
+  __device__ SliceGradient<A> finish_resident(const PlanesChunk<kWidth, kPlain>& chunk,
+                                              bool is_active,
                                               const SliceStatistics<A>& statistics) const {
     __syncthreads();
     auto& shared = block_shared<PlanesGradients<A>>();
@@ -170,8 +192,8 @@ class PlanesBackward {
   __device__ void finish_split(const PlanesChunk<kWidth, kPlain>& chunk, std::int64_t slice,
                                const SliceStatistics<A>& statistics) const {
     if (!is_last_block(call_.counters + slice, tiling_.chunks)) return;
-    const std::uint32_t channels = is_per_segment_ ? tiling_.segments : 1;
-    const std::uint32_t terms = is_per_segment_ ? tiling_.pieces : tiling_.chunks;
+    const std::uint32_t channels = tiling_.is_group_norm ? tiling_.segments : 1;
+    const std::uint32_t terms = tiling_.is_group_norm ? tiling_.pieces : tiling_.chunks;
     const ChannelSums* const records = chunk_records(slice, 0);
     ChannelSums* const channel_sums = call_.channel_sums + slice * channels;
     // A whole number of segments to a chunk, or of chunks to a segment: a channel's records are
@@ -191,14 +213,14 @@ class PlanesBackward {
   const BackwardCall& call_;
   const PlanesTiling& tiling_;
   unsigned lanes_, lane_, unit_, units_;
-  bool is_per_segment_;
   std::uint32_t records_, slots_;
 };
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
 __global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxBackwardThreads : kBlockThreads,
-                                  kPlain && kStage != Stage::kResident ? 2 : 1)
-    planes_backward_kernel(BackwardCall call, PlanesTiling tiling) {
+                                  kPlain&& kStage != Stage::kResident ? 2 : 1)
+    planes_backward_kernel(const __grid_constant__ BackwardCall call,
+                           const __grid_constant__ PlanesTiling tiling) {
   const PlanesBackward<T, kWidth, kVectors, kStage, kPlain> backward(call, tiling);
   const unsigned units = blockDim.x / tiling.lanes;
   const std::int64_t index =
@@ -230,8 +252,8 @@ Status planes_backward(const BackwardCall& call, const PlanesTiling& tiling, con
   return for_each_stage<kBackwardFewVectors, kBackwardVectors>(
       call.input.x.dtype, plan, is_plain(call) && call.input.extent.s % plan.width == 0,
       [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
-        return launch_blocks(planes_backward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks,
-                             stream, call, tiling);
+        return launch_blocks(planes_backward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan,
+                             blocks, stream, call, tiling);
       });
 }
 

@@ -23,8 +23,9 @@ struct PlanesStatistics {
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
 __global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxForwardThreads : kBlockThreads,
-                                  kPlain && kStage != Stage::kResident ? 3 : 1)
-    planes_forward_kernel(ForwardCall call, PlanesTiling tiling) {
+                                  kPlain&& kStage != Stage::kResident ? 3 : 1)
+    planes_forward_kernel(const __grid_constant__ ForwardCall call,
+                          const __grid_constant__ PlanesTiling tiling) {
   using A = Arithmetic<T>;
   const unsigned lanes = tiling.lanes, lane = threadIdx.x % lanes, unit = threadIdx.x / lanes;
   const std::int64_t units = tiling.slices * tiling.chunks;
@@ -57,19 +58,19 @@ __global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxForwardThread
   SliceStatistics<A> statistics;
   if constexpr (kStage != Stage::kApply) {
     // Calls f(vector, bits of the elements that count) for every vector that this thread holds.
-    const auto for_each_vector = [&](auto f) {
+    const auto for_each_vector = [&](std::uint32_t first, auto f) {
 #pragma unroll
       for (int k = 0; k < kHeld; ++k) {
-        const std::uint32_t slot = lane + k * lanes;
+        const std::uint32_t slot = first + k * lanes;
         if (slot >= slots) continue;
         keep_packed(x[k]);
         f(x[k], chunk.counting(mask, chunk.at(slot)));
       }
     };
-    // The mean about `reference`, and how many values count.
+    // Of the first batch: the mean about `reference`, and how many values count.
     const auto mean_about = [&](A reference, double& count) {
       A total[kPlain ? 1 : 2] = {};
-      for_each_vector([&](const Vector<T, kWidth>& vector, unsigned counting) {
+      for_each_vector(lane, [&](const Vector<T, kWidth>& vector, unsigned counting) {
         if constexpr (!kPlain) total[1] += static_cast<A>(__popc(counting));
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxForwardThread
       double sums[kPlain ? 1 : 2];
       sum_over_lanes(total, lanes, sums);
       if constexpr (kPlain) {
-        count = static_cast<double>(slots) * kWidth;
+        count = static_cast<double>(std::min(slots, kHeld * lanes)) * kWidth;
       } else {
         count = sums[1];
       }
@@ -92,18 +93,29 @@ __global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxForwardThread
     A reference = is_active && !mask ? convert_from<A>(data[chunk.pivot_index()]) : A{0};
     if (mask) reference = mean_about(A{0}, count);
     const A pivot = mean_about(reference, count);
-    A total[2] = {A{0}, A{0}};
-    for_each_vector([&](const Vector<T, kWidth>& vector, unsigned counting) {
+    A total[kPlain ? 2 : 3] = {};
+    const std::uint32_t batches = kStage == Stage::kReduce ? tiling.batches : 1;
+    for (std::uint32_t batch = 0; batch < batches; ++batch) {
+      const std::uint32_t first = lane + batch * kHeld * lanes;
+      if (batch != 0) load(first);
+      for_each_vector(first, [&](const Vector<T, kWidth>& vector, unsigned counting) {
+        if constexpr (!kPlain) total[2] += static_cast<A>(__popc(counting));
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const A value = convert_from<A>(vector[i]);
-        const A centered = (counting >> i & 1) != 0 ? value - pivot : A{0};
-        total[0] += centered;
-        total[1] = std::fma(centered, centered, total[1]);
-      }
-    });
-    double sums[2];
+        for (int i = 0; i < kWidth; ++i) {
+          const A value = convert_from<A>(vector[i]);
+          const A centered = (counting >> i & 1) != 0 ? value - pivot : A{0};
+          total[0] += centered;
+          total[1] = std::fma(centered, centered, total[1]);
+        }
+      });
+    }
+    double sums[kPlain ? 2 : 3];
     sum_over_lanes(total, lanes, sums);
+    if constexpr (kPlain) {
+      count = static_cast<double>(slots) * kWidth;
+    } else {
+      count = sums[2];
+    }
     const ShiftedSums own{count, static_cast<double>(pivot), sums[0], sums[1]};
 
     if constexpr (kStage == Stage::kReduce) {
@@ -135,8 +147,9 @@ __global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxForwardThread
   };
   const bool is_same_affine = chunk.has_one_affine(call.input);
   auto affine = affine_of(chunk.first_segment());
+  const std::uint32_t vectors = kStage == Stage::kApply ? kVectors * tiling.batches : kVectors;
 #pragma unroll 1
-  for (int done = 0; done < kVectors; done += kHeld) {
+  for (std::uint32_t done = 0; done < vectors; done += kHeld) {
     const std::uint32_t first = lane + done * lanes;
     if (done != 0) load(first);
 #pragma unroll
@@ -160,8 +173,8 @@ Status planes_forward(const ForwardCall& call, const PlanesTiling& tiling, const
   return for_each_stage<kForwardFewVectors, kForwardVectors>(
       call.input.x.dtype, plan, is_plain(call) && call.input.extent.s % plan.width == 0,
       [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
-        return launch_blocks(planes_forward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks,
-                             stream, call, tiling);
+        return launch_blocks(planes_forward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan,
+                             blocks, stream, call, tiling);
       });
 }
 

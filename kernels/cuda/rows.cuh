@@ -77,9 +77,7 @@ class RowsChunk {
   }
 
   // Slices. Those of a column tile are numbered from its first column's on.
-  __device__ std::int64_t channels_per_slice() const {
-    return tiling_.channels_per_slice;
-  }
+  __device__ std::int64_t channels_per_slice() const { return tiling_.channels_per_slice; }
   __device__ std::int64_t slices_per_tile() const { return groups_ == 0 ? extent_.c : groups_; }
   __device__ std::int64_t first_slice() const {
     return slice_of(static_cast<std::int64_t>(column_tile_) * tiling_.columns);

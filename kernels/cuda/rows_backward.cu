@@ -238,8 +238,7 @@ class RowsBackward {
       if (!has_column(chunk, i)) continue;
       const std::int64_t column = chunk.column() + i;
       if constexpr (kStage == Stage::kResident) {
-        out.values[i] =
-            slice_gradients()[unit_ * slices_per_unit() + chunk.local_slice(column)];
+        out.values[i] = slice_gradients()[unit_ * slices_per_unit() + chunk.local_slice(column)];
       } else if (call_.slice_gradients != nullptr) {
         out.values[i] =
             static_cast<const SliceGradient<A>*>(call_.slice_gradients)[slice_of(chunk, column)];
@@ -256,8 +255,9 @@ class RowsBackward {
 };
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
-__global__ void __launch_bounds__(kMaxRowsThreads, kPlain && kStage != Stage::kResident ? 2 : 1)
-    rows_backward_kernel(BackwardCall call, RowsTiling tiling) {
+__global__ void __launch_bounds__(kMaxRowsThreads, kPlain&& kStage != Stage::kResident ? 2 : 1)
+    rows_backward_kernel(const __grid_constant__ BackwardCall call,
+                         const __grid_constant__ RowsTiling tiling) {
   const RowsBackward<T, kWidth, kVectors, kStage, kPlain> backward(call, tiling);
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * tiling.units;
   if constexpr (kStage == Stage::kResident) {
@@ -289,8 +289,8 @@ Status rows_backward(const BackwardCall& call, const RowsTiling& tiling, const C
   return for_each_stage<kBackwardFewVectors, kBackwardVectors>(
       call.input.x.dtype, plan, is_plain(call),
       [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
-        return launch_blocks(rows_backward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks,
-                             stream, call, tiling);
+        return launch_blocks(rows_backward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan,
+                             blocks, stream, call, tiling);
       });
 }
 

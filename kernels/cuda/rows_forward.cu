@@ -138,8 +138,7 @@ class RowsForward {
   __device__ void sum_columns(const Chunk& chunk, Vector<T, kWidth> (&x)[kVectors]) const {
     const Mask& mask = call_.input.mask;
     const unsigned lane = threadIdx.x - unit_ * unit_threads_;
-    const unsigned own_column =
-        unit_ * tiling_.columns + lane % tiling_.column_lanes * kWidth;
+    const unsigned own_column = unit_ * tiling_.columns + lane % tiling_.column_lanes * kWidth;
     // Calls f(element, value, whether it counts) for those of a batch.
     const auto for_each_value = [&](std::uint32_t batch, auto f) {
 #pragma unroll
@@ -159,8 +158,8 @@ class RowsForward {
     // two steps, first about 0.
     A about[kWidth] = {};
     if (!mask && chunk.is_active()) {
-      const auto first =
-          load_vector<T, kWidth>(static_cast<const T*>(call_.input.x.data), chunk.start(), {0, kWidth});
+      const auto first = load_vector<T, kWidth>(static_cast<const T*>(call_.input.x.data),
+                                                chunk.start(), {0, kWidth});
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) about[i] = convert_from<A>(first[i]);
     }
@@ -281,9 +280,7 @@ class RowsForward {
   __device__ PerColumn<Affine<A>, kWidth> affines(const Chunk& chunk) const {
     PerColumn<Affine<A>, kWidth> out;
     const std::uint32_t slices =
-        kStage == Stage::kResident
-            ? tiling_.by_channels_per_slice.quotient(tiling_.columns)
-            : 0;
+        kStage == Stage::kResident ? tiling_.by_channels_per_slice.quotient(tiling_.columns) : 0;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const std::int64_t column = chunk.column() + i;
@@ -305,7 +302,8 @@ class RowsForward {
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
 __global__ void __launch_bounds__(kMaxRowsThreads, kPlain ? 2 : 1)
-    rows_forward_kernel(ForwardCall call, RowsTiling tiling) {
+    rows_forward_kernel(const __grid_constant__ ForwardCall call,
+                        const __grid_constant__ RowsTiling tiling) {
   RowsForward<T, kWidth, kVectors, kStage, kPlain>(call, tiling)
       .run(static_cast<std::int64_t>(blockIdx.x) * tiling.units,
            tiling.tiles * tiling.chunks * tiling.column_tiles);
@@ -318,8 +316,8 @@ Status rows_forward(const ForwardCall& call, const RowsTiling& tiling, const Cud
   return for_each_stage<kForwardFewVectors, kForwardVectors>(
       call.input.x.dtype, plan, is_plain(call),
       [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
-        return launch_blocks(rows_forward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks, stream,
-                             call, tiling);
+        return launch_blocks(rows_forward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks,
+                             stream, call, tiling);
       });
 }
 

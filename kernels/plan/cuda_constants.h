@@ -21,7 +21,7 @@ inline constexpr int kBackwardVectors = 4, kBackwardFewVectors = 1;
 inline constexpr int kApplyVectors = 4;
 
 // Largest blocks, by layout and pass: what a thread holds leaves registers for no more.
-inline constexpr int kMaxForwardThreads = 512, kMaxBackwardThreads = 384, kMaxRowsThreads = 256;
+inline constexpr int kMaxForwardThreads = 256, kMaxBackwardThreads = 256, kMaxRowsThreads = 256;
 
 // Shared memory per block, static and dynamic together: what a kernel gets without asking, and what
 // every device from sm_80 on has for one that asks.
@@ -45,9 +45,10 @@ inline constexpr std::int64_t kBlockThreads = 256;  // of kPack, kSplit and kStr
 // Rows: neighbouring bytes that a resident tile of columns should have, and lanes of a row of kSplit
 // with vectors (128 bytes) and without.
 inline constexpr std::int64_t kRowBytes = 128, kColumnLanes = 8, kNarrowColumnLanes = 32;
-// Rows of kSplit: blocks before chunks grow, and the most batches of a chunk, so that float32 sums
+// kSplit and kStream: blocks before chunks grow, and the most batches of a chunk, so that float32 sums
 // stay short.
-inline constexpr std::int64_t kBlocksPerMultiprocessor = 4, kMaxBatches = 32;
+inline constexpr std::int64_t kPlanesBlocksPerMultiprocessor = 4, kMaxPlanesBatches = 8;
+inline constexpr std::int64_t kRowsBlocksPerMultiprocessor = 2, kMaxRowsBatches = 32;
 // Multiprocessors per slice above which a block for each slice leaves too many of them idle.
 inline constexpr std::int64_t kFewSlices = 4;
 // Blocks of samples that parameter gradients of group norm are summed over.

@@ -83,12 +83,6 @@ class Planner {
   // Float64 has no registers to spare; a pass that reduces nothing has nothing to keep.
   bool may_reside() const { return reduces(problem_) && problem_.dtype != DType::kFloat64; }
 
-  // Slices that leave most of the device idle if a block takes a whole one.
-  bool is_idle(std::int64_t blocks) const {
-    return !options_.batch_invariant && !options_.path &&
-           blocks * kFewSlices < device_.multiprocessors;
-  }
-
   std::int64_t max_planes_threads() const {
     return std::min(options_.max_threads,
                     is_backward(problem_) ? kMaxBackwardThreads : kMaxForwardThreads);
@@ -143,18 +137,30 @@ class Planner {
     }
     const char* const reason = problem_.dtype == DType::kFloat64
                                    ? "float64 takes too many registers to hold a slice"
-                               : slots <= max_planes_threads() * many_vectors(problem_)
-                                   ? "too few slices to fill the device with a block for each"
                                    : "the slice does not fit into the registers of a block";
     if (!plan_split_or_stream(reason)) return false;
     plan_.threads = plan_.lanes = static_cast<int>(block_threads());
     if (ceil_div(slots, plan_.threads) > kMaxCount) return false;
+    set_batches_of_planes();
     const PlanesTiling tiling = planes_tiling(problem_, plan_);
     plan_.blocks = tiling.slices * tiling.chunks;
     plan_.apply_blocks = problem_.applies ? plan_.blocks : 0;
     plan_.counters = tiling.slices;
     set_shared_planes(plan_.threads);
     return true;
+  }
+
+  // As many as leave enough blocks, and room in shared memory.
+  void set_batches_of_planes() {
+    const PlanesTiling tiling = planes_tiling(problem_, plan_);
+    const bool is_by_sample = is_group_norm(problem_) && options_.batch_invariant;
+    const std::int64_t slices = is_by_sample ? problem_.num_groups : tiling.slices;
+    const std::int64_t enough = kPlanesBlocksPerMultiprocessor * device_.multiprocessors;
+    plan_.batches = static_cast<int>(
+        std::clamp<std::int64_t>(slices * tiling.chunks / enough, 1, kMaxPlanesBatches));
+    while (plan_.batches > 1 && shared_bytes_of_planes(plan_.threads) > kDefaultDynamicShared) {
+      --plan_.batches;
+    }
   }
 
   bool plan_packed_planes(std::int64_t slots) {
@@ -182,10 +188,6 @@ class Planner {
     set_sample_blocks();
     const std::int64_t units =
         resident_units(is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c);
-    if (slots > block_threads() * many && is_idle(units)) {
-      plan_.samples_per_block = 1;
-      return false;
-    }
     plan_.path = CudaPath::kBlock;
     plan_.reason = "the slice fits into the registers of a block: it is read once";
     plan_.threads = static_cast<int>(round_up(ceil_div(slots, plan_.vectors), kWarp));
@@ -195,16 +197,16 @@ class Planner {
   }
 
   // Sums of slots (or lanes), then of channels.
-  void set_shared_planes(std::int64_t lanes) {
-    if (!is_backward(problem_)) return;
+  std::size_t shared_bytes_of_planes(std::int64_t lanes) const {
+    if (!is_backward(problem_)) return 0;
     const PlanesTiling tiling = planes_tiling(problem_, plan_);
-    const bool is_per_segment = is_group_norm(problem_) && tiling.segments > 1;
     const std::int64_t units = plan_.threads / lanes;
-    const std::int64_t slots = units * lanes * (is_per_segment ? plan_.vectors : 1);
-    const std::int64_t records = units * (is_per_segment ? tiling.segments_per_chunk : 1);
-    plan_.shared_bytes = static_cast<std::size_t>(slots) * 3 * arithmetic_bytes(problem_) +
-                         static_cast<std::size_t>(records) * kChannelSumsBytes;
+    const std::int64_t per_lane = tiling.has_several_channels() ? plan_.vectors * plan_.batches : 1;
+    const std::int64_t records = units * tiling.channels_per_chunk();
+    return static_cast<std::size_t>(units * lanes * per_lane) * 3 * arithmetic_bytes(problem_) +
+           static_cast<std::size_t>(records) * kChannelSumsBytes;
   }
+  void set_shared_planes(std::int64_t lanes) { plan_.shared_bytes = shared_bytes_of_planes(lanes); }
 
   // ---- kNSC
 
@@ -227,9 +229,11 @@ class Planner {
     const std::int64_t tiles =
         is_group_norm(problem_) && !options_.batch_invariant ? problem_.extent.n : 1;
     const std::int64_t blocks = tiles * ceil_div(c, plan_.columns) * ceil_div(rows, batch);
-    const std::int64_t enough = kBlocksPerMultiprocessor * device_.multiprocessors;
-    const std::int64_t batches = std::clamp<std::int64_t>(blocks / enough, 1, kMaxBatches);
-    plan_.rows_per_chunk = batch * std::min(batches, ceil_div(rows, batch));
+    const std::int64_t enough = kRowsBlocksPerMultiprocessor * device_.multiprocessors;
+    const std::int64_t batches =
+        std::clamp<std::int64_t>(ceil_div(blocks, enough), 1, kMaxRowsBatches);
+    plan_.batches = static_cast<int>(std::min(batches, ceil_div(rows, batch)));
+    plan_.rows_per_chunk = batch * plan_.batches;
     const RowsTiling tiling = rows_tiling(problem_, plan_);
     plan_.blocks = tiling.tiles * tiling.chunks * tiling.column_tiles;
     plan_.apply_blocks = problem_.applies ? plan_.blocks : 0;
@@ -345,7 +349,9 @@ PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan) {
     t.segments_per_chunk = t.segments;
     t.granules_per_piece = t.granules;
   } else {
-    const std::int64_t capacity = static_cast<std::int64_t>(plan.threads) * plan.vectors;
+    t.batches = static_cast<std::uint32_t>(plan.batches);
+    const std::int64_t capacity =
+        static_cast<std::int64_t>(plan.threads) * plan.vectors * plan.batches;
     if (granules <= capacity) {
       t.segments_per_chunk =
           static_cast<std::uint32_t>(std::min<std::int64_t>(capacity / granules, t.segments));
@@ -359,7 +365,8 @@ PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan) {
   }
   t.by_granules = FastDivide(t.granules_per_piece);
   t.by_chunks = FastDivide(t.chunks);
-  if (is_group_norm(problem)) t.by_groups = FastDivide(static_cast<std::uint32_t>(problem.num_groups));
+  t.is_group_norm = is_group_norm(problem);
+  if (t.is_group_norm) t.by_groups = FastDivide(static_cast<std::uint32_t>(problem.num_groups));
   return t;
 }
 
@@ -375,7 +382,7 @@ RowsTiling rows_tiling(const Problem& problem, const CudaPlan& plan) {
   t.units =
       plan.path == CudaPath::kPack ? static_cast<std::uint32_t>(plan.threads / plan.lanes) : 1;
   t.rows_per_chunk = static_cast<std::uint32_t>(plan.rows_per_chunk);
-  t.batches = t.rows_per_chunk / (t.row_lanes * static_cast<std::uint32_t>(plan.vectors));
+  t.batches = static_cast<std::uint32_t>(plan.batches);
   t.chunks = static_cast<std::uint32_t>(ceil_div(t.rows, plan.rows_per_chunk));
   const std::int64_t d = channels_per_slice(problem);
   t.columns_per_slices = static_cast<std::uint32_t>(
@@ -405,9 +412,7 @@ CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan
     const std::int64_t row_records = rows.tiles * rows.chunks * e.c;
     const std::int64_t plane_chunks = planes.slices * planes.chunks;
     if (is_backward(problem)) {
-      const bool is_per_segment = is_group_norm(problem) && planes.segments > 1;
-      take(layout.records,
-           is_rows ? row_records : plane_chunks * (is_per_segment ? planes.segments_per_chunk : 1),
+      take(layout.records, is_rows ? row_records : plane_chunks * planes.channels_per_chunk(),
            kChannelSumsBytes);
       take(layout.channel_sums, (is_group_norm(problem) ? e.n : 1) * e.c, kChannelSumsBytes);
       take(layout.slice_gradients, slice_count(problem), 3 * arithmetic);
@@ -433,13 +438,13 @@ std::optional<CudaPlan> plan_cuda(const Problem& problem, const CudaDevice& devi
 
 std::string describe(const CudaPlan& plan) {
   char text[320];
-  std::snprintf(text, sizeof(text),
-                "%s path, %s: %lld blocks of %d threads, %d vectors of %d elements per thread, "
-                "%zu bytes of shared memory, %zu of workspace, %lld counters: %s",
-                name_of(plan.path), plan.layout == Layout::kNCS ? "planes" : "rows",
-                static_cast<long long>(plan.blocks), plan.threads, plan.vectors, plan.width,
-                plan.shared_bytes, plan.workspace_bytes, static_cast<long long>(plan.counters),
-                plan.reason);
+  std::snprintf(
+      text, sizeof(text),
+      "%s path, %s: %lld blocks of %d threads, %d x %d vectors of %d elements per thread, "
+      "%zu bytes of shared memory, %zu of workspace, %lld counters: %s",
+      name_of(plan.path), plan.layout == Layout::kNCS ? "planes" : "rows",
+      static_cast<long long>(plan.blocks), plan.threads, plan.batches, plan.vectors, plan.width,
+      plan.shared_bytes, plan.workspace_bytes, static_cast<long long>(plan.counters), plan.reason);
   return text;
 }
 

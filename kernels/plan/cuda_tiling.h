@@ -29,11 +29,21 @@ struct PlanesTiling {
   std::uint32_t segments_per_chunk = 1;  // 1 where a segment has several pieces
   std::uint32_t pieces = 1;              // per segment
   std::uint32_t granules_per_piece = 1;
-  std::uint32_t chunks = 1;  // per slice
-  std::uint32_t lanes = 32;  // threads per chunk: a power of two up to 32, or the block
-  FastDivide by_granules;    // by granules_per_piece
+  std::uint32_t chunks = 1;   // per slice
+  std::uint32_t batches = 1;  // per chunk, of the vectors that its threads hold at once
+  std::uint32_t lanes = 32;   // threads per chunk: a power of two up to 32, or the block
+  FastDivide by_granules;     // by granules_per_piece
   FastDivide by_chunks;
   FastDivide by_groups;  // of group norm
+  bool is_group_norm = false;
+
+  // Segments of group norm are channels, those of batch norm belong to one.
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t channels_per_chunk() const {
+    return is_group_norm ? segments_per_chunk : 1;
+  }
+  NORMCORE_HOST_DEVICE constexpr bool has_several_channels() const {
+    return channels_per_chunk() > 1;
+  }
 
   NORMCORE_HOST_DEVICE constexpr std::uint32_t first_segment(std::uint32_t chunk) const {
     return pieces > 1 ? chunk / pieces : chunk * segments_per_chunk;

@@ -77,7 +77,9 @@ void expect_coverage(const Problem& p, const CudaPlan& plan) {
     for (std::uint32_t chunk = 0; chunk < t.chunks && t.chunks < 5000; ++chunk) {
       const std::int64_t granules =
           std::min(t.granules - t.first_granule(chunk), t.granules_per_piece);
-      ASSERT_LE(t.segments_of(chunk) * granules, std::int64_t{plan.lanes} * plan.vectors) << what;
+      ASSERT_LE(t.segments_of(chunk) * granules,
+                std::int64_t{plan.lanes} * plan.vectors * plan.batches)
+          << what;
       ASSERT_EQ(t.first_segment(chunk), t.pieces > 1 ? chunk / t.pieces : segments) << what;
       segments += t.pieces > 1 ? 0 : t.segments_of(chunk);
       pieces += granules * t.segments_of(chunk);
@@ -87,13 +89,16 @@ void expect_coverage(const Problem& p, const CudaPlan& plan) {
     }
     if (is_resident) {
       ASSERT_EQ(t.chunks, 1u) << what;
+      ASSERT_EQ(plan.batches, 1) << what;
       ASSERT_EQ(plan.threads % plan.lanes, 0) << what;
     }
   } else {
     const RowsTiling t = rows_tiling(p, plan);
     ASSERT_GE(std::int64_t{t.column_tiles} * t.columns, p.extent.c) << what;
     ASSERT_GE(std::int64_t{t.chunks} * t.rows_per_chunk, t.rows) << what;
-    ASSERT_EQ(t.rows_per_chunk % (t.row_lanes * static_cast<unsigned>(plan.vectors)), 0) << what;
+    ASSERT_EQ(t.rows_per_chunk, t.row_lanes * static_cast<unsigned>(plan.vectors) *
+                                    static_cast<unsigned>(plan.batches))
+        << what;
     ASSERT_LE(t.units * t.column_lanes * t.row_lanes, static_cast<unsigned>(plan.threads)) << what;
     if (is_resident) {
       const std::int64_t d = p.num_groups == 0 ? 1 : p.extent.c / p.num_groups;
@@ -122,8 +127,6 @@ TEST(CudaPlan, SomeNeedTheSharedMemoryOfTheStaticPart) {
     EXPECT_GT(plan->shared_bytes, kDefaultDynamicShared) << describe(*plan);
     EXPECT_LE(plan->shared_bytes, kDefaultShared) << describe(*plan);
   };
-  expect_between({64, 1280, 4}, DType::kFloat32);
-  expect_between({64, 1280, 8}, DType::kBFloat16);
   expect_between({1, 1024, 2}, DType::kFloat64);
 }
 
@@ -191,9 +194,6 @@ TEST(CudaPlan, SaysWhySlicesAreSplit) {
   Problem p;
   p.extent = {1, 2, 1 << 20};
   EXPECT_NE(reason_of(p).find("does not fit into the registers"), std::string::npos);
-  p.extent = {1, 5, 16378};
-  p.dtype = DType::kBFloat16;
-  EXPECT_NE(reason_of(p).find("too few slices"), std::string::npos);
   p.dtype = DType::kFloat64;
   EXPECT_NE(reason_of(p).find("float64"), std::string::npos);
 }
@@ -234,7 +234,7 @@ TEST(CudaPlan, ReadsSmallSlicesOnce) {
   p.extent = {32, 256, 196};
   p.num_groups = 32;
   EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kPack);
-  p.extent = {32, 256, 3136};
+  p.extent = {32, 512, 784};
   EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kBlock);
   p.extent = {1, 128, 1 << 20};
   EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kSplit);

@@ -27,6 +27,8 @@
 #define __shared__ _Pragma("GCC error \"use block_shared<T>() instead of __shared__\"")
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
 
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;

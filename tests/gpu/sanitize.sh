@@ -44,7 +44,7 @@ check() {
   local tool=$1 start=$SECONDS code verdict tests summary filter_options=()
   [ "$tool" = initcheck ] || read -ra filter_options <<<"$filter"
   # Every allocation its own, so that its end is an end.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 NORMCORE_TEST_SEED=0 timeout --kill-after 5 "$seconds" \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 NORMCORE_TEST_SEED=0 OMP_NUM_THREADS=1 timeout --kill-after 5 "$seconds" \
     compute-sanitizer --tool "$tool" "${options[@]}" "${filter_options[@]}" \
     "$python" -m pytest -q -p no:cacheprovider "${selection[@]}" >"$logs/$tool.log" 2>&1
   code=$?
