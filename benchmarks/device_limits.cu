@@ -133,7 +133,8 @@ void stream_figure(const Device& d, const char* name, double tensors, std::size_
           reinterpret_cast<uint4*>(d.y), d.words);
     });
     std::printf(
-        "{\"figure\": \"stream\", \"kind\": \"%s\", \"mib\": %zu, \"vectors\": %d, \"threads\": %u, "
+        "{\"figure\": \"stream\", \"kind\": \"%s\", \"mib\": %zu, \"vectors\": %d, \"threads\": "
+        "%u, "
         "\"hint\": %d, \"us\": %.1f, \"gb_per_s\": %.0f}\n",
         name, bytes >> 20, kVectors, threads, kHint, us,
         tensors * static_cast<double>(bytes) / us / 1e3);
@@ -353,9 +354,10 @@ void barriers(const Device& d) {
     return (d.time([&] { run(2 * kCount); }) - d.time([&] { run(kCount); })) / kCount * 1e3;
   };
   const auto print = [](const char* kind, unsigned size, unsigned threads, double ns) {
-    std::printf("{\"figure\": \"barrier\", \"kind\": \"%s\", \"size\": %u, \"threads\": %u, \"ns\": "
-                "%.0f}\n",
-                kind, size, threads, ns);
+    std::printf(
+        "{\"figure\": \"barrier\", \"kind\": \"%s\", \"size\": %u, \"threads\": %u, \"ns\": "
+        "%.0f}\n",
+        kind, size, threads, ns);
   };
   for (unsigned threads : {256u, 512u}) {
     print("block", threads, threads, per_barrier([&](int count) {
@@ -364,9 +366,8 @@ void barriers(const Device& d) {
     for (unsigned cluster : {2u, 4u, 8u, 16u}) {
       const Shape shape{128 / cluster * cluster, threads, cluster};
       prepare(cluster_barriers, shape);
-      print("cluster", cluster, threads, per_barrier([&](int count) {
-              launch(cluster_barriers, shape, d.stream, count);
-            }));
+      print("cluster", cluster, threads,
+            per_barrier([&](int count) { launch(cluster_barriers, shape, d.stream, count); }));
     }
     for (unsigned blocks : {2u, 8u, 16u, 33u, 66u, 132u, 264u}) {
       print("grid", blocks, threads, per_barrier([&](int count) {
@@ -447,8 +448,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                     unsigned* words, unsigned target) {
   __shared__ float shared[32];
   __shared__ Record of_part[16];
-  const unsigned part = blockIdx.x % parts, team = blockIdx.x / parts,
-                 teams = gridDim.x / parts;
+  const unsigned part = blockIdx.x % parts, team = blockIdx.x / parts, teams = gridDim.x / parts;
   constexpr unsigned kHeld = kThreads * kVectors;
   constexpr float kCount = kHeld * 8.0f;
   for (unsigned slice = team; slice < slices; slice += teams) {

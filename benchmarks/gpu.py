@@ -453,7 +453,9 @@ def sweep(report: Report, arguments: argparse.Namespace) -> None:
     peers = set(arguments.peers.split(","))
     # A backward pass is run many times.
     torch._functorch.config.donated_buffer = False
-    if not importlib.util.find_spec("triton") or (rehearse and "TRITON_INTERPRET" not in os.environ):
+    if not importlib.util.find_spec("triton") or (
+        rehearse and "TRITON_INTERPRET" not in os.environ
+    ):
         peers.discard("triton")
     if not rehearse:
         with watch.stream():

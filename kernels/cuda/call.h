@@ -13,6 +13,12 @@ namespace normcore::kernels::cuda {
 // kSplit; kApply alone is kStream.
 enum class Stage : std::uint8_t { kResident, kReduce, kApply };
 
+// How many blocks of a kernel the registers of a multiprocessor have to have room for: `of_split` for
+// those that hold nothing, and are the same for every element.
+constexpr int blocks_at_once(bool is_plain, Stage stage, int of_split) {
+  return is_plain && stage != Stage::kResident ? of_split : 1;
+}
+
 // Of a set of values: how many count, sum (x - pivot) and sum (x - pivot)^2 over them.
 struct ShiftedSums {
   double count, pivot, sum, square;

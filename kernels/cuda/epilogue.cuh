@@ -76,7 +76,16 @@ __device__ void output_gradient(const BackwardCall& call, const Vector<T, kWidth
   if (call.input.activation == Activation::kNone) return;
   A z[kWidth];
   pre_activation<kPlain>(call.input, x, index, span, affine, z);
-  derive_all<T>(call.input.activation, z);
+  if constexpr (kPlain) {
+    derive_all<T>(call.input.activation, z);
+  } else {  // one by one, which takes fewer registers
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      A element[1] = {z[i]};
+      derive_all<T>(call.input.activation, element);
+      z[i] = element[0];
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     const bool is_used = (counting >> i & 1) != 0 || g[i] != A{0};
@@ -110,6 +119,12 @@ struct SliceGradient {
   A slope, offset;
   A is_constant;  // 1 for a slice of one value: y does not depend on x, grad_x is 0, or NaN with g
   __device__ const SliceGradient& operator[](int) const { return *this; }
+
+  // The coefficients of y, of which grad_x = gain * g + ... takes the gain.
+  __device__ Affine<A> of(Affine<A> affine) const {
+    if (is_constant != A{0}) affine.gain = A{0};
+    return affine;
+  }
 };
 
 template <bool kPlain, class T, int kWidth, class Affines, class SliceGradients>
@@ -126,7 +141,7 @@ __device__ void apply_backward(const BackwardCall& call, const Vector<T, kWidth>
     const bool counts = (counting >> i & 1) != 0, is_used = counts || g[i] != A{0};
     const A centered = convert_from<A>(x[i]) - affine[i].center;
     const A through = std::fma(slice[i].slope, centered, slice[i].offset);
-    const A direct = g[i] * (slice[i].is_constant != A{0} ? A{0} : affine[i].gain);
+    const A direct = g[i] * affine[i].gain;
     dx[i] = !is_used ? A{0} : call.batch_statistics && counts ? direct + through : direct;
   }
   store_values<kPlain, T>(call.grad.x, index, span, dx);

@@ -58,7 +58,7 @@ class PlanesBackward {
     if (!call_.grad.x && !call_.grad.residual) return;
 
     const bool is_same_affine = chunk.has_one_affine(call_.input);
-    Affine<A> affine = affine_at(chunk, statistics, chunk.first_segment());
+    Affine<A> affine = gradient.of(affine_at(chunk, statistics, chunk.first_segment()));
     for (std::uint32_t batch = 0; batch < batches(); ++batch) {
       if (batch != 0) load(chunk, slots, batch, x, grad_y);
 #pragma unroll
@@ -70,7 +70,7 @@ class PlanesBackward {
         keep_packed(x[k]);
         keep_packed(grad_y[k]);
         keep_order();
-        if (!is_same_affine) affine = affine_at(chunk, statistics, p.segment);
+        if (!is_same_affine) affine = gradient.of(affine_at(chunk, statistics, p.segment));
         const unsigned counting = chunk.counting(call_.input.mask, p);
         A g[kWidth];
         output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, p.span, counting, affine, g);
@@ -218,7 +218,7 @@ class PlanesBackward {
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
 __global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxBackwardThreads : kBlockThreads,
-                                  kPlain&& kStage != Stage::kResident ? 2 : 1)
+                                  blocks_at_once(kPlain, kStage, 2))
     planes_backward_kernel(const __grid_constant__ BackwardCall call,
                            const __grid_constant__ PlanesTiling tiling) {
   const PlanesBackward<T, kWidth, kVectors, kStage, kPlain> backward(call, tiling);

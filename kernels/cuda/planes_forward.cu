@@ -23,7 +23,7 @@ struct PlanesStatistics {
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
 __global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxForwardThreads : kBlockThreads,
-                                  kPlain&& kStage != Stage::kResident ? 3 : 1)
+                                  blocks_at_once(kPlain, kStage, kStage == Stage::kApply ? 3 : 1))
     planes_forward_kernel(const __grid_constant__ ForwardCall call,
                           const __grid_constant__ PlanesTiling tiling) {
   using A = Arithmetic<T>;

@@ -34,10 +34,10 @@ class RowsBackward {
   __device__ void run(Index index) const {
     const std::int64_t own = index(unit_);
     const Chunk chunk(call_.input, call_.num_groups, tiling_, own < 0 ? 0 : own, own >= 0);
-    const Affines affine = affines(chunk);
+    Affines affine = affines(chunk);
     Vector<T, kWidth> x[kVectors];
     Gradients grad_y[kVectors];
-    load(chunk, 0, x, grad_y);
+    load(chunk, 0, affine, x, grad_y);
 
     if constexpr (kStage != Stage::kApply) {
       sum_columns(chunk, affine, x, grad_y);
@@ -46,11 +46,17 @@ class RowsBackward {
         return;
       }
       finish_resident(index);
+      // Loaded again, for want of registers to keep them in.
+      if constexpr (!kPlain) affine = affines(chunk);
     }
     if (!call_.grad.x && !call_.grad.residual) return;
     const auto gradients = slice_gradients_of(chunk);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      affine.values[i] = gradients.values[i].of(affine.values[i]);
+    }
     for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
-      if (batch != 0) load(chunk, batch, x, grad_y);
+      if (batch != 0) load(chunk, batch, affine, x, grad_y);
       for_each_vector(chunk, batch, affine, x, grad_y,
                       [&](int k, const RowsPosition& p, unsigned counting, const A(&g)[kWidth]) {
                         apply_backward<kPlain>(call_, x[k], g, p.index, Span{0, kWidth}, counting,
@@ -80,15 +86,34 @@ class RowsBackward {
     return out;
   }
 
-  __device__ void load(const Chunk& chunk, std::uint32_t batch, Vector<T, kWidth> (&x)[kVectors],
-                       Gradients (&grad_y)[kVectors]) const {
-    load_batch<kPlain>(call_, x, grad_y, [&](auto f) {
+  // In a kPlain call grad_y is held as it is, otherwise the gradient g behind the activation.
+  __device__ void load(const Chunk& chunk, std::uint32_t batch, const Affines& affine,
+                       Vector<T, kWidth> (&x)[kVectors], Gradients (&grad_y)[kVectors]) const {
+    if constexpr (kPlain) {
+      load_batch<kPlain>(call_, x, grad_y, [&](auto f) {
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) {
+          RowsPosition p;
+          if (chunk.at(batch, k, p)) f(k, p.index, Span{0, kWidth});
+        }
+      });
+    } else {
+      // One by one: all at once would take more registers than there are.
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         RowsPosition p;
-        if (chunk.at(batch, k, p)) f(k, p.index, Span{0, kWidth});
+        if (!chunk.at(batch, k, p)) continue;
+        const Span whole{0, kWidth};
+        keep_order();
+        x[k] = load_vector<T, kWidth>(static_cast<const T*>(call_.input.x.data), p.index, whole);
+        A g[kWidth];
+        load_values<kPlain, T>(call_.grad_y, p.index, whole, g);
+        output_gradient<kPlain>(call_, x[k], Gradients::from(g), p.index, whole,
+                                chunk.counting(call_.input.mask, p), affine, g);
+        grad_y[k] = Gradients::from(g);
+        keep_packed(x[k]);
       }
-    });
+    }
   }
 
   // Calls f(k, position, counting elements, g) for the vectors of a batch.
@@ -105,8 +130,13 @@ class RowsBackward {
       keep_order();
       const unsigned counting = chunk.counting(call_.input.mask, p);
       A g[kWidth];
-      output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, Span{0, kWidth}, counting, affine,
-                              g);
+      if constexpr (kPlain) {
+        output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, Span{0, kWidth}, counting, affine,
+                                g);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) g[i] = grad_y[k][i];
+      }
       f(k, p, counting, g);
     }
   }
@@ -131,7 +161,7 @@ class RowsBackward {
                               Gradients (&grad_y)[kVectors]) const {
     PartialSums<A> sums[kWidth] = {};
     for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
-      if (batch != 0) load(chunk, batch, x, grad_y);
+      if (batch != 0) load(chunk, batch, affine, x, grad_y);
       for_each_vector(chunk, batch, affine, x, grad_y,
                       [&](int k, const RowsPosition&, unsigned counting, const A(&g)[kWidth]) {
 #pragma unroll
@@ -255,7 +285,7 @@ class RowsBackward {
 };
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
-__global__ void __launch_bounds__(kMaxRowsThreads, kPlain&& kStage != Stage::kResident ? 2 : 1)
+__global__ void __launch_bounds__(kMaxRowsThreads, blocks_at_once(kPlain, kStage, 2))
     rows_backward_kernel(const __grid_constant__ BackwardCall call,
                          const __grid_constant__ RowsTiling tiling) {
   const RowsBackward<T, kWidth, kVectors, kStage, kPlain> backward(call, tiling);

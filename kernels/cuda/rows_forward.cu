@@ -301,7 +301,7 @@ class RowsForward {
 };
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
-__global__ void __launch_bounds__(kMaxRowsThreads, kPlain ? 2 : 1)
+__global__ void __launch_bounds__(kMaxRowsThreads, blocks_at_once(kPlain, kStage, 2))
     rows_forward_kernel(const __grid_constant__ ForwardCall call,
                         const __grid_constant__ RowsTiling tiling) {
   RowsForward<T, kWidth, kVectors, kStage, kPlain>(call, tiling)

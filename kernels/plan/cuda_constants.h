@@ -1,5 +1,5 @@
 // Every number that the choices of plan_cuda() and the shape of the CUDA kernels depend on, beside
-// the problem and the device. None has been tuned on a device yet.
+// the problem and the device. How some of them were found on an H200 is in docs/cuda_speed.md.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,8 @@ inline constexpr int kBackwardVectors = 4, kBackwardFewVectors = 1;
 // Of those, how many at once where nothing is held.
 inline constexpr int kApplyVectors = 4;
 
-// Largest blocks, by layout and pass: what a thread holds leaves registers for no more.
+// Largest blocks, by layout and pass: what a thread holds leaves registers for two of them in a
+// multiprocessor, one of which loads while the other computes.
 inline constexpr int kMaxForwardThreads = 256, kMaxBackwardThreads = 256, kMaxRowsThreads = 256;
 
 // Shared memory per block, static and dynamic together: what a kernel gets without asking, and what
@@ -47,10 +48,9 @@ inline constexpr std::int64_t kBlockThreads = 256;  // of kPack, kSplit and kStr
 inline constexpr std::int64_t kRowBytes = 128, kColumnLanes = 8, kNarrowColumnLanes = 32;
 // kSplit and kStream: blocks before chunks grow, and the most batches of a chunk, so that float32 sums
 // stay short.
-inline constexpr std::int64_t kPlanesBlocksPerMultiprocessor = 4, kMaxPlanesBatches = 8;
+inline constexpr std::int64_t kPlanesForwardBlocksPerMultiprocessor = 16,
+                              kPlanesBackwardBlocksPerMultiprocessor = 4, kMaxPlanesBatches = 8;
 inline constexpr std::int64_t kRowsBlocksPerMultiprocessor = 2, kMaxRowsBatches = 32;
-// Multiprocessors per slice above which a block for each slice leaves too many of them idle.
-inline constexpr std::int64_t kFewSlices = 4;
 // Blocks of samples that parameter gradients of group norm are summed over.
 inline constexpr std::int64_t kSampleBlocks = 512;
 // Of the parts of a workspace.

@@ -155,7 +155,9 @@ class Planner {
     const PlanesTiling tiling = planes_tiling(problem_, plan_);
     const bool is_by_sample = is_group_norm(problem_) && options_.batch_invariant;
     const std::int64_t slices = is_by_sample ? problem_.num_groups : tiling.slices;
-    const std::int64_t enough = kPlanesBlocksPerMultiprocessor * device_.multiprocessors;
+    const std::int64_t enough =
+        device_.multiprocessors * (is_backward(problem_) ? kPlanesBackwardBlocksPerMultiprocessor
+                                                         : kPlanesForwardBlocksPerMultiprocessor);
     plan_.batches = static_cast<int>(
         std::clamp<std::int64_t>(slices * tiling.chunks / enough, 1, kMaxPlanesBatches));
     while (plan_.batches > 1 && shared_bytes_of_planes(plan_.threads) > kDefaultDynamicShared) {

@@ -6,8 +6,8 @@ import os
 
 import torch
 
-SMALL_BLOCK, SMALL_BLOCKS = 1 << 20, 32  # torch's allocator takes small tensors from 2 MiB pieces
-LARGE_BYTES = 1 << 30
+# torch's allocator takes small tensors from pieces of 2 MiB, others from pieces of at least 20 MiB.
+SIZES = [1 << 20] * 32 + [20 << 20] * 8 + [1 << 30]
 
 
 def poison_freed_memory() -> None:
@@ -20,10 +20,7 @@ def poison_freed_memory() -> None:
         return  # every tensor has memory of its own: sanitizers look at it
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    blocks = [
-        torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
-        for size in [SMALL_BLOCK] * SMALL_BLOCKS + [LARGE_BYTES]
-    ]
+    blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for size in SIZES]
     del blocks
 
 

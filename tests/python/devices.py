@@ -25,20 +25,25 @@ needs_cuda = pytest.mark.skipif(without_cuda() is not None, reason=str(without_c
 def place(tree: Any) -> Any:
     """`tree` with its tensors, made before there was a default device, on the default device.
 
-    Strides stay, and tensors that are one stay one; those on the meta device stay there.
+    Strides stay, tensors that are one stay one, and those that share memory share it there; those
+    on the meta device stay on it.
     """
     device = torch.get_default_device()
     copies: dict[int, Tensor] = {}
+    memories: dict[int, Tensor] = {}
 
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.device.type in ("meta", device.type):
             return value
         if id(value) not in copies:
-            elements = value.untyped_storage().nbytes() // value.element_size()
-            memory = value.detach().as_strided((elements,), (1,), 0).to(device)
-            copies[id(value)] = memory.as_strided(
-                value.shape, value.stride(), value.storage_offset()
-            )
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in memories:
+                elements = storage.nbytes() // value.element_size()
+                whole = value.detach().as_strided((elements,), (1,), 0)
+                memories[storage.data_ptr()] = whole.to(device)
+            memory = memories[storage.data_ptr()]
+            moved = memory.as_strided(value.shape, value.stride(), value.storage_offset())
+            copies[id(value)] = moved.requires_grad_(value.requires_grad)
         return copies[id(value)]
 
     return tree_map(move, tree)

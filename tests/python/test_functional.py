@@ -76,7 +76,12 @@ def gradcheck_arguments(
         shape.randn().requires_grad_(), leaf(*shape.features), leaf(*shape.features),
         residual.requires_grad_(),
     )  # fmt: skip
-    mask = torch.rand(shape.size) < 0.8 if masked else None
+    mask = None
+    if masked:  # the same on every device: no slice may be left without two values
+        chosen = torch.rand(
+            shape.size, generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+        )
+        mask = place(chosen < 0.8)
     return tensors, {"axis": shape.axis, "activation": activation, "mask": mask}
 
 

@@ -38,7 +38,7 @@ struct CudaPlan {
   Layout layout = Layout::kNCS;  // as which the tensor is treated: some are of both
   int width = 1;                 // elements per vector: 16 bytes of x, or 1
   int vectors = 1;               // per thread, at once
-  int batches = 1;               // kNCS: of so many vectors, one after the other (kSplit, kStream)
+  int batches = 1;               // of so many vectors, one after the other (kSplit, kStream)
   int threads = 32;              // per block
   int lanes = 32;   // neighbouring threads that share a chunk of a slice (kNCS) or of a
                     // tile of columns (kNSC)
