@@ -36,7 +36,7 @@ class RowsBackward {
     const Chunk chunk(call_.input, call_.num_groups, tiling_, own < 0 ? 0 : own, own >= 0);
     Affines affine = affines(chunk);
     Vector<T, kWidth> x[kVectors];
-    Gradients grad_y[kVectors];
+    Gradients grad_y[kVectors] = {};
     load(chunk, 0, affine, x, grad_y);
 
     if constexpr (kStage != Stage::kApply) {
