@@ -6,8 +6,9 @@ import os
 
 import torch
 
-# torch's allocator takes small tensors from pieces of 2 MiB, others from pieces of at least 20 MiB.
-SIZES = [1 << 20] * 32 + [20 << 20] * 8 + [1 << 30]
+# torch's allocator takes tensors up to 1 MiB from pieces of 2 MiB, others from pieces of 20 MiB and
+# more. It prefers what living tensors have left of a piece, so that has to be filled too.
+SIZES = [1 << 20] * 32 + [2 << 20] * 64 + [1 << 30]
 
 
 def poison_freed_memory() -> None:
