@@ -289,9 +289,9 @@ def explain(
 
     Example::
 
-        >>> x = torch.empty(32, 256, 56, 56, dtype=torch.bfloat16, device="meta")
+        >>> x = torch.empty(32, 512, 28, 28, dtype=torch.bfloat16, device="meta")
         >>> normcore.explain(x, "group_norm", device="cuda")  # doctest: +ELLIPSIS
-        'group_norm forward on cuda, ...: block path, planes: 1024 blocks of 416 threads, ...'
+        'group_norm forward on cuda, ...: block path, planes: 1024 blocks of 224 threads, ...'
     """
     plan: str = torch.ops.normcore.explain(
         input,
