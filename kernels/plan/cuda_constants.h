@@ -13,8 +13,8 @@ inline constexpr std::int64_t kSectorBytes = 32;  // of memory: read as a whole 
 
 // ---- what the kernels are compiled for
 
-// Vectors that a thread holds, by pass. Forward: x. Backward: x, and the gradient behind the
-// activation in the arithmetic type.
+// Vectors that a thread holds, by pass. Forward: x. Backward: x and grad_y, or the gradient behind
+// the activation in the arithmetic type.
 inline constexpr int kForwardVectors = 8, kForwardFewVectors = 2;
 inline constexpr int kBackwardVectors = 4, kBackwardFewVectors = 1;
 // Of those, how many at once where nothing is held.

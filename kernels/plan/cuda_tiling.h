@@ -1,7 +1,8 @@
 // How a tensor is cut on a CUDA device. Vectors of `width` neighbouring elements are the unit of
 // access. A chunk is what a group of neighbouring threads, the lanes, holds in registers: up to
-// kVectors vectors per thread. Several groups of lanes share a block where chunks are small. Filled
-// by plan_cuda(), passed to the kernels by value. Offsets count elements.
+// kVectors vectors per thread, or several such batches one after the other where nothing has to stay
+// there. Several groups of lanes share a block where chunks are small. Filled by plan_cuda(), passed
+// to the kernels by value. Offsets count elements.
 #pragma once
 
 #include <cstddef>
@@ -59,8 +60,7 @@ struct PlanesTiling {
 
 // kNSC. A tile is a sample of s rows (group norm) or all n * s rows (batch norm); its channels are
 // cut into columns of `columns` channels, its rows into chunks. Lanes are column_lanes x row_lanes.
-// A chunk holds rows_per_chunk rows: row_lanes * kVectors, or a multiple of it that is read batch by
-// batch where nothing has to stay in registers.
+// A chunk has rows_per_chunk rows: row_lanes * kVectors of each batch.
 struct RowsTiling {
   std::int64_t tiles = 0;
   std::int64_t rows = 0;  // per tile
