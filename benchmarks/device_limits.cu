@@ -24,7 +24,7 @@
 #include <cuda/atomic>
 #include <functional>
 #include <limits>
-#include <string>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -233,7 +233,6 @@ struct Shape {
   bool cooperative = false, programmatic = false;
 };
 
-template <class... Parameters>
 cudaLaunchConfig_t config_of(const Shape& shape, cudaStream_t stream,
                              std::vector<cudaLaunchAttribute>& attributes) {
   cudaLaunchAttribute attribute = {};

@@ -7,8 +7,8 @@
 #     --seconds N       for everything, default 530
 #     --stages LIST     of build,gpu_tests,op_tests,benchmark, which is the default; or build,sanitize; besides limits,
 #                       what the device allows (device_limits.cu), and profile, hardware counters (gpu_profile.py)
-#     --sanitize        short for --stages build,sanitize: the four tools of compute-sanitizer on a selection of the
-#                       tests. They share no run with other stages: of the default time each is sure of a minute.
+#     --sanitize        short for --stages build,sanitize: the four tools of compute-sanitizer beside each other, on a
+#                       selection of the tests. They share no run with other stages: they may take all of its time.
 #     --prebuilt        build/gpu/site was made on another machine, for the same torch: the stage build only compiles
 #                       the Python module for this machine's Python
 #     --rehearse        where there is no device: the same stages; tests skip, the benchmark runs tiny cases on the CPU
@@ -103,8 +103,9 @@ build_python_module() {
   headers=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))') || return
   rm -f "$site"/normcore/_C.*.so
   "${CXX:-g++}" -std=c++20 -O2 -shared -fPIC -fvisibility=hidden -isystem "$torch_root/include" \
-    -isystem "$torch_root/include/torch/csrc/api/include" -isystem "$headers" -I "$site/normcore/include" python/bindings/module.cpp \
-    -o "$site/normcore/_C$suffix" -L "$site/normcore/lib" -lnormcore -Wl,-rpath,'$ORIGIN/lib' \
+    -isystem "$torch_root/include/torch/csrc/api/include" -isystem "$headers" \
+    -I "$site/normcore/include" python/bindings/module.cpp -o "$site/normcore/_C$suffix" \
+    -L "$site/normcore/lib" -lnormcore -Wl,-rpath,'$ORIGIN/lib' \
     -Wl,--exclude-libs,ALL # a static libstdc++ must not stand in for that of the other libraries
 }
 

@@ -13,8 +13,8 @@ namespace normcore::kernels::cuda {
 // kSplit; kApply alone is kStream.
 enum class Stage : std::uint8_t { kResident, kReduce, kApply };
 
-// How many blocks of a kernel the registers of a multiprocessor have to have room for: `of_split` for
-// those that hold nothing, and are the same for every element.
+// For how many blocks of a kernel a multiprocessor has to have registers: kPlain kernels of kSplit and
+// kStream hold nothing, and need few.
 constexpr int blocks_at_once(bool is_plain, Stage stage, int of_split) {
   return is_plain && stage != Stage::kResident ? of_split : 1;
 }

@@ -76,16 +76,7 @@ __device__ void output_gradient(const BackwardCall& call, const Vector<T, kWidth
   if (call.input.activation == Activation::kNone) return;
   A z[kWidth];
   pre_activation<kPlain>(call.input, x, index, span, affine, z);
-  if constexpr (kPlain) {
-    derive_all<T>(call.input.activation, z);
-  } else {  // one by one, which takes fewer registers
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      A element[1] = {z[i]};
-      derive_all<T>(call.input.activation, element);
-      z[i] = element[0];
-    }
-  }
+  derive_all<T>(call.input.activation, z);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     const bool is_used = (counting >> i & 1) != 0 || g[i] != A{0};

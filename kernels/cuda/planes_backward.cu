@@ -16,7 +16,7 @@ namespace {
 // What the leading lanes of each unit tell the others.
 template <class A>
 struct PlanesGradients {
-  SliceGradient<A> of_unit[kMaxBackwardThreads];
+  SliceGradient<A> of_unit[kMaxThreads];
 };
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
@@ -217,8 +217,7 @@ class PlanesBackward {
 };
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
-__global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxBackwardThreads : kBlockThreads,
-                                  blocks_at_once(kPlain, kStage, 2))
+__global__ void __launch_bounds__(kMaxThreads, blocks_at_once(kPlain, kStage, 2))
     planes_backward_kernel(const __grid_constant__ BackwardCall call,
                            const __grid_constant__ PlanesTiling tiling) {
   const PlanesBackward<T, kWidth, kVectors, kStage, kPlain> backward(call, tiling);

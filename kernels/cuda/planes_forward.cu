@@ -18,11 +18,11 @@ namespace {
 // What the leading lane of each group of lanes tells the others.
 template <class A>
 struct PlanesStatistics {
-  SliceStatistics<A> of_unit[kMaxForwardThreads];
+  SliceStatistics<A> of_unit[kMaxThreads];
 };
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
-__global__ void __launch_bounds__(kStage == Stage::kResident ? kMaxForwardThreads : kBlockThreads,
+__global__ void __launch_bounds__(kMaxThreads,
                                   blocks_at_once(kPlain, kStage, kStage == Stage::kApply ? 3 : 1))
     planes_forward_kernel(const __grid_constant__ ForwardCall call,
                           const __grid_constant__ PlanesTiling tiling) {

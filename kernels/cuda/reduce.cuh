@@ -9,7 +9,7 @@
 
 namespace normcore::kernels::cuda {
 
-inline constexpr unsigned kMaxWarps = kMaxForwardThreads / kWarp;
+inline constexpr unsigned kMaxWarps = kMaxThreads / kWarp;
 static_assert(kMaxWarps <= kWarp);
 
 template <class A>

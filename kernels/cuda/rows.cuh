@@ -35,10 +35,11 @@ class RowsChunk {
     column_tile_ = static_cast<std::uint32_t>(index - chunk * tiling.column_tiles);
     tile_ = tiling.by_chunks.quotient_of(chunk);
     chunk_ = static_cast<std::uint32_t>(chunk - tile_ * tiling.chunks);
-    const unsigned unit = threadIdx.x / unit_threads(), lane = threadIdx.x - unit * unit_threads();
+    const unsigned unit = threadIdx.x / tiling.unit_threads(),
+                   lane = threadIdx.x - unit * tiling.unit_threads();
     row_lane_ = lane / tiling.column_lanes;
-    column_ = static_cast<std::int64_t>(column_tile_) * tiling.columns +
-              (lane - row_lane_ * tiling.column_lanes) * kWidth;
+    local_column_ = (lane - row_lane_ * tiling.column_lanes) * kWidth;
+    column_ = static_cast<std::int64_t>(column_tile_) * tiling.columns + local_column_;
     first_row_ = static_cast<std::int64_t>(chunk_) * tiling.rows_per_chunk;
     const std::int64_t left = tiling.rows - first_row_;
     rows_ = left < tiling.rows_per_chunk ? static_cast<std::uint32_t>(left) : tiling.rows_per_chunk;
@@ -64,7 +65,9 @@ class RowsChunk {
   }
   // Of the chunk's first row, in the thread's columns.
   __device__ std::int64_t start() const { return start_; }
+  // Where the thread is among those of its unit: its row of lanes, and its first column in the tile.
   __device__ std::uint32_t row_lane() const { return row_lane_; }
+  __device__ std::uint32_t local_column() const { return local_column_; }
   // How many of its rows are this thread's.
   __device__ std::uint32_t own_rows() const {
     return is_active_ ? (rows_ + tiling_.row_lanes - 1 - row_lane_) / tiling_.row_lanes : 0;
@@ -96,12 +99,10 @@ class RowsChunk {
   }
 
  private:
-  __device__ unsigned unit_threads() const { return tiling_.column_lanes * tiling_.row_lanes; }
-
   const RowsTiling& tiling_;
   const Extent& extent_;
   std::int64_t groups_, tile_, column_, first_row_, start_;
-  std::uint32_t rows_, column_tile_, chunk_, row_lane_;
+  std::uint32_t rows_, column_tile_, chunk_, row_lane_, local_column_;
   bool is_active_;
 };
 

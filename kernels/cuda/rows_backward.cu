@@ -24,9 +24,8 @@ class RowsBackward {
   __device__ RowsBackward(const BackwardCall& call, const RowsTiling& tiling)
       : call_(call),
         tiling_(tiling),
-        unit_threads_(tiling.column_lanes * tiling.row_lanes),
-        has_unit_(threadIdx.x < unit_threads_ * tiling.units),
-        unit_(has_unit_ ? threadIdx.x / unit_threads_ : 0),
+        has_unit_(threadIdx.x < tiling.unit_threads() * tiling.units),
+        unit_(has_unit_ ? threadIdx.x / tiling.unit_threads() : 0),
         all_columns_(tiling.units * tiling.columns) {}
 
   // The chunks of all units; index(unit) is that of a unit, negative if it has none.
@@ -36,8 +35,8 @@ class RowsBackward {
     const Chunk chunk(call_.input, call_.num_groups, tiling_, own < 0 ? 0 : own, own >= 0);
     Affines affine = affines(chunk);
     Vector<T, kWidth> x[kVectors];
-    Gradients grad_y[kVectors] = {};
-    load(chunk, 0, affine, x, grad_y);
+    Gradients grad_y[kVectors];
+    load(chunk, 0, x, grad_y);
 
     if constexpr (kStage != Stage::kApply) {
       sum_columns(chunk, affine, x, grad_y);
@@ -56,7 +55,7 @@ class RowsBackward {
       affine.values[i] = gradients.values[i].of(affine.values[i]);
     }
     for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
-      if (batch != 0) load(chunk, batch, affine, x, grad_y);
+      if (batch != 0) load(chunk, batch, x, grad_y);
       for_each_vector(chunk, batch, affine, x, grad_y,
                       [&](int k, const RowsPosition& p, unsigned counting, const A(&g)[kWidth]) {
                         apply_backward<kPlain>(call_, x[k], g, p.index, Span{0, kWidth}, counting,
@@ -86,34 +85,15 @@ class RowsBackward {
     return out;
   }
 
-  // In a kPlain call grad_y is held as it is, otherwise the gradient g behind the activation.
-  __device__ void load(const Chunk& chunk, std::uint32_t batch, const Affines& affine,
-                       Vector<T, kWidth> (&x)[kVectors], Gradients (&grad_y)[kVectors]) const {
-    if constexpr (kPlain) {
-      load_batch<kPlain>(call_, x, grad_y, [&](auto f) {
-#pragma unroll
-        for (int k = 0; k < kVectors; ++k) {
-          RowsPosition p;
-          if (chunk.at(batch, k, p)) f(k, p.index, Span{0, kWidth});
-        }
-      });
-    } else {
-      // One by one: all at once would take more registers than there are.
+  __device__ void load(const Chunk& chunk, std::uint32_t batch, Vector<T, kWidth> (&x)[kVectors],
+                       Gradients (&grad_y)[kVectors]) const {
+    load_batch<kPlain>(call_, x, grad_y, [&](auto f) {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
         RowsPosition p;
-        if (!chunk.at(batch, k, p)) continue;
-        const Span whole{0, kWidth};
-        keep_order();
-        x[k] = load_vector<T, kWidth>(static_cast<const T*>(call_.input.x.data), p.index, whole);
-        A g[kWidth];
-        load_values<kPlain, T>(call_.grad_y, p.index, whole, g);
-        output_gradient<kPlain>(call_, x[k], Gradients::from(g), p.index, whole,
-                                chunk.counting(call_.input.mask, p), affine, g);
-        grad_y[k] = Gradients::from(g);
-        keep_packed(x[k]);
+        if (chunk.at(batch, k, p)) f(k, p.index, Span{0, kWidth});
       }
-    }
+    });
   }
 
   // Calls f(k, position, counting elements, g) for the vectors of a batch.
@@ -130,13 +110,8 @@ class RowsBackward {
       keep_order();
       const unsigned counting = chunk.counting(call_.input.mask, p);
       A g[kWidth];
-      if constexpr (kPlain) {
-        output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, Span{0, kWidth}, counting, affine,
-                                g);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) g[i] = grad_y[k][i];
-      }
+      output_gradient<kPlain>(call_, x[k], grad_y[k], p.index, Span{0, kWidth}, counting, affine,
+                              g);
       f(k, p, counting, g);
     }
   }
@@ -161,7 +136,7 @@ class RowsBackward {
                               Gradients (&grad_y)[kVectors]) const {
     PartialSums<A> sums[kWidth] = {};
     for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
-      if (batch != 0) load(chunk, batch, affine, x, grad_y);
+      if (batch != 0) load(chunk, batch, x, grad_y);
       for_each_vector(chunk, batch, affine, x, grad_y,
                       [&](int k, const RowsPosition&, unsigned counting, const A(&g)[kWidth]) {
 #pragma unroll
@@ -174,10 +149,8 @@ class RowsBackward {
                       });
     }
     if (has_unit_) {
-      const unsigned lane = threadIdx.x - unit_ * unit_threads_;
-      const unsigned row_lane = lane / tiling_.column_lanes;
-      const unsigned at = (unit_ * tiling_.row_lanes + row_lane) * tiling_.columns +
-                          (lane - row_lane * tiling_.column_lanes) * kWidth;
+      const unsigned at =
+          (unit_ * tiling_.row_lanes + chunk.row_lane()) * tiling_.columns + chunk.local_column();
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         if constexpr (kPlain) sums[i].count = static_cast<A>(chunk.own_rows());
@@ -279,13 +252,12 @@ class RowsBackward {
 
   const BackwardCall& call_;
   const RowsTiling& tiling_;
-  unsigned unit_threads_;
   bool has_unit_;  // threads that are left over work for none
   unsigned unit_, all_columns_;
 };
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
-__global__ void __launch_bounds__(kMaxRowsThreads, blocks_at_once(kPlain, kStage, 2))
+__global__ void __launch_bounds__(kMaxThreads, blocks_at_once(kPlain, kStage, 2))
     rows_backward_kernel(const __grid_constant__ BackwardCall call,
                          const __grid_constant__ RowsTiling tiling) {
   const RowsBackward<T, kWidth, kVectors, kStage, kPlain> backward(call, tiling);

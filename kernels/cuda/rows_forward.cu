@@ -35,9 +35,8 @@ class RowsForward {
   __device__ RowsForward(const ForwardCall& call, const RowsTiling& tiling)
       : call_(call),
         tiling_(tiling),
-        unit_threads_(tiling.column_lanes * tiling.row_lanes),
-        has_unit_(threadIdx.x < unit_threads_ * tiling.units),
-        unit_(has_unit_ ? threadIdx.x / unit_threads_ : 0),
+        has_unit_(threadIdx.x < tiling.unit_threads() * tiling.units),
+        unit_(has_unit_ ? threadIdx.x / tiling.unit_threads() : 0),
         units_(tiling.units),
         all_columns_(units_ * tiling.columns) {}
 
@@ -108,12 +107,11 @@ class RowsForward {
   // Sums over the rows of lanes: of every column, store(column, sums). In the end the lane values may
   // be written again.
   template <int kValues, class Store>
-  __device__ void sum_lanes(const A (&values)[kValues][kWidth], Store store) const {
+  __device__ void sum_lanes(const Chunk& chunk, const A (&values)[kValues][kWidth],
+                            Store store) const {
     if (has_unit_) {
-      const unsigned lane = threadIdx.x - unit_ * unit_threads_;
-      const unsigned row_lane = lane / tiling_.column_lanes;
-      const unsigned at = (unit_ * tiling_.row_lanes + row_lane) * tiling_.columns +
-                          (lane - row_lane * tiling_.column_lanes) * kWidth;
+      const unsigned at =
+          (unit_ * tiling_.row_lanes + chunk.row_lane()) * tiling_.columns + chunk.local_column();
 #pragma unroll
       for (int v = 0; v < kValues; ++v) {
 #pragma unroll
@@ -137,8 +135,7 @@ class RowsForward {
   // ColumnSums of every column of the block, over the rows of its chunk.
   __device__ void sum_columns(const Chunk& chunk, Vector<T, kWidth> (&x)[kVectors]) const {
     const Mask& mask = call_.input.mask;
-    const unsigned lane = threadIdx.x - unit_ * unit_threads_;
-    const unsigned own_column = unit_ * tiling_.columns + lane % tiling_.column_lanes * kWidth;
+    const unsigned own_column = unit_ * tiling_.columns + chunk.local_column();
     // Calls f(element, value, whether it counts) for those of a batch.
     const auto for_each_value = [&](std::uint32_t batch, auto f) {
 #pragma unroll
@@ -175,7 +172,7 @@ class RowsForward {
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) column_sums()[own_column + i].pivot = about[i];
       }
-      sum_lanes(values, [&](unsigned column, const auto& sums) {
+      sum_lanes(chunk, values, [&](unsigned column, const auto& sums) {
         A count = static_cast<A>(first_rows);
         if constexpr (!kPlain) count = sums[1];
         if (count != A{0}) column_sums()[column].pivot += sums[0] / count;
@@ -193,7 +190,7 @@ class RowsForward {
         if constexpr (!kPlain) values[2][i] += counts ? A{1} : A{0};
       });
     }
-    sum_lanes(values, [&](unsigned column, const auto& sums) {
+    sum_lanes(chunk, values, [&](unsigned column, const auto& sums) {
       ColumnSums<A>& out = column_sums()[column];
       A count = static_cast<A>(chunk.rows());
       if constexpr (!kPlain) count = sums[2];
@@ -295,13 +292,12 @@ class RowsForward {
 
   const ForwardCall& call_;
   const RowsTiling& tiling_;
-  unsigned unit_threads_;
   bool has_unit_;  // threads that are left over work for none
   unsigned unit_, units_, all_columns_;
 };
 
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
-__global__ void __launch_bounds__(kMaxRowsThreads, blocks_at_once(kPlain, kStage, 2))
+__global__ void __launch_bounds__(kMaxThreads, blocks_at_once(kPlain, kStage, 2))
     rows_forward_kernel(const __grid_constant__ ForwardCall call,
                         const __grid_constant__ RowsTiling tiling) {
   RowsForward<T, kWidth, kVectors, kStage, kPlain>(call, tiling)

@@ -20,9 +20,9 @@ inline constexpr int kBackwardVectors = 4, kBackwardFewVectors = 1;
 // Of those, how many at once where nothing is held.
 inline constexpr int kApplyVectors = 4;
 
-// Largest blocks, by layout and pass: what a thread holds leaves registers for two of them in a
-// multiprocessor, one of which loads while the other computes.
-inline constexpr int kMaxForwardThreads = 256, kMaxBackwardThreads = 256, kMaxRowsThreads = 256;
+// Largest block, which is also that of kSplit and kStream: what its threads hold leaves registers for
+// a second one in a multiprocessor, so that one loads while the other computes.
+inline constexpr int kMaxThreads = 256;
 
 // Shared memory per block, static and dynamic together: what a kernel gets without asking, and what
 // every device from sm_80 on has for one that asks.
@@ -42,7 +42,6 @@ inline constexpr int kParameterChannels = 32, kParameterLanes = 8;
 
 // ---- what plan_cuda() aims at
 
-inline constexpr std::int64_t kBlockThreads = 256;  // of kPack, kSplit and kStream
 // Rows: neighbouring bytes that a resident tile of columns should have, and lanes of a row of kSplit
 // with vectors (128 bytes) and without.
 inline constexpr std::int64_t kRowBytes = 128, kColumnLanes = 8, kNarrowColumnLanes = 32;

@@ -83,13 +83,8 @@ class Planner {
   // Float64 has no registers to spare; a pass that reduces nothing has nothing to keep.
   bool may_reside() const { return reduces(problem_) && problem_.dtype != DType::kFloat64; }
 
-  std::int64_t max_planes_threads() const {
-    return std::min(options_.max_threads,
-                    is_backward(problem_) ? kMaxBackwardThreads : kMaxForwardThreads);
-  }
-
-  std::int64_t block_threads() const {
-    return std::min<std::int64_t>(kBlockThreads, options_.max_threads);
+  std::int64_t max_threads() const {
+    return std::min<std::int64_t>(kMaxThreads, options_.max_threads);
   }
 
   void set_sample_blocks() {
@@ -139,7 +134,7 @@ class Planner {
                                    ? "float64 takes too many registers to hold a slice"
                                    : "the slice does not fit into the registers of a block";
     if (!plan_split_or_stream(reason)) return false;
-    plan_.threads = plan_.lanes = static_cast<int>(block_threads());
+    plan_.threads = plan_.lanes = static_cast<int>(max_threads());
     if (ceil_div(slots, plan_.threads) > kMaxCount) return false;
     set_batches_of_planes();
     const PlanesTiling tiling = planes_tiling(problem_, plan_);
@@ -176,16 +171,15 @@ class Planner {
     set_sample_blocks();
     const std::int64_t units =
         resident_units(is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c);
-    plan_.threads =
-        static_cast<int>(std::min(block_threads(), round_up(units * plan_.lanes, kWarp)));
+    plan_.threads = static_cast<int>(std::min(max_threads(), round_up(units * plan_.lanes, kWarp)));
     plan_.blocks = ceil_div(units, plan_.threads / plan_.lanes);
     return true;
   }
 
   bool plan_block_planes(std::int64_t slots) {
     const std::int64_t many = many_vectors(problem_), few = few_vectors(problem_);
-    if (slots > max_planes_threads() * many || !may_take(CudaPath::kBlock)) return false;
-    const bool is_few = plan_.width > 1 && slots <= block_threads() * few;
+    if (slots > max_threads() * many || !may_take(CudaPath::kBlock)) return false;
+    const bool is_few = plan_.width > 1 && slots <= max_threads() * few;
     plan_.vectors = static_cast<int>(is_few ? few : many);
     set_sample_blocks();
     const std::int64_t units =
@@ -223,7 +217,7 @@ class Planner {
     plan_.samples_per_block = 1;
     const std::int64_t column_lanes =
         std::min(plan_.width > 1 ? kColumnLanes : kNarrowColumnLanes, c / plan_.width);
-    plan_.threads = static_cast<int>(block_threads());
+    plan_.threads = static_cast<int>(max_threads());
     const std::int64_t row_lanes = plan_.threads / column_lanes;
     plan_.lanes = static_cast<int>(column_lanes * row_lanes);
     plan_.columns = static_cast<int>(column_lanes * plan_.width);
@@ -248,16 +242,15 @@ class Planner {
   bool plan_resident_rows(std::int64_t rows, const char*& why_not) {
     why_not = "a tile of rows and whole slices does not fit into the registers of a block";
     const auto bytes = static_cast<std::int64_t>(size_of(problem_.dtype));
-    const std::int64_t c = problem_.extent.c,
-                       max_threads = std::min(kMaxRowsThreads, options_.max_threads);
+    const std::int64_t c = problem_.extent.c;
     const bool is_few = plan_.width > 1 && rows <= few_vectors(problem_);
     const std::int64_t vectors = is_few ? few_vectors(problem_) : many_vectors(problem_);
     const std::int64_t row_lanes = ceil_div(rows, vectors);
     const std::int64_t whole = std::lcm(channels_per_slice(problem_), plan_.width);
-    if (whole / plan_.width * row_lanes > max_threads) return false;
+    if (whole / plan_.width * row_lanes > max_threads()) return false;
     std::int64_t columns = whole;
     while (columns * bytes < kRowBytes && columns + whole <= c &&
-           (columns + whole) / plan_.width * row_lanes <= max_threads) {
+           (columns + whole) / plan_.width * row_lanes <= max_threads()) {
       columns += whole;
     }
     const std::int64_t lanes = columns / plan_.width * row_lanes;
@@ -270,8 +263,7 @@ class Planner {
     }
     set_sample_blocks();
     const std::int64_t all_units = resident_units(ceil_div(c, columns));
-    std::int64_t units =
-        std::clamp<std::int64_t>(std::min(block_threads(), max_threads) / lanes, 1, all_units);
+    std::int64_t units = std::clamp<std::int64_t>(max_threads() / lanes, 1, all_units);
     // Whole warps may have room for more of them.
     const auto units_of_block = [&] { return round_up(units * lanes, kWarp) / lanes; };
     while (units > 1 &&

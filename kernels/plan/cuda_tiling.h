@@ -75,6 +75,10 @@ struct RowsTiling {
   std::uint32_t columns_per_slices = 1;  // column tiles that whole slices need
   std::uint32_t channels_per_slice = 1;
   FastDivide by_columns, by_column_tiles, by_chunks, by_channels_per_slice;
+
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t unit_threads() const {
+    return column_lanes * row_lanes;
+  }
 };
 
 PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan);

@@ -10,6 +10,7 @@
 #include "norm_case.h"
 #include "plan/cuda_constants.h"
 #include "plan/cuda_tiling.h"
+#include "plan/fast_divide.h"
 #include "problems.h"
 
 namespace normcore::kernels::testing {
@@ -47,10 +48,7 @@ void expect_legal(const Problem& p, const CudaPlan& plan) {
   ASSERT_LE(plan.blocks, std::int64_t{2147483647}) << what;
   ASSERT_EQ(plan.threads % 32, 0) << what;
   ASSERT_GE(plan.threads, 32) << what;
-  const int most = plan.layout == Layout::kNSC ? kMaxRowsThreads
-                   : p.pass == Pass::kBackward ? kMaxBackwardThreads
-                                               : kMaxForwardThreads;
-  ASSERT_LE(plan.threads, most) << what;
+  ASSERT_LE(plan.threads, kMaxThreads) << what;
   ASSERT_LE(plan.shared_bytes, kMaxDynamicShared) << what;
   ASSERT_STRNE(plan.reason, "") << what;
   if (!p.aligned) {
@@ -241,6 +239,21 @@ TEST(CudaPlan, ReadsSmallSlicesOnce) {
   p.num_groups = 0;
   p.pass = Pass::kInference;
   EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kStream);
+}
+
+TEST(FastDivide, IsDivision) {
+  const std::int64_t top = std::int64_t{1} << 31;
+  for (const std::int64_t divisor : std::initializer_list<std::int64_t>{
+           1, 2, 3, 5, 7, 49, 255, 256, 257, 3136, 65535, 65536, 999983, top / 2, top - 1}) {
+    const FastDivide by(static_cast<std::uint32_t>(divisor));
+    for (const std::int64_t multiple : {std::int64_t{0}, divisor, 2 * divisor, 1000 * divisor,
+                                        top / divisor * divisor, top, 3 * top, 1000003 * top}) {
+      for (std::int64_t value = multiple - 2; value <= multiple + 2; ++value) {
+        if (value < 0) continue;
+        EXPECT_EQ(by.quotient_of(value), value / divisor) << value << " / " << divisor;
+      }
+    }
+  }
 }
 
 TEST(CudaPlan, DescribesItself) {

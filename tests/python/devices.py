@@ -30,19 +30,19 @@ def place(tree: Any) -> Any:
     """
     device = torch.get_default_device()
     copies: dict[int, Tensor] = {}
-    memories: dict[int, Tensor] = {}
+    memories: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.device.type in ("meta", device.type):
             return value
         if id(value) not in copies:
             storage = value.untyped_storage()
-            if storage.data_ptr() not in memories:
+            key = storage.data_ptr(), value.dtype
+            if key not in memories:
                 elements = storage.nbytes() // value.element_size()
                 whole = value.detach().as_strided((elements,), (1,), 0)
-                memories[storage.data_ptr()] = whole.to(device)
-            memory = memories[storage.data_ptr()]
-            moved = memory.as_strided(value.shape, value.stride(), value.storage_offset())
+                memories[key] = whole.to(device)
+            moved = memories[key].as_strided(value.shape, value.stride(), value.storage_offset())
             copies[id(value)] = moved.requires_grad_(value.requires_grad)
         return copies[id(value)]
 

@@ -28,9 +28,9 @@ enum class CudaPath : std::uint8_t { kPack, kBlock, kSplit, kStream };
 struct CudaOptions {
   bool batch_invariant = false;
   // For tests and benchmarks: a path that has to be taken (an illegal one gives no plan), and the
-  // largest block, a multiple of 32 up to 512.
+  // largest block, a multiple of 32 up to 256.
   std::optional<CudaPath> path;
-  int max_threads = 512;
+  int max_threads = 256;
 };
 
 struct CudaPlan {
