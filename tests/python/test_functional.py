@@ -77,7 +77,7 @@ def gradcheck_arguments(
         residual.requires_grad_(),
     )  # fmt: skip
     mask = None
-    if masked:  # the same on every device: no slice may be left without two values
+    if masked:  # the same on every device: with none of its values a slice has NaN statistics
         chosen = torch.rand(
             shape.size, generator=torch.Generator("cpu").manual_seed(0), device="cpu"
         )
