@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,15 +25,15 @@ from torch import Tensor
 
 import normcore
 
+from .accuracy_report import accuracy_report
 from .cases import DTYPES, LAYOUTS, text_of
 from .common import lay_out
+from .documents import write
 from .machine import facts
-from .report import accuracy_report
 
 EPSILON = 1e-5
 MEAN_OVER_STD = (0.0, 1e2, 1e4, 1e6)
 MAGNITUDES = (1e-20, 1.0, 1e15)
-NORMS = ("batch_norm", "group_norm")
 
 
 @dataclass(frozen=True)
@@ -264,8 +263,6 @@ def run(arguments: argparse.Namespace) -> int:
         "left_out": list(dict.fromkeys(left_out(every))),
         "cases": [measure(case, by_name) for case in track(todo, "measuring", console=console)],
     }
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    write(document, arguments.output)
     print(accuracy_report(document))
     return 0

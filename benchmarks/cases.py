@@ -22,6 +22,11 @@ LAYOUTS = ("contiguous", "channels_last")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DTYPES = tuple(BYTES)
 DEFAULT_DTYPES = ("float32", "bfloat16")
+CACHE_STATES = ("warm", "cold")  # minimal traffic fits the last-level cache, or does not
+NORMS = ("batch_norm", "group_norm")
+MODES = ("inference", "training")
+MIN_VALUES = 10**5  # the first step of `scaling`
+VALUES_STEP = 10  # from one step to the next
 PEERS = ("torch", "compile", "onednn")
 
 
@@ -47,6 +52,7 @@ def text_of(size: Iterable[int]) -> str:
     return "x".join(map(str, size))
 
 
+TINY = Shape("tiny", (2, 8, 4, 4), 4)  # shows the time of a call
 SHAPES = (
     Shape("resnet_56", (8, 64, 56, 56), 32),
     Shape("resnet_28", (8, 128, 28, 28), 32),
@@ -58,7 +64,7 @@ SHAPES = (
     Shape("unet_3d", (1, 32, 32, 64, 64), 8),
     Shape("mlp", (4096, 256), 32),
     Shape("one_sample", (1, 256, 56, 56), 32),
-    Shape("tiny", (2, 8, 4, 4), 4),
+    TINY,
 )
 
 
@@ -87,9 +93,13 @@ class Case:
     dtype: str
 
     @property
+    def values(self) -> int:
+        return math.prod(self.shape.size)
+
+    @property
     def bytes(self) -> int:
         """Of the traffic that the operation cannot avoid."""
-        return STREAMS[self.operation] * BYTES[self.dtype] * math.prod(self.shape.size)
+        return STREAMS[self.operation] * BYTES[self.dtype] * self.values
 
     def __str__(self) -> str:
         return f"{self.operation} {self.shape.name} {self.layout} {self.dtype}"

@@ -38,6 +38,26 @@ def _caches() -> dict[str, str]:
     return found
 
 
+def cache_bytes(level: int | None = None) -> int | None:
+    """Of the first core's data cache of a level, by default of the last; None if not known."""
+    sizes = {
+        int(name[1]): int(size.removesuffix("K")) << 10
+        for name, size in _caches().items()
+        if "Instruction" not in name
+    }
+    return sizes.get(level or max(sizes)) if sizes else None
+
+
+def available_bytes() -> int | None:
+    """Of memory that new processes can have; None if not known."""
+    path = Path("/proc/meminfo")
+    for line in path.read_text().splitlines() if path.exists() else []:
+        key, _, value = line.partition(":")
+        if key == "MemAvailable":
+            return int(value.split()[0]) << 10
+    return None
+
+
 def machine(device: str) -> dict[str, Any]:
     """The processor, and the GPU if `device` is "cuda"."""
     flags = set(_cpuinfo("flags", "Features").split())

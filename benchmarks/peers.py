@@ -68,18 +68,32 @@ def copy_of(case: Case, o: Operands) -> Callable[[], Tensor]:
     return lambda: torch.add(o.x, o.grad)
 
 
+def operands_of(case: Case, device: str) -> Operands:
+    dtype = getattr(torch, case.dtype)
+    return make_operands(case.shape.size, case.shape.groups, case.layout, dtype, device)
+
+
+def call_of(case: Case, norm: Norm, o: Operands, device: str) -> Call:
+    """The forward or the backward pass of a norm."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    if is_backward(case.operation):
+        return Call(backward_of(norm, o), synchronize)
+    return Call(torch.no_grad()(lambda: norm(o.x)), synchronize)
+
+
+def normcore_alone(case: Case, device: str) -> Call:
+    o = operands_of(case, device)
+    return call_of(case, NORMS[case.operation](o)[0], o, device)
+
+
 def contenders(case: Case, peers: Iterable[str], device: str) -> Contenders:
     """Those that can run the case, and why the others cannot."""
-    o = make_operands(
-        case.shape.size, case.shape.groups, case.layout, getattr(torch, case.dtype), device
-    )
+    o = operands_of(case, device)
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     found = Contenders()
 
     def call(norm: Norm) -> Contender:
-        if is_backward(case.operation):
-            return Call(backward_of(norm, o), synchronize)
-        return Call(torch.no_grad()(lambda: norm(o.x)), synchronize)
+        return call_of(case, norm, o, device)
 
     # Norms of their own for each: a call must not change the statistics that another one uses.
     make: dict[str, Callable[[], Contender]] = {

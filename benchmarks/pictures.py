@@ -1,8 +1,11 @@
-"""Results as pictures: a panel for each operation, a bar for each shape and layout."""
+"""Results as pictures, by the kind of results. Those of the command `chain` have none."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .report import Document, peers_of, ratio, unique
+from .accuracy_report import largest_error
+from .documents import Document
+from .markdown import threads, unique
+from .scaling_report import curves, nanoseconds_per_value
+from .speed_report import peers_of, ratio
 
 FASTER, SLOWER, NEUTRAL = "#2a7ab9", "#d1462f", "#6b6b6b"
 COLUMNS = 4
+SHORTEST_BAR = 1e-9  # the axis of errors starts here: exact results have no logarithm
+PANEL = (3.4, 2.6)  # inches
+LINE_STYLES = ("-", "--", ":", "-.")  # of the numbers of threads
+DPI = 110
+
+
+def _grid(rows: int, columns: int, title: str) -> tuple[Figure, Any]:
+    """Panels of one size, and a row of text above."""
+    width, height = PANEL
+    figure = Figure(figsize=(width * columns, 0.4 + height * rows), layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _panels(
     cases: list[Document], title: str, draw: Callable[[Axes, list[Document]], None]
 ) -> Figure:
+    """A panel for each operation, a bar for each shape and layout."""
     operations = unique(c["operation"] for c in cases)
     columns = min(COLUMNS, len(operations))
     rows = -(-len(operations) // columns)
@@ -62,24 +82,107 @@ def _copy(axes: Axes, cases: list[Document]) -> None:
     axes.set_xlabel("% of the speed of a copy", fontsize=8)
 
 
-def draw(document: Document, folder: Path, stem: str) -> list[str]:
-    """Writes the pictures of one file of results and returns their names."""
-    names: list[str] = []
+def _where(document: Document) -> str:
+    return f"{document['machine']['processor']}, {threads(document)} thread(s)"
 
-    def save(figure: Figure, name: str) -> None:
-        figure.savefig(folder / name, dpi=110)
-        names.append(name)
 
-    where = f"{document['machine']['processor']}, {document['threads']} thread(s)"
+def speed(document: Document) -> dict[str, Figure]:
+    figures = {}
     for dtype in unique(c["dtype"] for c in document["cases"]):
         chosen: list[dict[str, Any]] = [c for c in document["cases"] if c["dtype"] == dtype]
         for peer in peers_of(document):
-            figure = _panels(
+            figures[f"{dtype}_over_{peer}"] = _panels(
                 [c for c in chosen if ratio(c, peer) is not None] or chosen,
-                f"normcore over {peer}, {dtype}; {where}",
-                lambda axes, cases, peer=peer: _speed(axes, cases, peer),  # type: ignore[misc]
+                f"normcore over {peer}, {dtype}; {_where(document)}",
+                partial(_speed, peer=peer),
             )
-            save(figure, f"{stem}_{dtype}_over_{peer}.png")
-        figure = _panels(chosen, f"normcore and a copy, {dtype}; {where}", _copy)
-        save(figure, f"{stem}_{dtype}_copy.png")
+        title = f"normcore and a copy, {dtype}; {_where(document)}"
+        figures[f"{dtype}_copy"] = _panels(chosen, title, _copy)
+    return figures
+
+
+def _errors(axes: Axes, cases: list[Document], contenders: list[str]) -> None:
+    """A group of bars for each mean/std; what is not finite reaches the end, with a mark."""
+    ratios = unique(c["mean_over_std"] for c in cases)
+    width = 0.8 / len(contenders)
+    infinite = []
+    for i, name in enumerate(contenders):
+        places, heights = [], []
+        for j, mean_over_std in enumerate(ratios):
+            found = largest_error([c for c in cases if c["mean_over_std"] == mean_over_std], name)
+            if found is None:
+                continue
+            place = j + (i - (len(contenders) - 1) / 2) * width
+            if math.isfinite(found[0]):
+                places.append(place)
+                heights.append(max(found[0], SHORTEST_BAR))
+            else:
+                infinite.append(place)
+        axes.bar(places, heights, width, label=name)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=SHORTEST_BAR)
+    for place in infinite:
+        axes.text(
+            place, 1, "inf", transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=7
+        )
+    axes.set_xticks(range(len(ratios)), [f"{r:g}" for r in ratios], fontsize=7)
+    axes.set_xlabel("mean/std", fontsize=8)
+
+
+def accuracy(document: Document) -> dict[str, Figure]:
+    cases, contenders = document["cases"], document["contenders"]
+    rows, columns = (unique(c[key] for c in cases) for key in ("norm", "dtype"))
+    figure, grid = _grid(len(rows), len(columns), f"largest relative error; {_where(document)}")
+    for norm, line in zip(rows, grid):
+        for dtype, axes in zip(columns, line):
+            chosen = [c for c in cases if (c["norm"], c["dtype"]) == (norm, dtype)]
+            _errors(axes, chosen, contenders)
+            axes.set_title(f"{norm}, {dtype}", fontsize=10)
+    grid[0][0].legend(fontsize=7)
+    return {"errors": figure}
+
+
+def _curves(axes: Axes, cases: list[Document], numbers_of_threads: list[int]) -> None:
+    """Both axes logarithmic."""
+    for name, color in (("normcore", FASTER), ("copy", NEUTRAL)):
+        for n, style in zip(numbers_of_threads, itertools.cycle(LINE_STYLES)):
+            found = [(c["values"], nanoseconds_per_value(c, name, n)) for c in cases]
+            points = [(values, ns) for values, ns in found if ns is not None]
+            if points:
+                label = f"{name}, {n} thread(s)"
+                axes.loglog(*zip(*points), style, color=color, marker=".", label=label)
+    axes.set_xlabel("values", fontsize=8)
+    axes.set_ylabel("ns per value", fontsize=8)
+    axes.tick_params(labelsize=7, which="both")
+
+
+def scaling(document: Document) -> dict[str, Figure]:
+    figures = {}
+    for dtype in unique(c["dtype"] for c in document["cases"]):
+        found = {key: chosen for key, chosen in curves(document).items() if key[0] == dtype}
+        rows = unique(operation for _, operation, _, _ in found)
+        columns = unique((family, layout) for _, _, family, layout in found)
+        figure, grid = _grid(len(rows), len(columns), f"{dtype}; {_where(document)}")
+        for operation, line in zip(rows, grid):
+            for (family, layout), axes in zip(columns, line):
+                _curves(axes, found[dtype, operation, family, layout], document["threads"])
+                axes.set_title(f"{operation}, {family}, {layout}", fontsize=9)
+        grid[0][0].legend(fontsize=7)
+        figures[dtype] = figure
+    return figures
+
+
+FIGURES: dict[str, Callable[[Document], dict[str, Figure]]] = {
+    "speed": speed,
+    "accuracy": accuracy,
+    "scaling": scaling,
+}
+
+
+def draw(document: Document, folder: Path, stem: str) -> list[str]:
+    """Writes the pictures of one file of results and returns their names."""
+    figures = FIGURES[document["kind"]](document) if document["kind"] in FIGURES else {}
+    names = [f"{stem}_{name}.png" for name in figures]
+    for name, figure in zip(names, figures.values()):
+        figure.savefig(folder / name, dpi=DPI)
     return names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +13,37 @@ from rich.progress import track
 import normcore
 
 from . import onednn, pages
-from .cases import Case, cases, text_of
-from .machine import facts
-from .peers import contenders
-from .report import speed_report
+from .bounds import Bounds
+from .cases import CACHE_STATES, Case, cases, text_of
+from .documents import write
+from .machine import cache_bytes, facts
+from .peers import contenders, normcore_alone
+from .speed_report import speed_report
 from .timing import best_times
 
 
-def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+def cache_state(case: Case, device: str) -> str | None:
+    """Whether the minimal traffic fits the last-level cache: warm or cold; None if not known."""
+    last_level = cache_bytes() if device == "cpu" else None
+    if last_level is None:
+        return None
+    warm, cold = CACHE_STATES
+    return warm if case.bytes <= last_level else cold
+
+
+def measure(case: Case, arguments: argparse.Namespace, bounds: Bounds | None) -> dict[str, Any]:
     found = contenders(case, arguments.peers, arguments.device)
+    references = bounds.missing(case) if bounds else []
+    for other in references:
+        found.add(str(other), partial(normcore_alone, other, arguments.device))
     try:
         times = best_times(found.ready, arguments.repeats)
     finally:
         found.close()
         torch.compiler.reset()
     copy, ours = times.pop("copy", None), times.get("normcore")
+    if bounds:
+        bounds.learn({case: ours} | {other: times.pop(str(other), None) for other in references})
     return {
         "operation": case.operation,
         "shape": case.shape.name,
@@ -40,6 +56,8 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         "bytes": case.bytes,
         "copy_microseconds": copy,
         "fraction_of_copy_speed": copy / ours if copy and ours else None,
+        "cache": cache_state(case, arguments.device),
+        "bounds": bounds.of(case, copy) if bounds else {},
     }
 
 
@@ -65,11 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
             document["versions"]["onednn"] = f"unavailable: {error}"
     todo = list(cases(arguments.ops, arguments.shapes, arguments.layouts, arguments.dtypes))
     console = Console(stderr=True)
+    # What fits a cache is known of the CPU only.
+    bounds = Bounds(arguments.threads) if arguments.device == "cpu" else None
     document["cases"] = [
-        measure(case, arguments) for case in track(todo, "measuring", console=console)
+        measure(case, arguments, bounds) for case in track(todo, "measuring", console=console)
     ]
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+    write(document, arguments.output)
     print(speed_report(document))
     return 0

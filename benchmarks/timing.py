@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Hashable, Mapping
+from typing import Protocol, TypeVar
 
 MINIMUM_SECONDS = 2e-3  # of one timing: far above the resolution of the clock
+
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Contender(Protocol):
@@ -39,7 +42,7 @@ class Call:
         return 1e6 * self._seconds() / self._iterations
 
 
-def best_times(contenders: Mapping[str, Contender], rounds: int) -> dict[str, float]:
+def best_times(contenders: Mapping[Name, Contender], rounds: int) -> dict[Name, float]:
     """The best time of each in microseconds, over `rounds` rounds.
 
     Every round starts with another one: what a contender leaves in the caches meets each of them.

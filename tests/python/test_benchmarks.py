@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -15,12 +16,32 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "benchmarks" / "__main__.py").exists(), reason="no source tree with benchmarks"
 )
 
+MACHINE = {
+    "processor": "a processor",
+    "instructions": [],
+    "cores": 1,
+    "caches": {},
+    "gpu": None,
+}
+BUILD = {"version": "0", "simd_target": "AVX2", "cxx_compiler": "a compiler"}
+FACTS = {
+    "machine": MACHINE,
+    "versions": {"python": "3", "torch": "2", "normcore": BUILD},
+    "commit": "a commit",
+    "device": "cpu",
+    "threads": 1,
+}
+
 
 def benchmarks(*arguments: str | Path, returncode: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks", *map(str, arguments)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == returncode, run.stderr
     return run
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_run_and_report(tmp_path: Path) -> None:
@@ -41,6 +62,12 @@ def test_run_and_report(tmp_path: Path) -> None:
         streams = 2 if case["operation"] == "bn_forward" else 3
         assert case["bytes"] == streams * 4 * (256 if case["shape"] == "tiny" else 24)
         assert case["fraction_of_copy_speed"] > 0
+        assert set(case["bounds"]) == {"calls", "memory", "arithmetic"}
+        assert case["bounds"]["memory"] == case["copy_microseconds"]
+        if case["shape"] == "tiny":
+            assert case["bounds"]["calls"] == case["microseconds"]["normcore"]
+        if document["machine"]["caches"]:
+            assert case["cache"] == "warm"
 
     report = benchmarks("report", results, "--output", folder).stdout
     assert (folder / "report.md").read_text() == report.removesuffix("\n")
@@ -52,7 +79,17 @@ def test_run_and_report(tmp_path: Path) -> None:
     assert all(f"### float32, {operation}, channels_last" in report for operation in operations)
     for name in ("speed_float32_over_torch.png", "speed_float32_copy.png"):
         assert f"]({name})" in report
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert is_png(folder / name)
+
+    # Files of before there were bounds have empty cells.
+    for case in document["cases"]:
+        del case["bounds"], case["cache"]
+    results.write_text(json.dumps(document))
+    header, _, row, *_ = (
+        benchmarks("report", results).stdout.partition("## Every case")[2].split("\n| ", 3)[1:]
+    )
+    places = [header.split(" | ").index(name) for name in ("cache", "bound")]
+    assert [row.split(" | ")[i].strip() for i in places] == ["", ""]
 
     # A peer that could not run a case is told, with the reason.
     document["cases"][0]["unavailable"]["onednn"] = "no such library"
@@ -77,13 +114,170 @@ def test_accuracy(tmp_path: Path) -> None:
         printed.partition("\n")[2].strip()
     )
 
+    # What is not finite is drawn too.
+    document["cases"][0]["errors"]["torch"]["y"] = "inf"
+    results.write_text(json.dumps(document))
+    assert "](accuracy_errors.png)" in benchmarks("report", results, "--output", tmp_path).stdout
+    assert is_png(tmp_path / "accuracy_errors.png")
+
+
+def speed_case(**changes: object) -> dict[str, object]:
+    """Of a synthetic document: 100 us, a copy takes half of it."""
+    case = {
+        "operation": "bn_forward",
+        "shape": "resnet_7",
+        "size": "8x512x7x7",
+        "groups": 32,
+        "layout": "contiguous",
+        "dtype": "float32",
+        "microseconds": {"normcore": 100.0},
+        "unavailable": {},
+        "bytes": 8 * 512 * 49 * 8,
+        "copy_microseconds": 50.0,
+        "fraction_of_copy_speed": 0.5,
+        "cache": "warm",
+        "bounds": {"calls": 10.0, "memory": 50.0, "arithmetic": None},
+    }
+    return case | changes
+
+
+def test_warm_cold_and_bounds(tmp_path: Path) -> None:
+    bounds = {"calls": 10.0, "memory": 50.0, "arithmetic": 71.2}
+    document = FACTS | {
+        "kind": "speed",
+        "peers": [],
+        "cases": [
+            speed_case(),
+            speed_case(fraction_of_copy_speed=0.02),
+            speed_case(cache="cold", fraction_of_copy_speed=0.8, bounds=bounds),
+            speed_case(shape="tiny", fraction_of_copy_speed=0.001),
+        ],
+    }
+    results = tmp_path / "speed.json"
+    results.write_text(json.dumps(document))
+    report = benchmarks("report", results).stdout
+    assert "| float32 | 10 | 2 | 80 | 1 |" in report  # sqrt(50 * 2); without tiny
+    assert "| 50 | warm | memory 50 % |" in report
+    assert "| 80 | cold | arithmetic 71 % |" in report
+
+
+def test_estimates_of_arithmetic() -> None:
+    program = """
+from benchmarks.bounds import Bounds, shrunk
+from benchmarks.cases import TINY, Case, shape_of
+
+values = 2 * 512 * 49
+for text, size in (
+    ("8x512x7x7", (2, 512, 7, 7)),  # short planes stay
+    ("8x64x56x56", (1, 64, 784)),
+    ("4096x256", (196, 256)),
+    ("2x64x4x4", (2, 64, 4, 4)),  # is small enough
+):
+    shape = shape_of(text)
+    small = shrunk(shape, values)
+    assert (small.size, small.groups) == (size, shape.groups), small
+
+# 20 us whatever the values, 7 of them the call, and 1 us per 1000 values.
+bounds = Bounds(threads=1)
+case = Case("bn_forward", shape_of("8x64x112x112"), "contiguous", "float32")
+others = bounds.missing(case)
+bounds.learn({c: 7.0 if c.shape == TINY else 20 + c.values / 1000 for c in others})
+assert bounds.missing(case) == []
+estimates = bounds.of(case, 40.0)
+assert (estimates["calls"], estimates["memory"]) == (7.0, 40.0)
+if len(others) == 3:  # the sizes of caches are known
+    assert abs(estimates["arithmetic"] - (13 + case.values / 1000)) < 1e-6
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_scaling(tmp_path: Path) -> None:
+    results, folder = tmp_path / "scaling.json", tmp_path / "report"
+    chosen = ["--max-values=1e5", "--ops=gn_forward,bn_backward", "--dtypes=float32"]
+    printed = benchmarks("scaling", *chosen, "--repeats=1", "--output", results).stdout
+    document = json.loads(results.read_text())
+    assert (document["kind"], document["threads"]) == ("scaling", [1, 2])
+    found = {(c["family"], c["size"], c["values"], c["groups"]) for c in document["cases"]}
+    assert found == {("samples", "1x64x56x56", 200704, 32), ("slices", "1x2x50000", 10**5, 2)}
+    assert len(document["cases"]) == 2 * 2 * 2  # operations, layouts, families
+    for case in document["cases"]:
+        times = case["microseconds"]
+        assert {(name, *times[name]) for name in times} == {
+            ("normcore", "1", "2"),
+            ("copy", "1", "2"),
+        }
+        assert case["speedup"]["copy"] == {"2": times["copy"]["1"] / times["copy"]["2"]}
+
+    times, case = {"1": 400.0, "2": 200.0}, document["cases"][0]
+    case |= {"values": 10**5, "microseconds": {"normcore": times}, "speedup": {}}
+    case["speedup"]["normcore"] = {"2": 2.0}
+    case["unavailable"] = {"copy": "no memory"}
+    results.write_text(json.dumps(document))
+    report = benchmarks("report", results, "--output", folder).stdout
+    assert f"| 1e+05 | {case['size']} | 4 |  | 2 |  | 2.00 |  |" in report
+    assert "### float32, bn_backward, slices, channels_last" in report
+    assert "### float32, bn_backward, slices, channels_last" in printed
+    assert "| copy | no memory | gn_forward" in report
+    assert is_png(folder / "scaling_float32.png")
+
+
+def test_scaling_refuses_what_memory_does_not_hold() -> None:
+    run = benchmarks("scaling", "--max-values=1e15", returncode=1)
+    assert "of available memory: choose a smaller --max-values" in run.stdout
+
+
+def test_chain(tmp_path: Path) -> None:
+    results = tmp_path / "chain.json"
+    chosen = ["--sizes=2x8x4x4", "--dtypes=float32", "--repeats=1"]
+    benchmarks("chain", *chosen, "--output", results)
+    document = json.loads(results.read_text())
+    found = [(c["norm"], c["mode"], c["layout"]) for c in document["cases"]]
+    assert found == list(
+        itertools.product(
+            ("batch_norm", "group_norm"),
+            ("inference", "training"),
+            ("contiguous", "channels_last"),
+        )
+    )
+    for case in document["cases"]:
+        for key in ("microseconds", "norm_microseconds"):
+            assert set(case[key]) == {"normcore", "torch"}, case["unavailable"]
+        passes = ["forward"] + ["backward"] * (case["mode"] == "training")
+        assert case["stores"] == dict.fromkeys(passes, "cached")
+
+    case = document["cases"][2]
+    case["microseconds"] = {"normcore": 120.0, "torch": 130.0}
+    case["norm_microseconds"] = {"normcore": 20.0, "torch": 50.0}
+    case["stores"] = {"forward": "streaming", "backward": "cached"}
+    results.write_text(json.dumps(document))
+    report = benchmarks("report", results, "--output", tmp_path).stdout
+    stores = "forward streaming, backward cached"
+    assert f"| 2x8x4x4 | {stores} | 120 | 130 | 20 | 50 | 100 | 80 | 1.250 |" in report
+
+
+def test_chain_measures_both_sides_of_the_threshold_of_streaming_stores() -> None:
+    program = """
+from benchmarks.chain import sizes_around_threshold, stores
+
+for mode in ("inference", "training"):
+    for norm in ("batch_norm", "group_norm"):
+        for layout in ("contiguous", "channels_last"):
+            for dtype in ("float32", "bfloat16"):
+                found = [stores(c) for c in sizes_around_threshold(norm, mode, layout, dtype)]
+                assert found == ["cached", "streaming", "streaming"], found
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("command", "option", "message"),
     [
-        ("--ops=layer_norm", "'layer_norm' is none of bn_forward"),
-        ("--shapes=2x", "'2x' is neither a size such as 2x64x14x14 nor one of resnet_56"),
+        ("run", "--ops=layer_norm", "'layer_norm' is none of bn_forward"),
+        ("run", "--shapes=2x", "'2x' is neither a size such as 2x64x14x14 nor one of resnet_56"),
+        ("scaling", "--threads=0", "'0' is not like 1,2"),
+        ("scaling", "--max-values=1e4", "1e4 is less than 100000, the first step"),
+        ("chain", "--sizes=4096x256", "4096x256 is no size of images"),
     ],
 )
-def test_wrong_arguments(option: str, message: str) -> None:
-    assert message in benchmarks("run", option, returncode=2).stderr
+def test_wrong_arguments(command: str, option: str, message: str) -> None:
+    assert message in benchmarks(command, option, returncode=2).stderr
