@@ -16,22 +16,24 @@ class Affine {
   Affine(const NormInput& input, A* workspace)
       : row_stride_(input.affine_per_sample ? input.extent.c : 0) {
     const std::int64_t count = input.extent.c * (input.affine_per_sample ? input.extent.n : 1);
-    scale_ = converted(input.scale, count, workspace);
-    bias_ = converted(input.bias, count, workspace + count);
+    scale_ = converted(input.scale, A{1}, count, workspace);
+    bias_ = converted(input.bias, A{0}, count, workspace + count);
   }
 
-  A scale(std::int64_t sample, std::int64_t channel) const {
-    return scale_ == nullptr ? A{1} : scale_[sample * row_stride_ + channel];
+  // Of a sample, from a channel on: 1 and 0 where there are none.
+  const A* scale(std::int64_t sample, std::int64_t channel) const {
+    return scale_ + sample * row_stride_ + channel;
   }
-  A bias(std::int64_t sample, std::int64_t channel) const {
-    return bias_ == nullptr ? A{0} : bias_[sample * row_stride_ + channel];
+  const A* bias(std::int64_t sample, std::int64_t channel) const {
+    return bias_ + sample * row_stride_ + channel;
   }
 
  private:
-  static const A* converted(ConstTensor tensor, std::int64_t count, A* out) {
-    if (!tensor) return nullptr;
-    if (tensor.dtype == kArithmeticType<A>) return static_cast<const A*>(tensor.data);
-    for (std::int64_t i = 0; i < count; ++i) out[i] = static_cast<A>(load_element(tensor, i));
+  static const A* converted(ConstTensor tensor, A absent, std::int64_t count, A* out) {
+    if (tensor && tensor.dtype == kArithmeticType<A>) return static_cast<const A*>(tensor.data);
+    for (std::int64_t i = 0; i < count; ++i) {
+      out[i] = tensor ? static_cast<A>(load_element(tensor, i)) : absent;
+    }
     return out;
   }
 

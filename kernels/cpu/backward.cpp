@@ -54,10 +54,7 @@ class Gradients {
   // Of `channels` channels of one slice.
   void set_affine(const TileState<A>& out, std::int64_t entry, std::int64_t slice,
                   std::int64_t sample, std::int64_t channel, std::int64_t channels) const {
-    const SliceStatistics<A> of_slice = statistics(slice);
-    for (std::int64_t i = 0; i < channels; ++i) {
-      out.set_affine(entry + i, of_slice, affine_, sample, channel + i);
-    }
+    out.set_affine(entry, channels, statistics(slice), affine_, sample, channel);
   }
 
   // One slice of `channels` channels with `count` values that count. sums[] hold g and g * (x -
@@ -71,12 +68,12 @@ class Gradients {
     const double rstd = is_empty ? 0.0 : stat.rstd;
     const double rounding =
         is_empty ? 0.0 : stat.mean - static_cast<double>(static_cast<A>(stat.mean));
+    const A* const scale = affine_.scale(sample, channel);
     double h = 0.0, h_centered = 0.0;
     for (std::int64_t i = 0; i < channels; ++i) {
       sums[i].g_centered -= rounding * sums[i].g;
-      const double scale = affine_.scale(sample, channel + i);
-      h += scale * sums[i].g;
-      h_centered += scale * sums[i].g_centered;
+      h += scale[i] * sums[i].g;
+      h_centered += scale[i] * sums[i].g_centered;
     }
     store_parameters(sample, channel, channels, sums, rstd);
     if (!call_.batch_statistics) return;
@@ -88,10 +85,8 @@ class Gradients {
     }
     const double slope = -rstd * rstd * rstd * h_centered / count;
     const double offset = -rstd * h / count - slope * rounding;
-    for (std::int64_t i = 0; i < channels; ++i) {
-      out.slope[entry + i] = out.canonical(static_cast<A>(slope));
-      out.offset[entry + i] = out.canonical(static_cast<A>(offset));
-    }
+    std::fill_n(out.slope + entry, channels, out.canonical(static_cast<A>(slope)));
+    std::fill_n(out.offset + entry, channels, out.canonical(static_cast<A>(offset)));
   }
 
   GradientArgs<A> args(std::int64_t offset, const MaskBlock& mask,

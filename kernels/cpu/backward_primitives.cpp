@@ -26,20 +26,25 @@ HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {
 namespace {
 
-// G: the type of grad_y where there is neither an activation nor a mask; void: any of all these.
+// G: the type of grad_y, and of the residual if there is one, where there is no mask: loops made for it
+// and for the activation. void: what is rarer, any of all these, looked up per unit.
 template <class G>
-inline constexpr bool kPlain = !std::is_void_v<G>;
+inline constexpr bool kTyped = !std::is_void_v<G>;
+template <class G, Activation kActivation>
+inline constexpr bool kPlain = kTyped<G> && kActivation == Activation::kNone;
 
 // One run or row of the operands; offsets are applied once.
 template <class T, class G>
 struct Operands {
   const T* x;
   const G* grad_y;
+  const G* residual;  // null: none
 
   template <class A>
   HWY_INLINE Operands(const GradientArgs<A>& args, std::int64_t offset, const std::uint8_t*, bool)
       : x(static_cast<const T*>(args.x.data) + offset),
-        grad_y(static_cast<const G*>(args.grad_y.data) + offset) {}
+        grad_y(static_cast<const G*>(args.grad_y.data) + offset),
+        residual(static_cast<const G*>(advance(args.residual, offset).data)) {}
 };
 
 template <class T>
@@ -47,6 +52,7 @@ struct Operands<T, void> {
   const T* x;
   ConstTensor grad_y;
   ConstTensor residual;
+  Activation activation;
   const std::uint8_t* mask;  // null: every value counts
   bool mask_is_one_value;    // the mask is a single byte for the whole row
 
@@ -56,6 +62,7 @@ struct Operands<T, void> {
       : x(static_cast<const T*>(args.x.data) + offset),
         grad_y(advance(args.grad_y, offset)),
         residual(advance(args.residual, offset)),
+        activation(args.activation),
         mask(mask),
         mask_is_one_value(mask_is_one_value) {}
 };
@@ -72,15 +79,34 @@ HWY_INLINE Vector<A> subtract_or_zero(hn::Mask<Tag<A>> keep, Vector<A> x, Vector
   return hn::IfThenElseZero(keep, hn::Sub(x, center));
 }
 
+// g, in place of what out.g holds, grad_y.
+template <Activation kActivation, class A, class V>
+HWY_INLINE void multiply_by_derivative(const UnitCoefficients<V>& c, const Pair<A>* residual,
+                                       Gradient<A>& out) {
+  if constexpr (kActivation != Activation::kNone) {
+    Pair<A> z = {hn::MulAdd(out.centered.lo, lo<A>(c.scale), lo<A>(c.shift)),
+                 hn::MulAdd(out.centered.hi, hi<A>(c.scale), hi<A>(c.shift))};
+    if (residual != nullptr) z = {hn::Add(z.lo, residual->lo), hn::Add(z.hi, residual->hi)};
+    out.g = {hn::Mul(out.g.lo, activation_derivative<kActivation, A>(z.lo)),
+             hn::Mul(out.g.hi, activation_derivative<kActivation, A>(z.hi))};
+  }
+}
+
+// kActivation: for typed operands only.
 template <class A, Activation kActivation, class T, class G, class Unit, class V>
 HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, G>& in,
                                         const UnitCoefficients<V>& c) {
   const auto x = u.load(in.x);
   Gradient<A> out;
-  if constexpr (kPlain<G>) {
+  if constexpr (kTyped<G>) {
     out.g = u.load(in.grad_y);
     out.centered = {hn::Sub(x.lo, lo<A>(c.center)), hn::Sub(x.hi, hi<A>(c.center))};
-    return out;
+    if (kActivation != Activation::kNone && in.residual != nullptr) {
+      const auto residual = u.load(in.residual);
+      multiply_by_derivative<kActivation>(c, &residual, out);
+    } else {
+      multiply_by_derivative<kActivation>(c, static_cast<const Pair<A>*>(nullptr), out);
+    }
   } else {
     const Tag<A> d;
     out.g = load_any<A>(u, in.grad_y);
@@ -98,20 +124,16 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, G>& in,
     }
     out.centered = {subtract_or_zero<A>(out.used.lo, x.lo, lo<A>(c.center)),
                     subtract_or_zero<A>(out.used.hi, x.hi, hi<A>(c.center))};
-    if constexpr (kActivation != Activation::kNone) {
-      Pair<A> z = {hn::MulAdd(out.centered.lo, lo<A>(c.scale), lo<A>(c.shift)),
-                   hn::MulAdd(out.centered.hi, hi<A>(c.scale), hi<A>(c.shift))};
-      if (in.residual) {
-        const auto r = load_any<A>(u, in.residual);
-        z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)};
-      }
-      out.g = {hn::IfThenElseZero(out.used.lo,
-                                  hn::Mul(out.g.lo, activation_derivative<kActivation, A>(z.lo))),
-               hn::IfThenElseZero(out.used.hi,
-                                  hn::Mul(out.g.hi, activation_derivative<kActivation, A>(z.hi)))};
+    if (in.activation != Activation::kNone) {
+      const auto residual = in.residual ? load_any<A>(u, in.residual) : broadcast(A{0});
+      visit_activation(in.activation, [&](auto activation) HWY_ATTR {
+        multiply_by_derivative<activation()>(c, in.residual ? &residual : nullptr, out);
+      });
+      out.g = {hn::IfThenElseZero(out.used.lo, out.g.lo),
+               hn::IfThenElseZero(out.used.hi, out.g.hi)};
     }
-    return out;
   }
+  return out;
 }
 
 // Calls f(TypeTag<T>, TypeTag<G>, activation), the latter as a constant. kKept: grad_y may be kept g,
@@ -120,19 +142,20 @@ template <bool kKept, class A, class F>
 HWY_INLINE void visit_gradient(const GradientArgs<A>& args, F&& f) {
   visit_elements<A>(args.x.dtype, [&](auto tag) HWY_ATTR {
     constexpr std::integral_constant<Activation, Activation::kNone> kNone;
-    const bool is_plain = args.activation == Activation::kNone && args.mask.data == nullptr;
-    if (is_plain && args.grad_y.dtype == args.x.dtype) {
-      f(tag, tag, kNone);
+    const bool is_masked = args.mask.data != nullptr;
+    const bool residual_fits = !args.residual || args.residual.dtype == args.x.dtype;
+    if (!is_masked && args.grad_y.dtype == args.x.dtype && residual_fits) {
+      visit_activation(args.activation, [&](auto activation) HWY_ATTR { f(tag, tag, activation); });
       return;
     }
     if constexpr (kKept) {
-      if (is_plain && args.grad_y.dtype == kArithmeticType<A>) {
+      if (!is_masked && args.activation == Activation::kNone &&
+          args.grad_y.dtype == kArithmeticType<A>) {
         f(tag, TypeTag<A>(), kNone);
         return;
       }
     }
-    visit_activation(args.activation,
-                     [&](auto activation) HWY_ATTR { f(tag, TypeTag<void>(), activation); });
+    f(tag, TypeTag<void>(), kNone);
   });
 }
 
@@ -175,23 +198,23 @@ void sums_of_runs(const GradientArgs<A>& given, const RunBlock& given_block, Gra
             args.kept_gradient == nullptr
                 ? nullptr
                 : args.kept_gradient + record * block.record_stride + run * args.kept_run_stride;
-        const auto add = [&](const auto& u, SumPair<A>& sums) HWY_ATTR {
+        const auto add = [&](const auto& u, SumPair<A>& sums) NORMCORE_INLINE_LAMBDA {
           const auto v = gradient_of_unit<A, activation()>(u, in, source.values);
           sums.add(u.only_new(v.g), u.only_new(v.centered));
-          if constexpr (!kPlain<G>) {
+          if constexpr (!kPlain<G, activation()>) {
             if (kept != nullptr) u.store(v.g, kept);
           }
         };
         const std::int64_t step = unit<A>();
         std::int64_t i = 0;
-        for (; i + 2 * step <= block.length; i += 2 * step) {
-          add(Whole{i}, even);
-          add(Whole{i + step}, odd);
+        if constexpr (kPlain<G, activation()>) {
+          // otherwise the additions wait for g, not for each other
+          for (; i + 2 * step <= block.length; i += 2 * step) {
+            add(Whole{i}, even);
+            add(Whole{i + step}, odd);
+          }
         }
-        if (i + step <= block.length) {
-          add(Whole{i}, even);
-          i += step;
-        }
+        for (; i + step <= block.length; i += step) add(Whole{i}, even);
         if (i < block.length) add(last, odd);
       }
       out[record].g =
@@ -239,7 +262,7 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
     constexpr Order kOrder = kOrderOf<A, T>;
     // Rows that share one load of the accumulators. Those of float32 are rather followed by
     // prefetchers along one row.
-    constexpr int kRows = kPlain<G> && kOrder == Order::kEvenOdd ? 4 : 1;
+    constexpr int kRows = kPlain<G, activation()> && kOrder == Order::kEvenOdd ? 4 : 1;
     for_each_strip(width, [&](std::int64_t first, std::int64_t columns) HWY_ATTR {
       const ColumnSource<A, kOrder> source(needed, first, columns);
       constexpr std::int64_t kSize = kColumnStrip + kSlotPadding<A>;
@@ -248,7 +271,7 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
       clear_slots<A, kOrder>(columns, g_slots);
       clear_slots<A, kOrder>(columns, centered_slots);
       std::int64_t row = 0;
-      const auto add_rows = [&](auto count) HWY_ATTR {
+      const auto add_rows = [&](auto count) NORMCORE_INLINE_LAMBDA {
         const auto in = block_operands<T, G, count()>(args, row, width, first);
         for_each_unit<A, kOrder>(columns, [&](const auto& u) HWY_ATTR {
           const auto coefficients = source.at(u);
@@ -256,7 +279,7 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
           for (int k = 0; k < count(); ++k) {
             const auto v = gradient_of_unit<A, activation()>(u, in[k], coefficients);
             sums.add(v.g, v.centered);
-            if constexpr (!kPlain<G>) {
+            if constexpr (!kPlain<G, activation()>) {
               if (args.kept_gradient != nullptr) {
                 u.store(v.g, args.kept_gradient + (row + k) * width + first);
               }
@@ -286,13 +309,13 @@ HWY_INLINE Pair<A> input_gradient(const Gradient<A>& v, const UnitCoefficients<V
   if (constant_statistics) return dx;
   Pair<A> through = {hn::MulAdd(v.centered.lo, lo<A>(c.slope), lo<A>(c.offset)),
                      hn::MulAdd(v.centered.hi, hi<A>(c.slope), hi<A>(c.offset))};
-  if constexpr (!kPlain<G>) {
+  if constexpr (!kTyped<G>) {
     through = {hn::IfThenElseZero(v.counts.lo, through.lo),
                hn::IfThenElseZero(v.counts.hi, through.hi)};
   }
   dx = {hn::MulAdd(v.g.lo, lo<A>(c.scale), through.lo),
         hn::MulAdd(v.g.hi, hi<A>(c.scale), through.hi)};
-  if constexpr (!kPlain<G>) {  // scale is NaN where no value counts
+  if constexpr (!kTyped<G>) {  // scale is NaN where no value counts
     dx = {hn::IfThenElseZero(v.used.lo, dx.lo), hn::IfThenElseZero(v.used.hi, dx.hi)};
   }
   return dx;
@@ -317,9 +340,10 @@ HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, bool stream, std:
       if (grad_residual) store_any<A>(u, v.g, advance(grad_residual, row * stride));
     }
   };
-  if constexpr (kPlain<G>) {
+  if constexpr (kTyped<G>) {
     // Coefficients hold canonical NaNs only, and so do values of T.
-    for_each_stored_unit<A, kOrderOf<A, T>, StoreOptions{.canonical_nan = std::is_same_v<G, T>}>(
+    constexpr bool kCanonical = std::is_same_v<G, T> && kActivation == Activation::kNone;
+    for_each_stored_unit<A, kOrderOf<A, T>, StoreOptions{.canonical_nan = kCanonical}>(
         n, grad_x, stream, step);
   } else {
     for_each_unit<A, kOrderOf<A, T>>(n, [&](const auto& u) HWY_ATTR {
@@ -350,13 +374,13 @@ void gradient_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64
     using G = typename decltype(grad_tag)::type;
     constexpr Order kOrder = kOrderOf<A, T>;
     // Rows that share one load of the coefficients.
-    constexpr int kRows = kPlain<G> && kOrder == Order::kEvenOdd ? 2 : 1;
+    constexpr int kRows = kPlain<G, activation()> && kOrder == Order::kEvenOdd ? 2 : 1;
     for_each_strip(width, [&](std::int64_t first, std::int64_t columns) HWY_ATTR {
       const ColumnSource<A, kOrder> source(args.coefficients, first, columns);
-      const bool stream = kPlain<G> && args.stream && args.grad_x &&
+      const bool stream = kTyped<G> && args.stream && args.grad_x &&
                           is_stream_start(static_cast<const T*>(args.grad_x.data) + first, width);
       std::int64_t row = 0;
-      const auto block = [&](auto count) HWY_ATTR {
+      const auto block = [&](auto count) NORMCORE_INLINE_LAMBDA {
         gradient_of_block<activation(), count(), T, G>(
             args, stream, row * width + first, width, columns, source,
             block_operands<T, G, count()>(args, row, width, first));

@@ -33,17 +33,20 @@ class TileState {
   A* offset;
   double* scratch;
 
-  // z = (x - center) * scale + shift for one channel. center is the mean rounded to A; what the
-  // rounding lost is put back through shift, in float64.
-  void set_affine(std::int64_t entry, const SliceStatistics<A>& statistics, const Affine<A>& affine,
-                  std::int64_t sample, std::int64_t channel) const {
+  // z = (x - center) * scale + shift for `count` channels of a slice, from entry `first` on. center is
+  // the mean rounded to A; what the rounding lost is put back through shift, in float64.
+  void set_affine(std::int64_t first, std::int64_t count, const SliceStatistics<A>& statistics,
+                  const Affine<A>& affine, std::int64_t sample, std::int64_t channel) const {
     const A rounded_mean = static_cast<A>(statistics.mean);
-    const A gain = statistics.rstd * affine.scale(sample, channel);
-    center[entry] = canonical(rounded_mean);
-    scale[entry] = canonical(gain);
-    shift[entry] =
-        canonical(static_cast<A>(affine.bias(sample, channel) -
-                                 (statistics.mean - rounded_mean) * static_cast<double>(gain)));
+    const double rounding = statistics.mean - rounded_mean;
+    const A* const weight = affine.scale(sample, channel);
+    const A* const bias = affine.bias(sample, channel);
+    std::fill_n(center + first, count, canonical(rounded_mean));
+    for (std::int64_t i = 0; i < count; ++i) {
+      const A gain = statistics.rstd * weight[i];
+      scale[first + i] = canonical(gain);
+      shift[first + i] = canonical(static_cast<A>(bias[i] - rounding * static_cast<double>(gain)));
+    }
   }
 
   // Repeats the first `count` entries of every array up to `entries`: columns of folded rows.

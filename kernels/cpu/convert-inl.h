@@ -24,6 +24,10 @@
 #define NORMCORE_NATIVE_FLOAT16 0
 #endif
 
+// A lambda that is part of the loop around it: a call per row would cost as much as a short row.
+#undef NORMCORE_INLINE_LAMBDA
+#define NORMCORE_INLINE_LAMBDA HWY_ATTR __attribute__((always_inline))
+
 HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;

@@ -55,15 +55,13 @@ class PlanesForward {
   void finish(std::int64_t tile, char* state, const Partials& partials) const {
     const TileState<A> out = tile_state(state);
     const std::int64_t sample = geometry_.sample(tile), channel = geometry_.first_channel(tile);
-    const std::int64_t planes = geometry_.planes(tile), records = geometry_.records(tile);
-    SliceStatistics<A> statistics;
-    for (std::int64_t p = 0; p < planes; ++p) {
-      if (p < records) {  // batch norm: every plane is a slice; group norm: the first record is the
-                          // slice
-        const std::int64_t slice = call_.num_groups == 0 ? channel + p : tile;
-        statistics = call_.statistics(slice, merged(partials, p));
-      }
-      out.set_affine(p, statistics, call_.affine, sample, channel + p);
+    const std::int64_t planes = geometry_.planes(tile);
+    // Batch norm: every plane is a slice; group norm: the first record is the slice.
+    const std::int64_t per_slice = call_.num_groups == 0 ? 1 : planes;
+    for (std::int64_t p = 0; p < planes; p += per_slice) {
+      const std::int64_t slice = call_.num_groups == 0 ? channel + p : tile;
+      out.set_affine(p, per_slice, call_.statistics(slice, merged(partials, p)), call_.affine,
+                     sample, channel + p);
     }
   }
 
@@ -124,9 +122,7 @@ class RowsForward {
     const std::int64_t groups = call_.num_groups == 0 ? c : call_.num_groups, d = c / groups;
     for (std::int64_t g = 0; g < groups; ++g) {
       const auto statistics = call_.statistics(tile * groups + g, slice_of(total, g * d, d));
-      for (std::int64_t i = g * d; i < (g + 1) * d; ++i) {
-        out.set_affine(i, statistics, call_.affine, tile, i);
-      }
+      out.set_affine(g * d, d, statistics, call_.affine, tile, g * d);
     }
     out.repeat(c, geometry_.width());
   }

@@ -185,21 +185,98 @@ HWY_INLINE void fill_zero(A* p, std::int64_t n) {
   std::fill(p, p + n, A{0});
 }
 
+// Sums of a unit of columns over rows, in registers while rows are added: about the first row ...
+template <class A>
+class HeadSums {
+ public:
+  template <class Unit, class T>
+  HWY_INLINE HeadSums(const Unit& u, const T* first, const StripSums<A>& s)
+      : base_(u.load(first)), sum_(load_slot<A>(u, s.sum)) {}
+  HWY_INLINE void add(const Pair<A>& v) {
+    const auto shifted = subtract(v, base_);
+    sum_ = {hn::Add(sum_.lo, shifted.lo), hn::Add(sum_.hi, shifted.hi)};
+  }
+  template <class Unit>
+  HWY_INLINE void store(const Unit& u, StripSums<A>& s) const {
+    store_slot<A>(u, sum_, s.sum);
+  }
+
+ private:
+  Pair<A> base_, sum_;
+};
+
+// ... and about the pivot.
+template <class A>
+class PivotSums {
+ public:
+  template <class Unit, class T>
+  HWY_INLINE PivotSums(const Unit& u, const T*, const StripSums<A>& s)
+      : pivot_(load_slot<A>(u, s.pivot)),
+        sum_(load_slot<A>(u, s.sum)),
+        square_(load_slot<A>(u, s.square)) {}
+  HWY_INLINE void add(const Pair<A>& v) {
+    const auto centered = subtract(v, pivot_);
+    sum_ = {hn::Add(sum_.lo, centered.lo), hn::Add(sum_.hi, centered.hi)};
+    square_ = {hn::MulAdd(centered.lo, centered.lo, square_.lo),
+               hn::MulAdd(centered.hi, centered.hi, square_.hi)};
+  }
+  template <class Unit>
+  HWY_INLINE void store(const Unit& u, StripSums<A>& s) const {
+    store_slot<A>(u, sum_, s.sum);
+    store_slot<A>(u, square_, s.square);
+  }
+
+ private:
+  Pair<A> pivot_, sum_, square_;
+};
+
+// Adds rows [begin, end) of the list. A block of rows that the first-level cache holds is walked down
+// by two units of columns at a time, whose sums stay in registers; meanwhile the next block is
+// prefetched, since prefetchers do not follow such a walk.
+template <class Sums, class T, class A>
+HWY_INLINE void add_rows(const T* x, std::int64_t stride, std::int64_t width, const RowList& rows,
+                         std::int64_t begin, std::int64_t end, StripSums<A>& s) {
+  constexpr Order kOrder = kOrderOf<A, T>;
+  constexpr std::int64_t kBlockBytes = 8192, kMinRows = 4, kLine = 64;
+  const T* const first = x + rows[0] * stride;
+  const std::int64_t step = std::max<std::int64_t>(
+      kBlockBytes / (width * static_cast<std::int64_t>(sizeof(T))), kMinRows);
+  for (std::int64_t block = begin; block < end; block += step) {
+    const std::int64_t block_end = std::min(block + step, end);
+    const std::int64_t ahead = block + 2 * step <= end ? step : 0;
+    const auto add_columns = [&](const auto&... u) NORMCORE_INLINE_LAMBDA {
+      const std::int64_t at = std::min({u.at...});
+      Sums sums[] = {Sums(u, first, s)...};
+      for (std::int64_t i = block; i < block_end; ++i) {
+        const T* const row = x + rows[i] * stride;
+        const auto* const next = reinterpret_cast<const char*>(x + rows[i + ahead] * stride + at);
+        for (std::int64_t byte = 0;
+             byte < static_cast<std::int64_t>(sizeof...(u) * sizeof(T)) * unit<A>();
+             byte += kLine) {
+          hwy::Prefetch(next + byte);
+        }
+        int k = 0;
+        (sums[k++].add(u.load(row)), ...);
+      }
+      int k = 0;
+      (sums[k++].store(u, s), ...);
+    };
+    std::int64_t at = 0;
+    for (; at + 2 * unit<A>() <= width; at += 2 * unit<A>()) {
+      add_columns(WholeUnit<A, kOrder>{at}, WholeUnit<A, kOrder>{at + unit<A>()});
+    }
+    for_each_unit<A, kOrder>(width, add_columns, at);
+  }
+}
+
 template <class T, class A>
 HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t width,
                               const RowList& rows, StripSums<A>& s) {
   constexpr Order kOrder = kOrderOf<A, T>;
   const std::int64_t head = (rows.size + 7) / 8;
-  const T* first = x + rows[0] * stride;
+  const T* const first = x + rows[0] * stride;
   clear_slots<A, kOrder>(width, s.sum);
-  for (std::int64_t i = 1; i < head; ++i) {
-    const T* row = x + rows[i] * stride;
-    for_each_unit<A, kOrder>(width, [&](const auto& u) HWY_ATTR {
-      const auto v = subtract(u.load(row), u.load(first));
-      const auto sum = load_slot<A>(u, s.sum);
-      store_slot<A>(u, {hn::Add(sum.lo, v.lo), hn::Add(sum.hi, v.hi)}, s.sum);
-    });
-  }
+  add_rows<HeadSums<A>>(x, stride, width, rows, 1, head, s);
   const auto weight = hn::Set(Tag<A>(), A{1} / static_cast<A>(head));
   for_each_unit<A, kOrder>(width, [&](const auto& u) HWY_ATTR {
     const auto sum = load_slot<A>(u, s.sum), base = u.load(first);
@@ -208,32 +285,7 @@ HWY_INLINE void strip_moments(const T* x, std::int64_t stride, std::int64_t widt
   });
   clear_slots<A, kOrder>(width, s.sum);
   clear_slots<A, kOrder>(width, s.square);
-  // Rows that share one load of the accumulators, worth it even if long rows have to be prefetched.
-  // Those of float32 are rather followed by prefetchers along one row.
-  constexpr int kRows = kOrder == Order::kEvenOdd ? 4 : 1;
-  std::int64_t i = 0;
-  const auto add_rows = [&](auto count) HWY_ATTR {
-    const T *row[kRows], *next[kRows];
-    for (int k = 0; k < count(); ++k) {
-      row[k] = x + rows[i + k] * stride;
-      next[k] = x + rows[std::min(i + kRows + k, rows.size - 1)] * stride;
-    }
-    for_each_unit<A, kOrder>(width, [&](const auto& u) HWY_ATTR {
-      const auto pivot = load_slot<A>(u, s.pivot);
-      auto sum = load_slot<A>(u, s.sum), square = load_slot<A>(u, s.square);
-      for (int k = 0; k < count(); ++k) {
-        if constexpr (kRows > 1) hwy::Prefetch(next[k] + u.at);
-        const auto v = subtract(u.load(row[k]), pivot);
-        sum = {hn::Add(sum.lo, v.lo), hn::Add(sum.hi, v.hi)};
-        square = {hn::MulAdd(v.lo, v.lo, square.lo), hn::MulAdd(v.hi, v.hi, square.hi)};
-      }
-      store_slot<A>(u, sum, s.sum);
-      store_slot<A>(u, square, s.square);
-    });
-    i += count();
-  };
-  while (i + kRows <= rows.size) add_rows(std::integral_constant<int, kRows>());
-  while (i < rows.size) add_rows(std::integral_constant<int, 1>());
+  add_rows<PivotSums<A>>(x, stride, width, rows, 0, rows.size, s);
   for (A* array : {s.pivot, s.sum, s.square}) from_slots<A, kOrder>(array, width, array);
 }
 
@@ -406,7 +458,7 @@ void apply_rows(const ApplyArgs<A>& args, std::int64_t rows, std::int64_t width)
       const bool stream = plain() && args.stream &&
                           is_stream_start(static_cast<const T*>(args.y.data) + first, width);
       std::int64_t row = 0;
-      const auto rows_at = [&](auto count) HWY_ATTR {
+      const auto rows_at = [&](auto count) NORMCORE_INLINE_LAMBDA {
         apply_block<T, A, plain(), activation(), count()>(args, stream, row * width + first, width,
                                                           columns, source);
         row += count();
