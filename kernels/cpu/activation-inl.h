@@ -130,7 +130,7 @@ HWY_INLINE NormalDistribution<A> normal_distribution(Vector<A> x) {
         density[HWY_MAX_BYTES / sizeof(double)];
     hn::Store(x, d, in);
     for (std::int64_t i = 0; i < lanes<double>(); ++i) {
-      cumulative[i] = 0.5 * std::erfc(-in[i] * kSqrtHalf);
+      cumulative[i] = 0.5 * std::erfc(in[i] * -kSqrtHalf);  // a NaN keeps its sign
       density[i] = kInvSqrtTwoPi * std::exp(-0.5 * in[i] * in[i]);
     }
     return {hn::Load(d, cumulative), hn::Load(d, density)};

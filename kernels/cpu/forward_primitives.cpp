@@ -382,9 +382,12 @@ void moments_of_rows(ConstTensor x, std::int64_t rows, std::int64_t width, const
 
 // ---- application
 
-// y of kRows runs of n values that share their coefficients; `stride` leads from run to run. kPlain: y
-// has the dtype of x and there is no epilogue.
-template <class T, class A, bool kPlain, Activation kActivation, int kRows, class Source>
+// What follows the normalization. kPlain: nothing; kTyped: an activation that is known, and perhaps a
+// residual; both with y, and the residual, of the dtype of x. kAny: looked up per unit.
+enum class Epilogue { kPlain, kTyped, kAny };
+
+// y of kRows runs of n values that share their coefficients; `stride` leads from run to run.
+template <class T, class A, Epilogue kEpilogue, Activation kActivation, int kRows, class Source>
 HWY_INLINE void apply_block(const ApplyArgs<A>& args, bool stream, std::int64_t offset,
                             std::int64_t stride, std::int64_t n, const Source& source) {
   constexpr Order kOrder = kOrderOf<A, T>;
@@ -396,71 +399,85 @@ HWY_INLINE void apply_block(const ApplyArgs<A>& args, bool stream, std::int64_t 
     return Pair<A>{hn::MulAdd(hn::Sub(v.lo, lo<A>(c.center)), lo<A>(c.scale), lo<A>(c.shift)),
                    hn::MulAdd(hn::Sub(v.hi, hi<A>(c.center)), hi<A>(c.scale), hi<A>(c.shift))};
   };
-  if constexpr (kPlain) {
-    T* const out = static_cast<T*>(y.data);
-    // Coefficients hold canonical NaNs only.
-    for_each_stored_unit<A, kOrder, StoreOptions{.canonical_nan = true}>(
-        n, out, stream, [&](const auto& u, auto options) HWY_ATTR {
-          const auto& c = source.at(u);
-          for (int row = 0; row < kRows; ++row) {
-            u.template store<options()>(normalized(u, c, row), out + row * stride);
-          }
-        });
-  } else {
+  const auto add = [](Pair<A>& z, const Pair<A>& r)
+                       HWY_ATTR { z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)}; };
+  if constexpr (kEpilogue == Epilogue::kAny) {
     for_each_unit<A, kOrder>(n, [&](const auto& u) HWY_ATTR {
       const auto& c = source.at(u);
       for (int row = 0; row < kRows; ++row) {
         auto z = normalized(u, c, row);
-        if (residual) {
-          const auto r = load_any<A>(u, advance(residual, row * stride));
-          z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)};
-        }
-        z = {activate<kActivation, A>(z.lo), activate<kActivation, A>(z.hi)};
+        if (residual) add(z, load_any<A>(u, advance(residual, row * stride)));
+        visit_activation(args.activation, [&](auto activation) HWY_ATTR {
+          z = {activate<activation(), A>(z.lo), activate<activation(), A>(z.hi)};
+        });
         store_any<A>(u, z, advance(y, row * stride));
       }
     });
+  } else {
+    const T* const summand = static_cast<const T*>(residual.data);
+    T* const out = static_cast<T*>(y.data);
+    // Coefficients hold canonical NaNs only, and so do values of T.
+    constexpr bool kCanonical =
+        kActivation == Activation::kNone || kActivation == Activation::kReLU;
+    for_each_stored_unit<A, kOrder, StoreOptions{.canonical_nan = kCanonical}>(
+        n, out, stream, [&](const auto& u, auto options) HWY_ATTR {
+          const auto& c = source.at(u);
+          for (int row = 0; row < kRows; ++row) {
+            auto z = normalized(u, c, row);
+            if constexpr (kEpilogue == Epilogue::kTyped) {
+              if (summand != nullptr) add(z, u.load(summand + row * stride));
+              z = {activate<kActivation, A>(z.lo), activate<kActivation, A>(z.hi)};
+            }
+            u.template store<options()>(z, out + row * stride);
+          }
+        });
   }
 }
 
-// Calls f(TypeTag<T>, is_plain, activation), the latter two as constants.
+// Calls f(TypeTag<T>, epilogue, activation), the latter two as constants.
 template <class A, class F>
 HWY_INLINE void visit_apply(const ApplyArgs<A>& args, F&& f) {
   visit_elements<A>(args.x.dtype, [&](auto tag) HWY_ATTR {
-    if (args.y.dtype == args.x.dtype && !args.residual && args.activation == Activation::kNone) {
-      f(tag, std::true_type(), std::integral_constant<Activation, Activation::kNone>());
+    constexpr std::integral_constant<Activation, Activation::kNone> kNone;
+    const bool residual_fits = !args.residual || args.residual.dtype == args.x.dtype;
+    if (args.y.dtype != args.x.dtype || !residual_fits) {
+      f(tag, std::integral_constant<Epilogue, Epilogue::kAny>(), kNone);
+    } else if (!args.residual && args.activation == Activation::kNone) {
+      f(tag, std::integral_constant<Epilogue, Epilogue::kPlain>(), kNone);
     } else {
-      visit_activation(args.activation,
-                       [&](auto activation) HWY_ATTR { f(tag, std::false_type(), activation); });
+      visit_activation(args.activation, [&](auto activation) HWY_ATTR {
+        f(tag, std::integral_constant<Epilogue, Epilogue::kTyped>(), activation);
+      });
     }
   });
 }
 
 template <class A>
 void apply_runs(const ApplyArgs<A>& args, std::int64_t count, std::int64_t length) {
-  visit_apply(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
+  visit_apply(args, [&](auto tag, auto epilogue, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     for (std::int64_t r = 0; r < count; ++r) {
-      apply_block<T, A, plain(), activation(), 1>(args, args.stream, r * length, length, length,
-                                                  RunSource<A>(args.coefficients, r));
+      apply_block<T, A, epilogue(), activation(), 1>(args, args.stream, r * length, length, length,
+                                                     RunSource<A>(args.coefficients, r));
     }
   });
 }
 
 template <class A>
 void apply_rows(const ApplyArgs<A>& args, std::int64_t rows, std::int64_t width) {
-  visit_apply(args, [&](auto tag, auto plain, auto activation) HWY_ATTR {
+  visit_apply(args, [&](auto tag, auto epilogue, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     constexpr Order kOrder = kOrderOf<A, T>;
     // Rows that share one load of the coefficients.
-    constexpr int kRows = plain() && kOrder == Order::kEvenOdd ? 4 : 1;
+    constexpr int kRows = epilogue() == Epilogue::kPlain && kOrder == Order::kEvenOdd ? 4 : 1;
     for_each_strip(width, [&](std::int64_t first, std::int64_t columns) HWY_ATTR {
       const ColumnSource<A, kOrder> source(args.coefficients, first, columns);
-      const bool stream = plain() && args.stream &&
+      const bool stream = epilogue() != Epilogue::kAny && args.stream &&
                           is_stream_start(static_cast<const T*>(args.y.data) + first, width);
       std::int64_t row = 0;
       const auto rows_at = [&](auto count) NORMCORE_INLINE_LAMBDA {
-        apply_block<T, A, plain(), activation(), count()>(args, stream, row * width + first, width,
-                                                          columns, source);
+        apply_block<T, A, epilogue(), activation(), count()>(args, stream, row * width + first,
+                                                             width, columns, source);
         row += count();
       };
       const std::int64_t shared = end_of_shared_rows<T>(rows, width);
