@@ -33,7 +33,7 @@ from .machine import facts
 
 EPSILON = 1e-5
 MEAN_OVER_STD = (0.0, 1e2, 1e4, 1e6)
-MAGNITUDES = (1e-20, 1.0, 1e15)
+MAGNITUDES = (1e-20, 1.0, 1e15, 1e18)
 
 
 @dataclass(frozen=True)

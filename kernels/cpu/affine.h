@@ -1,5 +1,5 @@
-// Scale and bias in the arithmetic type, converted once per call into the workspace where their
-// dtype differs.
+// Scale and bias in the arithmetic type: written once per call into the workspace where their dtype
+// differs or they are absent.
 #pragma once
 
 #include <cstdint>

@@ -26,8 +26,9 @@ HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {
 namespace {
 
-// G: the type of grad_y, and of the residual if there is one, where there is no mask: loops made for it
-// and for the activation. void: what is rarer, any of all these, looked up per unit.
+// G: the type of grad_y, which is that of x or, for a g that was kept, A, where there is no mask and the
+// residual, if any, has the type of x: loops made for these types and for the activation. void: any
+// other combination, looked up per unit.
 template <class G>
 inline constexpr bool kTyped = !std::is_void_v<G>;
 template <class G, Activation kActivation>
@@ -38,13 +39,13 @@ template <class T, class G>
 struct Operands {
   const T* x;
   const G* grad_y;
-  const G* residual;  // null: none
+  const T* residual;  // null: none
 
   template <class A>
   HWY_INLINE Operands(const GradientArgs<A>& args, std::int64_t offset, const std::uint8_t*, bool)
       : x(static_cast<const T*>(args.x.data) + offset),
         grad_y(static_cast<const G*>(args.grad_y.data) + offset),
-        residual(static_cast<const G*>(advance(args.residual, offset).data)) {}
+        residual(static_cast<const T*>(advance(args.residual, offset).data)) {}
 };
 
 template <class T>
@@ -79,17 +80,23 @@ HWY_INLINE Vector<A> subtract_or_zero(hn::Mask<Tag<A>> keep, Vector<A> x, Vector
   return hn::IfThenElseZero(keep, hn::Sub(x, center));
 }
 
-// g, in place of what out.g holds, grad_y.
-template <Activation kActivation, class A, class V>
-HWY_INLINE void multiply_by_derivative(const UnitCoefficients<V>& c, const Pair<A>* residual,
-                                       Gradient<A>& out) {
-  if constexpr (kActivation != Activation::kNone) {
-    Pair<A> z = {hn::MulAdd(out.centered.lo, lo<A>(c.scale), lo<A>(c.shift)),
-                 hn::MulAdd(out.centered.hi, hi<A>(c.scale), hi<A>(c.shift))};
-    if (residual != nullptr) z = {hn::Add(z.lo, residual->lo), hn::Add(z.hi, residual->hi)};
-    out.g = {hn::Mul(out.g.lo, activation_derivative<kActivation, A>(z.lo)),
-             hn::Mul(out.g.hi, activation_derivative<kActivation, A>(z.hi))};
-  }
+// z without a residual.
+template <class A, class V>
+HWY_INLINE Pair<A> normalized(const Pair<A>& centered, const UnitCoefficients<V>& c) {
+  return {hn::MulAdd(centered.lo, lo<A>(c.scale), lo<A>(c.shift)),
+          hn::MulAdd(centered.hi, hi<A>(c.scale), hi<A>(c.shift))};
+}
+
+template <class A>
+HWY_INLINE Pair<A> sum_of(const Pair<A>& a, const Pair<A>& b) {
+  return {hn::Add(a.lo, b.lo), hn::Add(a.hi, b.hi)};
+}
+
+// grad_y * activation'(z)
+template <Activation kActivation, class A>
+HWY_INLINE Pair<A> behind_activation(const Pair<A>& grad_y, const Pair<A>& z) {
+  return {hn::Mul(grad_y.lo, activation_derivative<kActivation, A>(z.lo)),
+          hn::Mul(grad_y.hi, activation_derivative<kActivation, A>(z.hi))};
 }
 
 // kActivation: for typed operands only.
@@ -101,11 +108,10 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, G>& in,
   if constexpr (kTyped<G>) {
     out.g = u.load(in.grad_y);
     out.centered = {hn::Sub(x.lo, lo<A>(c.center)), hn::Sub(x.hi, hi<A>(c.center))};
-    if (kActivation != Activation::kNone && in.residual != nullptr) {
-      const auto residual = u.load(in.residual);
-      multiply_by_derivative<kActivation>(c, &residual, out);
-    } else {
-      multiply_by_derivative<kActivation>(c, static_cast<const Pair<A>*>(nullptr), out);
+    if constexpr (kActivation != Activation::kNone) {
+      auto z = normalized(out.centered, c);
+      if (in.residual != nullptr) z = sum_of(z, u.load(in.residual));
+      out.g = behind_activation<kActivation>(out.g, z);
     }
   } else {
     const Tag<A> d;
@@ -119,15 +125,17 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, G>& in,
       } else if (*in.mask == 0) {
         out.counts = {hn::Not(every), hn::Not(every)};
       }
-      out.used = {hn::Or(out.counts.lo, hn::Ne(out.g.lo, hn::Zero(d))),
-                  hn::Or(out.counts.hi, hn::Ne(out.g.hi, hn::Zero(d)))};
+      // Not Ne(), which is false for a NaN on some instruction sets.
+      out.used = {hn::Or(out.counts.lo, hn::Not(hn::Eq(out.g.lo, hn::Zero(d)))),
+                  hn::Or(out.counts.hi, hn::Not(hn::Eq(out.g.hi, hn::Zero(d))))};
     }
     out.centered = {subtract_or_zero<A>(out.used.lo, x.lo, lo<A>(c.center)),
                     subtract_or_zero<A>(out.used.hi, x.hi, hi<A>(c.center))};
     if (in.activation != Activation::kNone) {
-      const auto residual = in.residual ? load_any<A>(u, in.residual) : broadcast(A{0});
+      auto z = normalized(out.centered, c);
+      if (in.residual) z = sum_of(z, load_any<A>(u, in.residual));
       visit_activation(in.activation, [&](auto activation) HWY_ATTR {
-        multiply_by_derivative<activation()>(c, in.residual ? &residual : nullptr, out);
+        out.g = behind_activation<activation()>(out.g, z);
       });
       out.g = {hn::IfThenElseZero(out.used.lo, out.g.lo),
                hn::IfThenElseZero(out.used.hi, out.g.hi)};
@@ -143,7 +151,8 @@ HWY_INLINE void visit_gradient(const GradientArgs<A>& args, F&& f) {
   visit_elements<A>(args.x.dtype, [&](auto tag) HWY_ATTR {
     constexpr std::integral_constant<Activation, Activation::kNone> kNone;
     const bool is_masked = args.mask.data != nullptr;
-    const bool residual_fits = !args.residual || args.residual.dtype == args.x.dtype;
+    const bool residual_fits = args.activation == Activation::kNone || !args.residual ||
+                               args.residual.dtype == args.x.dtype;
     if (!is_masked && args.grad_y.dtype == args.x.dtype && residual_fits) {
       visit_activation(args.activation, [&](auto activation) HWY_ATTR { f(tag, tag, activation); });
       return;
@@ -186,7 +195,7 @@ void sums_of_runs(const GradientArgs<A>& given, const RunBlock& given_block, Gra
     const LastUnit<A, kOrderOf<A, T>> last(block.length);
     for (std::int64_t record = 0; record < block.records; ++record) {
       const RunSource<A> source(args.coefficients, record);
-      SumPair<A> even, odd;
+      SumPair<A> first, second;
       for (std::int64_t run = 0; run < block.runs; ++run) {
         const std::uint8_t* mask =
             args.mask.data == nullptr
@@ -207,21 +216,22 @@ void sums_of_runs(const GradientArgs<A>& given, const RunBlock& given_block, Gra
         };
         const std::int64_t step = unit<A>();
         std::int64_t i = 0;
-        if constexpr (kPlain<G, activation()>) {
-          // otherwise the additions wait for g, not for each other
+        // Two chains of additions, unless they wait for g rather than for each other.
+        if constexpr (kTyped<G> &&
+                      (activation() == Activation::kNone || activation() == Activation::kReLU)) {
           for (; i + 2 * step <= block.length; i += 2 * step) {
-            add(Whole{i}, even);
-            add(Whole{i + step}, odd);
+            add(Whole{i}, first);
+            add(Whole{i + step}, second);
           }
         }
-        for (; i + step <= block.length; i += step) add(Whole{i}, even);
-        if (i < block.length) add(last, odd);
+        for (; i + step <= block.length; i += step) add(Whole{i}, first);
+        if (i < block.length) add(last, second);
       }
-      out[record].g =
-          sum_of_lanes<A>(hn::Add(hn::Add(even.g.lo, odd.g.lo), hn::Add(even.g.hi, odd.g.hi)));
+      out[record].g = sum_of_lanes<A>(
+          hn::Add(hn::Add(first.g.lo, second.g.lo), hn::Add(first.g.hi, second.g.hi)));
       out[record].g_centered =
-          sum_of_lanes<A>(hn::Add(hn::Add(even.g_centered.lo, odd.g_centered.lo),
-                                  hn::Add(even.g_centered.hi, odd.g_centered.hi)));
+          sum_of_lanes<A>(hn::Add(hn::Add(first.g_centered.lo, second.g_centered.lo),
+                                  hn::Add(first.g_centered.hi, second.g_centered.hi)));
     }
   });
 }

@@ -23,6 +23,7 @@
 #include "cpu/convert-inl.h"
 #include "cpu/primitives.h"
 #include "cpu/primitives_export.h"
+#include "cpu/wide_moments.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {
@@ -149,11 +150,20 @@ void moments_of_runs(ConstTensor x, const RunBlock& block, const MaskBlock& mask
   visit_elements<A>(x.dtype, [&](auto tag) HWY_ATTR {
     using T = typename decltype(tag)::type;
     for (std::int64_t r = 0; r < block.records; ++r) {
-      const T* values = static_cast<const T*>(x.data) + r * block.record_stride;
-      out[r] = mask.data == nullptr
-                   ? moments_of_record<T, A>(values, block)
-                   : masked_moments_of_record<T, A>(values, mask.data + r * mask.record_stride,
-                                                    mask.run_stride, block);
+      const T* const values = static_cast<const T*>(x.data) + r * block.record_stride;
+      const std::uint8_t* const counts =
+          mask.data == nullptr ? nullptr : mask.data + r * mask.record_stride;
+      const Moments moments = counts == nullptr ? moments_of_record<T, A>(values, block)
+                                                : masked_moments_of_record<T, A>(
+                                                      values, counts, mask.run_stride, block);
+      out[r] = finite_moments(moments, [&](const auto& f) {
+        for (std::int64_t run = 0; run < block.runs; ++run) {
+          for (std::int64_t i = 0; i < block.length; ++i) {
+            if (counts != nullptr && counts[run * mask.run_stride + i] == 0) continue;
+            f(to_double(values[run * block.run_stride + i]));
+          }
+        }
+      });
     }
   });
 }
@@ -230,8 +240,7 @@ class PivotSums {
   Pair<A> pivot_, sum_, square_;
 };
 
-// Adds rows [begin, end) of the list. A block of rows that the first-level cache holds is walked down
-// by two units of columns at a time, whose sums stay in registers; meanwhile the next block is
+// Adds rows [begin, end) of the list. A block of rows that the first-level cache holds is walked down by two units of columns at a time, whose sums stay in registers; meanwhile the next block is
 // prefetched, since prefetchers do not follow such a walk.
 template <class Sums, class T, class A>
 HWY_INLINE void add_rows(const T* x, std::int64_t stride, std::int64_t width, const RowList& rows,
@@ -243,13 +252,13 @@ HWY_INLINE void add_rows(const T* x, std::int64_t stride, std::int64_t width, co
       kBlockBytes / (width * static_cast<std::int64_t>(sizeof(T))), kMinRows);
   for (std::int64_t block = begin; block < end; block += step) {
     const std::int64_t block_end = std::min(block + step, end);
-    const std::int64_t ahead = block + 2 * step <= end ? step : 0;
     const auto add_columns = [&](const auto&... u) NORMCORE_INLINE_LAMBDA {
       const std::int64_t at = std::min({u.at...});
       Sums sums[] = {Sums(u, first, s)...};
       for (std::int64_t i = block; i < block_end; ++i) {
         const T* const row = x + rows[i] * stride;
-        const auto* const next = reinterpret_cast<const char*>(x + rows[i + ahead] * stride + at);
+        const auto* const next =
+            reinterpret_cast<const char*>(x + rows[std::min(i + step, end - 1)] * stride + at);
         for (std::int64_t byte = 0;
              byte < static_cast<std::int64_t>(sizeof...(u) * sizeof(T)) * unit<A>();
              byte += kLine) {
@@ -377,13 +386,28 @@ void moments_of_rows(ConstTensor x, std::int64_t rows, std::int64_t width, const
       const double count = static_cast<double>(list.size), weight = 1.0 / count;
       for (std::int64_t j = 0; j < columns; ++j) store(j, count, weight);
     }
+    visit_elements<A>(x.dtype, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      for (std::int64_t j = at; j < at + columns; ++j) {
+        const Moments moments =
+            finite_moments({out.count[j], out.mean[j], out.m2[j]}, [&](const auto& f) {
+              for (std::int64_t i = 0; i < list.size; ++i) {
+                const std::int64_t value = list[i] * width + j;
+                if (masked && mask.data[value] == 0) continue;
+                f(to_double(static_cast<const T*>(x.data)[value]));
+              }
+            });
+        out.mean[j] = moments.mean;
+        out.m2[j] = moments.m2;
+      }
+    });
   }
 }
 
 // ---- application
 
-// What follows the normalization. kPlain: nothing; kTyped: an activation that is known, and perhaps a
-// residual; both with y, and the residual, of the dtype of x. kAny: looked up per unit.
+// What follows the normalization. kPlain: nothing, and y has the dtype of x. kTyped: an activation that
+// is known and perhaps a residual, which like y has the dtype of x. kAny: looked up per unit.
 enum class Epilogue { kPlain, kTyped, kAny };
 
 // y of kRows runs of n values that share their coefficients; `stride` leads from run to run.

@@ -17,12 +17,11 @@ constexpr std::int64_t kTaskBytes = 32 << 10;  // less input is not worth anothe
 // keeps x in the cache: half of the last level, within limits, since a large one is shared with
 // others.
 constexpr std::int64_t kMinStreamed = 4 << 20, kMaxCached = 32 << 20;
-constexpr std::int64_t kUnknownCache = 32 << 20;
+std::int64_t cached_output(std::int64_t cache_bytes) {
+  return std::clamp(cache_bytes / 2, kMinStreamed, kMaxCached);
+}
 
-// Bytes of gradients behind an activation that are kept at most, of all tiles that are under way. Larger
-// ones come back from memory, which takes longer than another exponential: 16 MiB gave 1.5, 32 MiB 0.92
-// to 0.96 of the speed without.
-constexpr std::size_t kMaxKept = 16 << 20;
+constexpr std::int64_t kUnknownCache = 32 << 20;
 
 // Whether the backward pass would compute an exponential per value and sweep. Under a mask what is
 // kept would not say which values take part.
@@ -71,7 +70,7 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_byt
     plan.tiles = g.tiles();
     plan.chunks = g.chunks();
   }
-  plan.stream = bytes >= std::clamp(cache_bytes / 2, kMinStreamed, kMaxCached);
+  plan.stream = bytes >= cached_output(cache_bytes);
   const std::int64_t groups = ceil_div(plan.tiles, tiles_per_group(problem));
   if (problem.pass == Pass::kInference) {
     plan.path = CpuPath::kChunk;
@@ -89,9 +88,12 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_byt
     plan.reason = "fewer slices than threads: threads share the chunks of a slice";
   }
   if (may_keep(problem)) {
+    // Of all tiles under way. More would come back from memory, which takes longer than another
+    // exponential.
     plan.keep = true;
     const WorkspaceLayout layout = workspace_layout(problem, plan);
-    plan.keep = layout.kept * static_cast<std::size_t>(layout.slots) <= kMaxKept;
+    const auto kept = static_cast<std::int64_t>(layout.kept) * layout.slots;
+    plan.keep = kept <= cached_output(cache_bytes);
   }
   plan.workspace_bytes = workspace_layout(problem, plan).total();
   return plan;

@@ -118,7 +118,7 @@ std::vector<NormCase> variants(const Shape& shape, Layout layout, DType x, bool 
   plain.x = plain.y = x;
   plain.scale = plain.bias = x;
 
-  std::vector<NormCase> cases(10, plain);
+  std::vector<NormCase> cases(11, plain);
   cases[1].activation = Activation::kReLU;
   cases[1].scale = cases[1].bias = f32;
   cases[1].residual = x;
@@ -167,6 +167,10 @@ std::vector<NormCase> variants(const Shape& shape, Layout layout, DType x, bool 
   cases[9].activation = Activation::kGelu;
   cases[9].affine_per_sample = group_norm;
   cases[9].placement = Placement::kBegin;
+
+  cases[10].activation = Activation::kSiLU;
+  cases[10].residual = x;
+  cases[10].scale = cases[10].bias = f32;
 
   // Larger shapes take every third one, beginning with another one for another dtype.
   if (shape.extent.numel() <= 2048) return cases;

@@ -135,9 +135,14 @@ TEST(Plan, KeepsGradientsBehindActivationsThatCost) {
   problem.mask = MaskKind::kRow;
   EXPECT_FALSE(plan_cpu(problem, 2).keep);
   problem.mask = MaskKind::kNone;
-  problem.extent = {1, 32, 1 << 20};
+  constexpr std::int64_t kMiB = 1 << 20;
   problem.num_groups = 1;
-  EXPECT_FALSE(plan_cpu(problem, 2).keep) << "more memory than it is worth";
+  problem.extent = {1, 4, kMiB};  // 16 MiB of float32
+  EXPECT_TRUE(plan_cpu(problem, 1, 32 * kMiB).keep);
+  EXPECT_FALSE(plan_cpu(problem, 1, 31 * kMiB).keep) << "they would come back from memory";
+  problem.extent.n = 2;
+  EXPECT_TRUE(plan_cpu(problem, 1, 32 * kMiB).keep) << "a tile at a time";
+  EXPECT_FALSE(plan_cpu(problem, 2, 32 * kMiB).keep) << "two tiles at a time";
 }
 
 TEST(Plan, TakesWholeSamplesOfShortSlices) {

@@ -229,6 +229,24 @@ def test_masked_out_values_poison_no_gradient(
         assert got.isfinite().all()
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("per_value", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_nan_gradient_at_a_masked_out_value_is_not_lost(
+    dtype: torch.dtype, per_value: bool, activation: str | None
+) -> None:
+    x = torch.randn(3, 4, 40, dtype=dtype, requires_grad=True)
+    bias = torch.zeros(4, dtype=dtype, requires_grad=True)
+    mask = torch.ones(3, 4 if per_value else 1, 40, dtype=torch.bool)
+    mask[1, :, 3] = False
+    dy = torch.ones(3, 4, 40, dtype=dtype)
+    dy[1, 2, 3] = float("nan")
+    y = ops.batch_norm(x, None, None, None, bias, True, mask=mask, activation=activation)
+    dx, db = torch.autograd.grad(y, (x, bias), dy)
+    assert dx[1, 2, 3].isnan()
+    assert torch.equal(db.isnan(), torch.tensor([False, False, True, False], device=db.device))
+
+
 def test_second_derivative_at_a_masked_out_value_with_zero_gradient() -> None:
     x = leaf(2, 4, 3)
     mask = torch.ones(2, 1, 3, dtype=torch.bool)

@@ -256,6 +256,40 @@ def test_constant_float64_of_any_size_gives_the_bias(layout: torch.memory_format
     assert torch.equal(NF.group_norm(x, 3, bias=bias), expected)
 
 
+@pytest.mark.parametrize("magnitude", [1e18, 5e18])
+@pytest.mark.parametrize("masked", [None, "rows", "values"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_that_float32_cannot_sum(
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    masked: str | None,
+    magnitude: float,
+    device: torch.device,
+) -> None:
+    if device.type != "cpu":
+        pytest.skip("sums of squares are float32 on a device")
+    x = (torch.randn(3, 64, 17, 16) * magnitude).to(dtype).contiguous(memory_format=layout)
+    mask = {
+        None: torch.ones(1, 1, 1, 1),
+        "rows": torch.rand(3, 1, 17, 16) < 0.7,
+        "values": torch.rand(3, 64, 17, 16) < 0.7,
+    }[masked]
+    mean, var = torch.zeros(64, dtype=torch.float32), torch.ones(64, dtype=torch.float32)
+    given = None if masked is None else mask
+    y = NF.batch_norm(x, mean, var, training=True, momentum=1.0, unbiased=False, mask=given)
+    counts = mask.expand_as(x).double()
+    count = counts.sum((0, 2, 3), keepdim=True)
+    wanted = (x.double() * counts).sum((0, 2, 3), keepdim=True) / count
+    centered = x.double() - wanted
+    wanted_var = (centered.square() * counts).sum((0, 2, 3), keepdim=True) / count
+    torch.testing.assert_close(var, wanted_var.flatten().float(), rtol=1e-6, atol=0)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(
+        y.double(), centered / wanted_var.sqrt(), rtol=tolerance, atol=tolerance
+    )
+
+
 def test_float64_running_statistics_are_computed_in_float64() -> None:
     x = torch.rand(1000, 3) * 1e-3 + 1  # float32
     mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
