@@ -171,10 +171,10 @@ def run(arguments: argparse.Namespace) -> int:
         "repeats": arguments.repeats,
         "pages": arguments.pages,
         "malloc": pages.settings(),
-        "cases": [
-            measure(chain, arguments.repeats) for chain in track(todo, "measuring", console=console)
-        ],
+        "cases": [],
     }
-    write(document, arguments.output)
+    for chain in track(todo, "measuring", console=console):
+        document["cases"].append(measure(chain, arguments.repeats))
+        write(document, arguments.output)
     print(chain_report(document))
     return 0

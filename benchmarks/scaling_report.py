@@ -59,5 +59,6 @@ def scaling_report(document: Document, title: str = "Scaling", pictures: Sequenc
         *tables(document),
         "## Not measured",
         unavailable(document, label),
+        "\n".join(f"- {case}: {reason}" for case, reason in document["left_out"].items()),
     ]
     return "\n\n".join(parts) + "\n"

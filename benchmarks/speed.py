@@ -85,9 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(stderr=True)
     # What fits a cache is known of the CPU only.
     bounds = Bounds(arguments.threads) if arguments.device == "cpu" else None
-    document["cases"] = [
-        measure(case, arguments, bounds) for case in track(todo, "measuring", console=console)
-    ]
-    write(document, arguments.output)
+    document["cases"] = []
+    for case in track(todo, "measuring", console=console):
+        document["cases"].append(measure(case, arguments, bounds))
+        write(document, arguments.output)
     print(speed_report(document))
     return 0

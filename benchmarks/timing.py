@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol, TypeVar
@@ -45,12 +46,12 @@ class Call:
 def best_times(contenders: Mapping[Name, Contender], rounds: int) -> dict[Name, float]:
     """The best time of each in microseconds, over `rounds` rounds.
 
-    Every round starts with another one: what a contender leaves in the caches meets each of them.
+    Every round has another order: what a contender leaves in the caches meets each of them.
     """
-    names = list(contenders)
+    names, order = list(contenders), random.Random(0)
     best = dict.fromkeys(names, math.inf)
-    for i in range(rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+    for _ in range(rounds):
+        order.shuffle(names)
+        for name in names:
             best[name] = min(best[name], contenders[name].measure())
     return best

@@ -163,9 +163,11 @@ def test_warm_cold_and_bounds(tmp_path: Path) -> None:
 
 def test_estimates_of_arithmetic() -> None:
     program = """
+import benchmarks.bounds as bounds_module
 from benchmarks.bounds import Bounds, shrunk
 from benchmarks.cases import TINY, Case, shape_of
 
+bounds_module.cache_bytes = lambda level: 512 << 10
 values = 2 * 512 * 49
 for text, size in (
     ("8x512x7x7", (2, 512, 7, 7)),  # short planes stay
@@ -185,8 +187,8 @@ bounds.learn({c: 7.0 if c.shape == TINY else 20 + c.values / 1000 for c in other
 assert bounds.missing(case) == []
 estimates = bounds.of(case, 40.0)
 assert (estimates["calls"], estimates["memory"]) == (7.0, 40.0)
-if len(others) == 3:  # the sizes of caches are known
-    assert abs(estimates["arithmetic"] - (13 + case.values / 1000)) < 1e-6
+assert len(others) == 3
+assert abs(estimates["arithmetic"] - (13 + case.values / 1000)) < 1e-6
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
@@ -212,18 +214,34 @@ def test_scaling(tmp_path: Path) -> None:
     case |= {"values": 10**5, "microseconds": {"normcore": times}, "speedup": {}}
     case["speedup"]["normcore"] = {"2": 2.0}
     case["unavailable"] = {"copy": "no memory"}
+    document["left_out"] = {"a case": "a reason"}
     results.write_text(json.dumps(document))
     report = benchmarks("report", results, "--output", folder).stdout
     assert f"| 1e+05 | {case['size']} | 4 |  | 2 |  | 2.00 |  |" in report
     assert "### float32, bn_backward, slices, channels_last" in report
     assert "### float32, bn_backward, slices, channels_last" in printed
     assert "| copy | no memory | gn_forward" in report
+    assert "- a case: a reason" in report
     assert is_png(folder / "scaling_float32.png")
 
 
-def test_scaling_refuses_what_memory_does_not_hold() -> None:
-    run = benchmarks("scaling", "--max-values=1e15", returncode=1)
-    assert "of available memory: choose a smaller --max-values" in run.stdout
+def test_scaling_leaves_out_what_memory_does_not_hold() -> None:
+    program = """
+from benchmarks.cases import Case, shape_of
+from benchmarks.scaling import needed_bytes, too_large
+
+forward, backward = (
+    Case(operation, shape_of("1x64x56x56"), "contiguous", "float32")
+    for operation in ("gn_forward", "gn_backward")
+)
+enough = int(needed_bytes(forward) / 0.8) + 1
+assert needed_bytes(forward) > 2 * 4 * forward.values
+assert too_large(forward, enough) is None
+assert too_large(forward, None) is None
+reason = too_large(backward, enough)
+assert reason.endswith("GB of available memory"), reason
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_chain(tmp_path: Path) -> None:

@@ -290,6 +290,22 @@ def test_squares_that_float32_cannot_sum(
     )
 
 
+@pytest.mark.parametrize("bits", [0x7FFF, -1, 0x7F81, 0x7FC0])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_nan_of_bfloat16_stays_nan(
+    layout: torch.memory_format, activation: str | None, bits: int
+) -> None:
+    x = torch.randn(2, 32, 7, 9, dtype=torch.bfloat16).contiguous(memory_format=layout)
+    residual = torch.randn_like(x)
+    where = torch.rand_like(x) < 0.1
+    nan = torch.tensor(bits, dtype=torch.int16, device=x.device).view(torch.bfloat16)
+    assert nan.isnan()
+    residual[where] = nan
+    y = NF.group_norm(x, 4, activation=activation, residual=residual)
+    assert torch.equal(y.isnan(), where)
+
+
 def test_float64_running_statistics_are_computed_in_float64() -> None:
     x = torch.rand(1000, 3) * 1e-3 + 1  # float32
     mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
