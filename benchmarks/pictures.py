@@ -21,7 +21,8 @@ from .speed_report import peers_of, ratio
 
 FASTER, SLOWER, NEUTRAL = "#2a7ab9", "#d1462f", "#6b6b6b"
 COLUMNS = 4
-SHORTEST_BAR = 1e-9  # the axis of errors starts here: exact results have no logarithm
+# The axis of errors: exact results have no logarithm, and from 1 on no digit is right.
+SHORTEST_BAR, LONGEST_BAR = 1e-9, 1e2
 PANEL = (3.4, 2.6)  # inches
 LINE_STYLES = ("-", "--", ":", "-.")  # of the numbers of threads
 DPI = 110
@@ -102,37 +103,37 @@ def speed(document: Document) -> dict[str, Figure]:
 
 
 def _errors(axes: Axes, cases: list[Document], contenders: list[str]) -> None:
-    """A group of bars for each mean/std; what is not finite reaches the end, with a mark."""
+    """A group of bars for each mean/std; what is not finite fills the panel, hatched."""
     ratios = unique(c["mean_over_std"] for c in cases)
     width = 0.8 / len(contenders)
-    infinite = []
     for i, name in enumerate(contenders):
-        places, heights = [], []
         for j, mean_over_std in enumerate(ratios):
             found = largest_error([c for c in cases if c["mean_over_std"] == mean_over_std], name)
             if found is None:
                 continue
-            place = j + (i - (len(contenders) - 1) / 2) * width
-            if math.isfinite(found[0]):
-                places.append(place)
-                heights.append(max(found[0], SHORTEST_BAR))
-            else:
-                infinite.append(place)
-        axes.bar(places, heights, width, label=name)
+            finite = math.isfinite(found[0])
+            axes.bar(
+                j + (i - (len(contenders) - 1) / 2) * width,
+                min(max(found[0], SHORTEST_BAR), LONGEST_BAR),
+                width,
+                label=name if j == 0 else None,
+                color=f"C{i}",
+                alpha=1.0 if finite else 0.4,
+                hatch=None if finite else "///",
+            )
     axes.set_yscale("log")
-    axes.set_ylim(bottom=SHORTEST_BAR)
-    for place in infinite:
-        axes.text(
-            place, 1, "inf", transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=7
-        )
+    axes.set_ylim(SHORTEST_BAR, LONGEST_BAR)
     axes.set_xticks(range(len(ratios)), [f"{r:g}" for r in ratios], fontsize=7)
     axes.set_xlabel("mean/std", fontsize=8)
 
 
 def accuracy(document: Document) -> dict[str, Figure]:
-    cases, contenders = document["cases"], document["contenders"]
+    """Of inputs with a standard deviation of 1; the report's tables have all."""
+    contenders = document["contenders"]
+    cases = [c for c in document["cases"] if c["magnitude"] == 1.0]
     rows, columns = (unique(c[key] for c in cases) for key in ("norm", "dtype"))
-    figure, grid = _grid(len(rows), len(columns), f"largest relative error; {_where(document)}")
+    title = f"largest relative error, standard deviation 1; {_where(document)}"
+    figure, grid = _grid(len(rows), len(columns), title)
     for norm, line in zip(rows, grid):
         for dtype, axes in zip(columns, line):
             chosen = [c for c in cases if (c["norm"], c["dtype"]) == (norm, dtype)]
