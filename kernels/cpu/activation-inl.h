@@ -1,6 +1,6 @@
 // Vector versions of the activations of activation.h and of their derivatives. float32: relative
-// error of a few units in the last place, also in the tails (no 1 + erf cancellation) until 4e-36,
-// below which results may be 0; float64 as exact as the C library. Per-target code: included once for each instruction set.
+// error of a few units in the last place, also in the tails (no 1 + erf cancellation); float64 as
+// exact as the C library. Per-target code: included once for each instruction set.
 #if defined(NORMCORE_KERNELS_CPU_ACTIVATION_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef NORMCORE_KERNELS_CPU_ACTIVATION_INL_H_
 #undef NORMCORE_KERNELS_CPU_ACTIVATION_INL_H_
@@ -68,7 +68,7 @@ HWY_INLINE Vector<A> exp_decay(Vector<A> x) {
 }
 
 // sigmoid(x) = 1 / (1 + exp(-x)) and 1 - sigmoid(x), neither by a subtraction that cancels. float32:
-// 0 where they are below 1e-38, and may lose a NaN.
+// the complement is 0 from 70 on, which is seen only beside 1, and both may lose a NaN.
 template <class A>
 struct Sigmoid {
   Vector<A> value, complement;
@@ -76,17 +76,18 @@ struct Sigmoid {
 
 template <class A>
 HWY_INLINE Sigmoid<A> sigmoid(Vector<A> x) {
-  const auto one = constant<A>(1.0);
   if constexpr (sizeof(A) == 4) {
-    const auto lowest = constant<A>(-88.0),
-               highest = constant<A>(87.0);  // exp(-x) is normal between
-    const auto parts = exp_of_negative<0>(hn::Max(hn::Min(x, highest), lowest));
+    // All terms over 2^24: exp(-x) / 2^24 is normal from -104, where the value is 0, to 70.
+    const auto lowest = constant<A>(-104.0), highest = constant<A>(70.0);
+    const auto unit = constant<A>(0x1p-24);
+    const auto parts = exp_of_negative<-24>(hn::Max(hn::Min(x, highest), lowest));
     const auto value =
-        hn::Div(one, hn::MulAdd(parts.excess, parts.power, hn::Add(one, parts.power)));
-    const auto complement = hn::Mul(hn::MulAdd(parts.excess, parts.power, parts.power), value);
-    return {hn::IfThenZeroElse(hn::Lt(x, lowest), value),
-            hn::IfThenZeroElse(hn::Gt(x, highest), complement)};
+        hn::Div(unit, hn::MulAdd(parts.excess, parts.power, hn::Add(unit, parts.power)));
+    const auto complement = hn::Mul(hn::MulAdd(parts.excess, parts.power, parts.power),
+                                    hn::Mul(value, constant<A>(0x1p24)));
+    return {value, hn::IfThenZeroElse(hn::Ge(x, highest), complement)};
   } else {
+    const auto one = constant<A>(1.0);
     const auto decay = exp_decay<A>(hn::Abs(x));
     const auto large = hn::Div(one, hn::Add(one, decay)), small = hn::Mul(decay, large);
     const auto is_negative = hn::Lt(x, hn::Zero(Tag<A>()));

@@ -80,18 +80,6 @@ HWY_INLINE Vector<A> subtract_or_zero(hn::Mask<Tag<A>> keep, Vector<A> x, Vector
   return hn::IfThenElseZero(keep, hn::Sub(x, center));
 }
 
-// z without a residual.
-template <class A, class V>
-HWY_INLINE Pair<A> normalized(const Pair<A>& centered, const UnitCoefficients<V>& c) {
-  return {hn::MulAdd(centered.lo, lo<A>(c.scale), lo<A>(c.shift)),
-          hn::MulAdd(centered.hi, hi<A>(c.scale), hi<A>(c.shift))};
-}
-
-template <class A>
-HWY_INLINE Pair<A> sum_of(const Pair<A>& a, const Pair<A>& b) {
-  return {hn::Add(a.lo, b.lo), hn::Add(a.hi, b.hi)};
-}
-
 // grad_y * activation'(z)
 template <Activation kActivation, class A>
 HWY_INLINE Pair<A> behind_activation(const Pair<A>& grad_y, const Pair<A>& z) {
@@ -107,7 +95,7 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, G>& in,
   Gradient<A> out;
   if constexpr (kTyped<G>) {
     out.g = u.load(in.grad_y);
-    out.centered = {hn::Sub(x.lo, lo<A>(c.center)), hn::Sub(x.hi, hi<A>(c.center))};
+    out.centered = centered(x, c);
     if constexpr (kActivation != Activation::kNone) {
       auto z = normalized(out.centered, c);
       if (in.residual != nullptr) z = sum_of(z, u.load(in.residual));

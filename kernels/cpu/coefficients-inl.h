@@ -41,6 +41,17 @@ struct UnitCoefficients {
   V center, scale, shift, slope, offset;
 };
 
+// x - center, and of it z without a residual.
+template <class A, class V>
+HWY_INLINE Pair<A> centered(const Pair<A>& x, const UnitCoefficients<V>& c) {
+  return {hn::Sub(x.lo, lo<A>(c.center)), hn::Sub(x.hi, hi<A>(c.center))};
+}
+template <class A, class V>
+HWY_INLINE Pair<A> normalized(const Pair<A>& centered, const UnitCoefficients<V>& c) {
+  return {hn::MulAdd(centered.lo, lo<A>(c.scale), lo<A>(c.shift)),
+          hn::MulAdd(centered.hi, hi<A>(c.scale), hi<A>(c.shift))};
+}
+
 template <class A>
 struct RunSource {
   UnitCoefficients<Vector<A>> values;

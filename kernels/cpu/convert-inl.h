@@ -231,6 +231,15 @@ HWY_INLINE Pair<A> map_pair(F&& f, const P&... pairs) {
 }
 
 template <class A>
+HWY_INLINE Pair<A> sum_of(const Pair<A>& a, const Pair<A>& b) {
+  return {hn::Add(a.lo, b.lo), hn::Add(a.hi, b.hi)};
+}
+template <class A>
+HWY_INLINE Pair<A> subtract(const Pair<A>& a, const Pair<A>& b) {
+  return {hn::Sub(a.lo, b.lo), hn::Sub(a.hi, b.hi)};
+}
+
+template <class A>
 HWY_INLINE Pair<A> broadcast(A value) {
   const auto v = hn::Set(Tag<A>(), value);
   return {v, v};

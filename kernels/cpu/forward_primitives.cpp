@@ -49,11 +49,6 @@ struct ShiftedSums {
   }
 };
 
-template <class A>
-HWY_INLINE Pair<A> subtract(const Pair<A>& a, const Pair<A>& b) {
-  return {hn::Sub(a.lo, b.lo), hn::Sub(a.hi, b.hi)};
-}
-
 // sum(x - pivot) of n values
 template <class T, class A>
 HWY_INLINE A sum_about(const T* x, std::int64_t n, A pivot) {
@@ -202,10 +197,7 @@ class HeadSums {
   template <class Unit, class T>
   HWY_INLINE HeadSums(const Unit& u, const T* first, const StripSums<A>& s)
       : base_(u.load(first)), sum_(load_slot<A>(u, s.sum)) {}
-  HWY_INLINE void add(const Pair<A>& v) {
-    const auto shifted = subtract(v, base_);
-    sum_ = {hn::Add(sum_.lo, shifted.lo), hn::Add(sum_.hi, shifted.hi)};
-  }
+  HWY_INLINE void add(const Pair<A>& v) { sum_ = sum_of(sum_, subtract(v, base_)); }
   template <class Unit>
   HWY_INLINE void store(const Unit& u, StripSums<A>& s) const {
     store_slot<A>(u, sum_, s.sum);
@@ -226,7 +218,7 @@ class PivotSums {
         square_(load_slot<A>(u, s.square)) {}
   HWY_INLINE void add(const Pair<A>& v) {
     const auto centered = subtract(v, pivot_);
-    sum_ = {hn::Add(sum_.lo, centered.lo), hn::Add(sum_.hi, centered.hi)};
+    sum_ = sum_of(sum_, centered);
     square_ = {hn::MulAdd(centered.lo, centered.lo, square_.lo),
                hn::MulAdd(centered.hi, centered.hi, square_.hi)};
   }
@@ -418,19 +410,14 @@ HWY_INLINE void apply_block(const ApplyArgs<A>& args, bool stream, std::int64_t 
   const T* const x = static_cast<const T*>(args.x.data) + offset;
   const auto residual = advance(args.residual, offset);
   const auto y = advance(args.y, offset);
-  const auto normalized = [&](const auto& u, const auto& c, int row) HWY_ATTR {
-    const auto v = u.load(x + row * stride);
-    return Pair<A>{hn::MulAdd(hn::Sub(v.lo, lo<A>(c.center)), lo<A>(c.scale), lo<A>(c.shift)),
-                   hn::MulAdd(hn::Sub(v.hi, hi<A>(c.center)), hi<A>(c.scale), hi<A>(c.shift))};
-  };
-  const auto add = [](Pair<A>& z, const Pair<A>& r)
-                       HWY_ATTR { z = {hn::Add(z.lo, r.lo), hn::Add(z.hi, r.hi)}; };
+  const auto z_of = [&](const auto& u, const auto& c, int row)
+                        HWY_ATTR { return normalized(centered(u.load(x + row * stride), c), c); };
   if constexpr (kEpilogue == Epilogue::kAny) {
     for_each_unit<A, kOrder>(n, [&](const auto& u) HWY_ATTR {
       const auto& c = source.at(u);
       for (int row = 0; row < kRows; ++row) {
-        auto z = normalized(u, c, row);
-        if (residual) add(z, load_any<A>(u, advance(residual, row * stride)));
+        auto z = z_of(u, c, row);
+        if (residual) z = sum_of(z, load_any<A>(u, advance(residual, row * stride)));
         visit_activation(args.activation, [&](auto activation) HWY_ATTR {
           z = {activate<activation(), A>(z.lo), activate<activation(), A>(z.hi)};
         });
@@ -447,9 +434,9 @@ HWY_INLINE void apply_block(const ApplyArgs<A>& args, bool stream, std::int64_t 
         n, out, stream, [&](const auto& u, auto options) HWY_ATTR {
           const auto& c = source.at(u);
           for (int row = 0; row < kRows; ++row) {
-            auto z = normalized(u, c, row);
+            auto z = z_of(u, c, row);
             if constexpr (kEpilogue == Epilogue::kTyped) {
-              if (summand != nullptr) add(z, u.load(summand + row * stride));
+              if (summand != nullptr) z = sum_of(z, u.load(summand + row * stride));
               z = {activate<kActivation, A>(z.lo), activate<kActivation, A>(z.hi)};
             }
             u.template store<options()>(z, out + row * stride);

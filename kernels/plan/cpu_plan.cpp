@@ -13,15 +13,14 @@ namespace {
 
 constexpr std::int64_t kTaskBytes = 32 << 10;  // less input is not worth another thread
 
+constexpr std::int64_t kUnknownCache = 32 << 20;
+
 // Outputs from this size on are streamed past the caches, which saves reading what they overwrite and
 // keeps x in the cache: half of the last level, within limits, since a large one is shared with
 // others.
-constexpr std::int64_t kMinStreamed = 4 << 20, kMaxCached = 32 << 20;
-std::int64_t cached_output(std::int64_t cache_bytes) {
-  return std::clamp(cache_bytes / 2, kMinStreamed, kMaxCached);
+std::int64_t least_streamed(std::int64_t cache_bytes) {
+  return std::clamp<std::int64_t>(cache_bytes / 2, 4 << 20, 32 << 20);
 }
-
-constexpr std::int64_t kUnknownCache = 32 << 20;
 
 // Whether the backward pass would compute an exponential per value and sweep. Under a mask what is
 // kept would not say which values take part.
@@ -70,7 +69,7 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_byt
     plan.tiles = g.tiles();
     plan.chunks = g.chunks();
   }
-  plan.stream = bytes >= cached_output(cache_bytes);
+  plan.stream = bytes >= least_streamed(cache_bytes);
   const std::int64_t groups = ceil_div(plan.tiles, tiles_per_group(problem));
   if (problem.pass == Pass::kInference) {
     plan.path = CpuPath::kChunk;
@@ -93,7 +92,7 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_byt
     plan.keep = true;
     const WorkspaceLayout layout = workspace_layout(problem, plan);
     const auto kept = static_cast<std::int64_t>(layout.kept) * layout.slots;
-    plan.keep = kept <= cached_output(cache_bytes);
+    plan.keep = kept <= least_streamed(cache_bytes);
   }
   plan.workspace_bytes = workspace_layout(problem, plan).total();
   return plan;

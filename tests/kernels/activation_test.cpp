@@ -3,7 +3,7 @@
 //
 // Bound: an error of some u in the result and of a few u in the argument, then the rounding of the
 // store: |dy| <= kActivationUlps u |y| + kArgumentUlps u |z act'(z)| + ulp / 2. In the far tails
-// exp() leaves the range of the arithmetic: below 4e-36 (float64: 1e-300) results may be flushed
+// exp() leaves the range of the arithmetic: below 1e-41 (float64: 1e-300) results may be flushed
 // to 0.
 #include "normcore/kernels/activation.h"
 
@@ -25,7 +25,7 @@ constexpr double kArgumentUlps = 4.0;
 
 double unit_roundoff(DType x) { return x == DType::kFloat64 ? 0x1p-52 : 0x1p-24; }
 
-double underflow(DType x) { return x == DType::kFloat64 ? 1e-300 : 4e-36; }
+double underflow(DType x) { return x == DType::kFloat64 ? 1e-300 : 1e-41; }
 
 // Dense where the activations bend, then ever larger magnitudes, and the ends of the range of
 // exp().
