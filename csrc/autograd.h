@@ -22,6 +22,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "formulas.h"
 
 namespace normcore::autograd {
 
@@ -161,17 +162,49 @@ class Recorder {
 template <class MakeNorm>
 Recorder(const Operands&, MakeNorm&&) -> Recorder<std::invoke_result_t<MakeNorm>>;
 
-inline bool has_tangent(const Tensor& t) {
-  return t.defined() && t._fw_grad(/*level=*/0).defined();
-}
-inline bool has_tangent(const OptionalTensor& t) { return t.has_value() && has_tangent(*t); }
+// ---- forward mode
 
-// Forward mode is not implemented; without this check tangents would be dropped.
+inline Tensor tangent_of(const Tensor& t) {
+  return t.defined() ? t._fw_grad(/*level=*/0) : Tensor();
+}
+inline Tensor tangent_of(const OptionalTensor& t) {
+  return t.has_value() ? tangent_of(*t) : Tensor();
+}
+inline Tensor without_tangent(const Tensor& t) {
+  return tangent_of(t).defined() ? t._fw_primal(/*level=*/0) : t;
+}
+inline OptionalTensor without_tangent(const OptionalTensor& t) {
+  return has(t) ? OptionalTensor(without_tangent(*t)) : t;
+}
+
 template <class... Tensors>
-void check_no_tangents(const char* op, const Tensors&... tensors) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(tensors) || ...), op,
-                              ": forward-mode automatic differentiation is not implemented; use "
-                              "reverse mode");
+bool have_tangent(const Tensors&... tensors) {
+  return (tangent_of(tensors).defined() || ...);
+}
+
+// Statistics have no derivative; a tangent would be dropped.
+template <class... Tensors>
+void check_no_tangents(const char* op, const char* names, const Tensors&... tensors) {
+  TORCH_CHECK_VALUE(!have_tangent(tensors...), op, ": expected ", names,
+                    " without a tangent of forward-mode differentiation");
+}
+
+// Gives y its tangent, if an operand has one. `check` makes the CheckedNorm.
+template <class MakeNorm>
+void propagate_tangents(const Tensor& y, const Operands& operands, MakeNorm&& check,
+                        const SavedStatistics& saved) {
+  const auto& [input, weight, bias, residual, mask] = operands;
+  const Tangents tangents{tangent_of(input), tangent_of(weight), tangent_of(bias),
+                          tangent_of(residual)};
+  if (!tangents.input.defined() && !tangents.weight.defined() && !tangents.bias.defined() &&
+      !tangents.residual.defined()) {
+    return;
+  }
+  const auto x = without_tangent(input);
+  const auto w = without_tangent(weight), b = without_tangent(bias), r = without_tangent(residual);
+  const Operands primals{x, w, b, r, mask};
+  y._set_fw_grad(norm_tangent_formula(primals, tangents, check(primals), saved), /*level=*/0,
+                 /*is_inplace_op=*/false);
 }
 
 }  // namespace normcore::autograd

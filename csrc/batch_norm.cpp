@@ -1,9 +1,12 @@
 // Batch norm: the public operator and the low-level ones below autograd. A kernel template with Int
 // = std::int64_t computes; with c10::SymInt it only makes the outputs (Meta).
+#include <ATen/TensorOperators.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/library.h>
 
 #include "backend.h"
 #include "checks.h"
+#include "formulas.h"
 #include "outputs.h"
 #include "staging.h"
 
@@ -105,6 +108,13 @@ Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input,
   return gradients;
 }
 
+// Whether operators become nodes of a graph (torch.compile, export, make_fx). There a norm that is a
+// fixed affine map is left to the compiler, which fuses it or folds it into a convolution.
+bool is_recorded() {
+  using c10::impl::TorchDispatchModeTLS;
+  return TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();
+}
+
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                   const OptionalTensor& running_var, const OptionalTensor& weight,
                   const OptionalTensor& bias, bool training, std::optional<double> momentum,
@@ -125,19 +135,57 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                     : has(running_var) ? "only running_var"
                                        : "None");
   check_ignored_mask(mask, input);
+  if (is_recorded()) {
+    const OptionalTensor no_mask;
+    const Operands operands{x, weight, bias, residual, no_mask};
+    return batch_norm_eval_formula(
+        operands,
+        Check<c10::SymInt>::batch_norm_eval(operands, *running_mean, *running_var, axis, eps,
+                                            activation, y_dtype),
+        *running_mean, *running_var);
+  }
   return std::get<0>(op::batch_norm_eval().call(x, weight, bias, residual, *running_mean,
                                                 *running_var, axis, eps, activation, y_dtype));
+}
+
+// A copy that under vmap varies with whatever one of `others` varies with.
+Tensor copy_beside(const Tensor& t, std::initializer_list<const OptionalTensor*> others) {
+  auto copy = t.clone();
+  for (const auto* other : others) {
+    if (has(*other)) copy = copy + (*other)->new_zeros({}, t.options());
+  }
+  return copy;
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_functional(
+    const Tensor& input, const Tensor& running_mean, const Tensor& running_var,
+    const OptionalTensor& weight, const OptionalTensor& bias, std::optional<double> momentum,
+    double eps, at::IntArrayRef axis, const OptionalTensor& mask, OptionalString activation,
+    const OptionalTensor& residual, bool unbiased, const OptionalTensor& num_batches_tracked,
+    OptionalDType dtype) {
+  check_no_grad("batch_norm_functional", running_mean, running_var);
+  const OptionalTensor batch(input), stats[] = {running_mean, running_var};
+  const auto mean = copy_beside(running_mean, {&batch, &mask, &stats[1], &num_batches_tracked});
+  const auto var = copy_beside(running_var, {&batch, &mask, &stats[0], &num_batches_tracked});
+  const auto count =
+      has(num_batches_tracked) ? OptionalTensor(num_batches_tracked->clone()) : std::nullopt;
+  const auto y =
+      op::batch_norm().call(input, mean, var, weight, bias, /*training=*/true, momentum, eps, axis,
+                            mask, activation, residual, unbiased, count, dtype);
+  return {y, mean, var};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
   m.impl("batch_norm", TORCH_FN(batch_norm));
+  m.impl("batch_norm_functional", TORCH_FN(batch_norm_functional));
 }
 
 // Under vmap a composite operator has to be registered as a decomposition as well.
 TORCH_LIBRARY_IMPL(normcore, FuncTorchBatchedDecomposition, m) {
   m.impl("batch_norm", TORCH_FN(batch_norm));
+  m.impl("batch_norm_functional", TORCH_FN(batch_norm_functional));
 }
 
 TORCH_LIBRARY_IMPL(normcore, CPU, m) {

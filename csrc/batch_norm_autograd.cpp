@@ -41,9 +41,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
     const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
     double eps, bool unbiased, OptionalString activation, OptionalDType dtype) {
-  check_no_tangents("batch_norm", input, weight, bias, residual, mask, running_mean, running_var);
+  check_no_tangents("batch_norm", "running_mean and running_var", running_mean, running_var);
   check_no_grad("batch_norm", running_mean, running_var);
-  const Recorder recorder({input, weight, bias, residual, mask}, [&] {
+  const Operands operands{input, weight, bias, residual, mask};
+  const Recorder recorder(operands, [&] {
     return BatchNormBackward{axis.vec(), /*batch_statistics=*/true, eps,
                              parse_activation("batch_norm", activation)};
   });
@@ -55,6 +56,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
   }();
   const auto& [y, mean, rstd] = result;
   recorder.attach(y, mean, rstd);
+  propagate_tangents(y, operands,
+                     [&](const Operands& primals) {
+                       return Check<c10::SymInt>::batch_norm_train(
+                           primals, std::nullopt, std::nullopt, std::nullopt, axis, momentum, eps,
+                           activation, dtype);
+                     },
+                     {mean, rstd});
   return result;
 }
 
@@ -64,10 +72,11 @@ std::tuple<Tensor, Tensor> batch_norm_eval(c10::DispatchKeySet keys, const Tenso
                                            const Tensor& running_mean, const Tensor& running_var,
                                            at::IntArrayRef axis, double eps,
                                            OptionalString activation, OptionalDType dtype) {
-  check_no_tangents("batch_norm", input, weight, bias, residual, running_mean, running_var);
+  check_no_tangents("batch_norm", "running_mean and running_var", running_mean, running_var);
   check_no_grad("batch_norm", running_mean, running_var);
   const OptionalTensor no_mask;
-  const Recorder recorder({input, weight, bias, residual, no_mask}, [&] {
+  const Operands operands{input, weight, bias, residual, no_mask};
+  const Recorder recorder(operands, [&] {
     return BatchNormBackward{axis.vec(), /*batch_statistics=*/false, eps,
                              parse_activation("batch_norm", activation)};
   });
@@ -80,6 +89,12 @@ std::tuple<Tensor, Tensor> batch_norm_eval(c10::DispatchKeySet keys, const Tenso
   const auto& [y, rstd] = result;
   // The running mean itself: if it changes before the backward pass, that raises.
   recorder.attach(y, running_mean, rstd);
+  propagate_tangents(y, operands,
+                     [&](const Operands& primals) {
+                       return Check<c10::SymInt>::batch_norm_eval(
+                           primals, running_mean, running_var, axis, eps, activation, dtype);
+                     },
+                     {running_mean, rstd, /*are_constants=*/true});
   return result;
 }
 
@@ -89,8 +104,9 @@ Gradients batch_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_outpu
                               const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd,
                               at::IntArrayRef axis, bool batch_statistics, double eps,
                               OptionalString activation, OutputMask output_mask) {
-  check_no_tangents("batch_norm", grad_output, input, weight, bias, residual, mask, mean, rstd);
-  if (ta::compute_requires_grad(grad_output, input, weight, bias, residual)) {
+  check_no_tangents("batch_norm", "mean and rstd", mean, rstd);
+  if (ta::compute_requires_grad(grad_output, input, weight, bias, residual) ||
+      have_tangent(grad_output, input, weight, bias, residual)) {
     const OptionalTensor no_mask;
     const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
     const auto norm = Check<c10::SymInt>::batch_norm_backward(

@@ -196,17 +196,16 @@ CheckedNorm<Int> check_norm(const char* op, const Operands& operands, Axes axes,
 
   // One entry per channel, or per sample and channel where each sample has statistics of its own.
   const auto feature_shape = select(sizes, norm.axes.feature);
-  const bool may_be_per_sample =
-      norm.axes.feature.size() == 1 && norm.axes.kept.size() == 1 && norm.axes.kept.front() == 0;
+  auto sample_shape = select(sizes, norm.axes.kept);
+  sample_shape.append(feature_shape.begin(), feature_shape.end());
+  const auto is_per_sample = [&](const Tensor& t) {
+    return !norm.axes.kept.empty() && t.dim() == static_cast<std::int64_t>(sample_shape.size());
+  };
   const auto check_affine = [&](const char* name, const OptionalTensor& t) {
     if (!has(t)) return;
     check_device(op, name, *t, input);
     check_not_wider(op, name, t->scalar_type(), input);
-    if (may_be_per_sample && t->dim() == 2) {
-      check_shape<Int>(op, name, *t, Sizes<Int>{norm.samples, norm.channels});
-    } else {
-      check_shape<Int>(op, name, *t, feature_shape);
-    }
+    check_shape<Int>(op, name, *t, is_per_sample(*t) ? sample_shape : feature_shape);
   };
   check_affine("weight", operands.weight);
   check_affine("bias", operands.bias);
@@ -215,7 +214,7 @@ CheckedNorm<Int> check_norm(const char* op, const Operands& operands, Axes axes,
                     ": expected weight and bias to have the same shape, got ",
                     sizes_of<Int>(*operands.weight), " and ", sizes_of<Int>(*operands.bias));
   const auto& affine = has(operands.weight) ? operands.weight : operands.bias;
-  norm.affine_per_sample = may_be_per_sample && has(affine) && affine->dim() == 2;
+  norm.affine_per_sample = has(affine) && is_per_sample(*affine);
 
   if (has(operands.residual)) {
     check_device(op, "residual", *operands.residual, input);

@@ -53,7 +53,7 @@ struct CheckedNorm {
   Int channels;  // product of the feature axes
   Int num_groups;
   Int group_size = 1;              // channels of a group
-  bool affine_per_sample = false;  // weight and bias are [samples, channels]
+  bool affine_per_sample = false;  // weight and bias have the sizes of kept and feature axes
   double eps = 0.0;
   kernels::Activation activation = kernels::Activation::kNone;
   at::ScalarType dtype = at::kFloat;  // of the output

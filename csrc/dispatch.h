@@ -30,6 +30,13 @@ using BatchNormFn = Tensor(const Tensor& input, const OptionalTensor& running_me
                            const OptionalTensor& residual, bool unbiased,
                            const OptionalTensor& num_batches_tracked, OptionalDType dtype);
 
+using BatchNormFunctionalFn = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor& input, const Tensor& running_mean, const Tensor& running_var,
+    const OptionalTensor& weight, const OptionalTensor& bias, std::optional<double> momentum,
+    double eps, at::IntArrayRef axis, const OptionalTensor& mask, OptionalString activation,
+    const OptionalTensor& residual, bool unbiased, const OptionalTensor& num_batches_tracked,
+    OptionalDType dtype);
+
 using GroupNormFn = Tensor(const Tensor& input, std::int64_t num_groups,
                            const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                            at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
@@ -78,6 +85,10 @@ namespace op {
 
 inline const auto& batch_norm() {
   static const auto handle = find_op<BatchNormFn>("normcore::batch_norm");
+  return handle;
+}
+inline const auto& batch_norm_functional() {
+  static const auto handle = find_op<BatchNormFunctionalFn>("normcore::batch_norm_functional");
   return handle;
 }
 inline const auto& group_norm() {

@@ -1,11 +1,16 @@
 #include "formulas.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_native_batch_norm_legit_no_training.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/group_norm.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/nan_to_num.h>
+#include <ATen/ops/relu.h>
 #include <ATen/ops/sigmoid.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
@@ -82,6 +87,22 @@ class SliceView {
   c10::SymDimVector permuted_, sizes_;
 };
 
+Tensor activate(const Tensor& z, kernels::Activation activation) {
+  switch (activation) {
+    case kernels::Activation::kNone:
+      return z;
+    case kernels::Activation::kReLU:
+      return at::relu(z);
+    case kernels::Activation::kSiLU:
+      return at::silu(z);
+    case kernels::Activation::kGelu:
+      return at::gelu(z, "none");
+    case kernels::Activation::kGeluTanh:
+      return at::gelu(z, "tanh");
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown activation");
+}
+
 Tensor activation_backward(const Tensor& grad, const Tensor& z, kernels::Activation activation) {
   switch (activation) {
     case kernels::Activation::kNone:
@@ -102,83 +123,214 @@ Tensor activation_backward(const Tensor& grad, const Tensor& z, kernels::Activat
 
 Tensor mean_over_slices(const Tensor& t) { return t.mean({2, 3}, /*keepdim=*/true); }
 Tensor sum_over_slices(const Tensor& t) { return t.sum({2, 3}, /*keepdim=*/true); }
+Tensor zero_unless(const Tensor& condition, const Tensor& t) {
+  return at::where(condition, t, at::zeros_like(t));
+}
+
+// A norm as functions of its operands, all of them as SliceView shows them and in `dtype`.
+class Formula {
+ public:
+  Formula(const Operands& operands, const CheckedNorm<c10::SymInt>& norm,
+          const SavedStatistics& saved)
+      : norm_(norm),
+        saved_(saved),
+        dtype_(compute_dtype(operands.input.scalar_type())),
+        view_(operands.input, norm),
+        x_(elements(operands.input)),
+        scale_(parameter(operands.weight)),
+        bias_(parameter(operands.bias)) {
+    if (has(operands.residual)) added_ = elements(*operands.residual);
+    if (has(operands.mask)) {
+      mask_ =
+          view_.of_elements(operands.mask->to(at::kBool).expand_symint(operands.input.sym_sizes()));
+    }
+  }
+
+  const SliceView& view() const { return view_; }
+  Tensor elements(const Tensor& t) const { return view_.of_elements(t.to(dtype_)); }
+  Tensor parameter(const OptionalTensor& t) const {
+    return has(t) ? view_.of_parameter(t->to(dtype_)) : Tensor();
+  }
+
+  // Masked-out values that no gradient comes from, whatever they hold.
+  void drop_unused(const Tensor& grad_y) {
+    if (!mask_.defined()) return;
+    const auto unused = ~mask_ & (grad_y == 0);
+    for (auto* t : {&x_, &added_}) {
+      if (t->defined()) *t = zero_unless(~(unused & ~at::isfinite(*t)), *t);
+    }
+  }
+
+  void normalize() {
+    if (saved_.are_constants) {
+      rstd_ = view_.of_statistic(saved_.rstd);
+      xhat_ = (x_ - view_.of_statistic(saved_.mean.to(dtype_))) * rstd_;
+      return;
+    }
+    // A constant near the mean is taken off first: a large mean costs no digits of what follows.
+    auto x = x_;
+    if (saved_.mean.defined()) {
+      const auto near = at::nan_to_num(saved_.mean.detach(), 0.0, 0.0, 0.0).to(dtype_);
+      x = x - view_.of_statistic(near);
+    }
+    Tensor centred;
+    if (mask_.defined()) {
+      share_ = mask_.to(dtype_);
+      const auto count = sum_over_slices(share_);
+      is_empty_ = count == 0;
+      share_ =
+          share_ / count.clamp_min(1);  // a slice without a valid value: all of its shares are 0
+      centred = x - shared_sum(x);
+      const auto var = shared_sum(centred, centred);
+      rstd_ = zero_unless(~is_empty_, (var + norm_.eps).rsqrt());
+    } else {
+      centred = x - mean_over_slices(x);
+      rstd_ = (mean_over_slices(centred * centred) + norm_.eps).rsqrt();
+    }
+    xhat_ = centred * rstd_;
+  }
+
+  const Tensor& xhat() const { return xhat_; }
+  Tensor output() const {
+    return view_.to_elements(poisoned(activate(z(), norm_.activation))).to(norm_.dtype);
+  }
+  Tensor times_scale(const Tensor& t) const { return scale_.defined() ? t * scale_ : t; }
+
+  // grad_y * activation'(z): the derivative is the same in both directions.
+  Tensor through_activation(const Tensor& t) const {
+    return has_activation() ? activation_backward(t, z(), norm_.activation) : t;
+  }
+
+  // The derivative of xhat with respect to x, applied to a tangent ...
+  Tensor forward_through_statistics(const Tensor& t) const {
+    if (saved_.are_constants) return t * rstd_;
+    const auto through = share_.defined()
+                             ? shared_sum(t) + xhat_ * shared_sum(t, xhat_)
+                             : mean_over_slices(t) + xhat_ * mean_over_slices(t * xhat_);
+    return (t - through) * rstd_;
+  }
+  // ... and its transpose, applied to a gradient.
+  Tensor backward_through_statistics(const Tensor& t) const {
+    if (!share_.defined()) return forward_through_statistics(t);
+    return (t - share_ * (sum_over_slices(t) + xhat_ * sum_over_slices(t * xhat_))) * rstd_;
+  }
+
+  // The output of a slice without a valid value is NaN; so is all that follows from it.
+  Tensor poisoned(const Tensor& t) const {
+    return is_empty_.defined() ? at::where(is_empty_, std::nan(""), t) : t;
+  }
+  Tensor poisoned_where(const Tensor& incoming, const Tensor& t) const {
+    return is_empty_.defined() ? at::where(is_empty_ & incoming, std::nan(""), t) : t;
+  }
+
+ private:
+  bool has_activation() const { return norm_.activation != kernels::Activation::kNone; }
+  Tensor z() const {
+    auto z = times_scale(xhat_);
+    if (bias_.defined()) z = z + bias_;
+    if (added_.defined()) z = z + added_;
+    return z;
+  }
+  // Means over what counts. Zero before products: 0 * NaN would poison derivatives.
+  Tensor shared_sum(const Tensor& t) const {
+    return sum_over_slices(zero_unless(mask_, t) * share_);
+  }
+  Tensor shared_sum(const Tensor& a, const Tensor& b) const {
+    return sum_over_slices(zero_unless(mask_, a) * zero_unless(mask_, b) * share_);
+  }
+
+  const CheckedNorm<c10::SymInt>& norm_;
+  const SavedStatistics& saved_;
+  at::ScalarType dtype_;
+  SliceView view_;
+  Tensor x_, scale_, bias_, added_, mask_;
+  Tensor xhat_, rstd_;
+  Tensor share_;  // weight of each element in the statistics, 1 / count; undefined without a mask
+  Tensor is_empty_;
+};
 
 }  // namespace
+
+namespace {
+
+// One feature axis of an input that aten's norms take: at least [N, C].
+bool is_plain(const Operands& operands, const CheckedNorm<c10::SymInt>& norm) {
+  return norm.axes.feature.size() == 1 && operands.input.dim() >= 2 && !has(operands.mask);
+}
+
+OptionalTensor to(const OptionalTensor& t, at::ScalarType dtype) {
+  return has(t) ? OptionalTensor(t->to(dtype)) : std::nullopt;
+}
+
+Tensor swap(const Tensor& t, std::int64_t a, std::int64_t b) {
+  return a == b ? t : t.transpose(a, b);
+}
+
+Tensor with_epilogue(Tensor z, const Operands& operands, const CheckedNorm<c10::SymInt>& norm) {
+  if (has(operands.residual)) z = z + operands.residual->to(z.scalar_type());
+  return activate(z, norm.activation).to(norm.dtype);
+}
+
+}  // namespace
+
+Tensor group_norm_formula(const Operands& operands, const CheckedNorm<c10::SymInt>& norm) {
+  const auto& [input, weight, bias, residual, mask] = operands;
+  const bool is_atens =
+      is_plain(operands, norm) && norm.axes.kept == at::DimVector{0} && !norm.affine_per_sample;
+  if (!is_atens) {
+    const Tensor none;
+    Formula formula(operands, norm, {none, none});
+    formula.normalize();
+    return formula.output();
+  }
+  const auto dtype = compute_dtype(input.scalar_type());
+  const auto axis = norm.axes.feature[0];
+  const auto z =
+      at::group_norm(swap(input.to(dtype), 1, axis), norm.num_groups.guard_int(__FILE__, __LINE__),
+                     to(weight, dtype), to(bias, dtype), norm.eps, /*cudnn_enabled=*/false);
+  return with_epilogue(swap(z, 1, axis), operands, norm);
+}
+
+Tensor batch_norm_eval_formula(const Operands& operands, const CheckedNorm<c10::SymInt>& norm,
+                               const Tensor& running_mean, const Tensor& running_var) {
+  const auto& [input, weight, bias, residual, mask] = operands;
+  const auto dtype = compute_dtype(input.scalar_type());
+  const auto mean = running_mean.to(dtype), var = running_var.to(dtype);
+  if (!is_plain(operands, norm)) {
+    const auto rstd = (var + norm.eps).rsqrt();
+    Formula formula(operands, norm, {mean, rstd, /*are_constants=*/true});
+    formula.normalize();
+    return formula.output();
+  }
+  const auto axis = norm.axes.feature[0];
+  const auto z = std::get<0>(at::_native_batch_norm_legit_no_training(
+      swap(input.to(dtype), 1, axis), to(weight, dtype), to(bias, dtype), mean, var,
+      /*momentum=*/0.0, norm.eps));
+  return with_epilogue(swap(z, 1, axis), operands, norm);
+}
 
 Gradients norm_backward_formula(const Tensor& grad_output, const Operands& operands,
                                 const CheckedNorm<c10::SymInt>& norm, const SavedStatistics& saved,
                                 const OutputMask& output_mask) {
-  const auto& [input, weight, bias, residual, mask_of_user] = operands;
-  const auto dtype = compute_dtype(input.scalar_type());
-  const SliceView view(input, norm);
-  const bool has_activation = norm.activation != kernels::Activation::kNone;
-
-  const auto grad_y = view.of_elements(grad_output.to(dtype));
-  auto x = view.of_elements(input.to(dtype));
-  auto added = has(residual) && has_activation ? view.of_elements(residual->to(dtype)) : Tensor();
-  Tensor mask;
-  if (has(mask_of_user)) {
-    mask = view.of_elements(mask_of_user->to(at::kBool).expand_symint(input.sym_sizes()));
-    const auto unused = ~mask & (grad_y == 0);
-    const auto drop = [&](const Tensor& t) {
-      return at::where(unused & ~at::isfinite(t), at::zeros_like(t), t);
-    };
-    x = drop(x);
-    if (added.defined()) added = drop(added);
-  }
-
-  // share: weight of each element in the statistics, 1 / count.
-  // invalid: gradients that come in where a slice has no valid value, and its output is NaN.
-  Tensor centred, rstd, share, invalid;
-  if (saved.are_constants) {
-    centred = x - view.of_statistic(saved.mean.to(dtype));
-    rstd = view.of_statistic(saved.rstd);
-  } else {
-    // A constant near the mean is taken off first: a large mean costs no digits of what follows.
-    x = x - view.of_statistic(at::nan_to_num(saved.mean.detach(), 0.0, 0.0, 0.0).to(dtype));
-  }
-  if (!saved.are_constants && mask.defined()) {
-    share = mask.to(dtype);
-    const auto count = sum_over_slices(share);
-    share = share / count.clamp_min(1);  // a slice without a valid value: all of its shares are 0
-    const auto valid = at::where(mask, x, at::zeros_like(x));
-    centred = x - sum_over_slices(valid * share);
-    const auto valid_centred = at::where(mask, centred, at::zeros_like(x));
-    const auto var = sum_over_slices(valid_centred * valid_centred * share);
-    rstd = at::where(count > 0, (var + norm.eps).rsqrt(), at::zeros_like(var));
-    invalid = (count == 0) & (grad_y != 0);
-  } else if (!saved.are_constants) {
-    centred = x - mean_over_slices(x);
-    rstd = (mean_over_slices(centred * centred) + norm.eps).rsqrt();
-  }
-  const auto poison = [&](const Tensor& t) {
-    return invalid.defined() ? at::where(invalid, std::nan(""), t) : t;
-  };
-  const auto xhat = centred * rstd;
-  const auto scale = has(weight) ? view.of_parameter(weight->to(dtype)) : Tensor();
-
-  auto grad = grad_y;
-  if (has_activation) {
-    auto z = scale.defined() ? xhat * scale : xhat;
-    if (has(bias)) z = z + view.of_parameter(bias->to(dtype));
-    if (added.defined()) z = z + added;
-    grad = poison(activation_backward(grad_y, z, norm.activation));
-  }
+  const auto& [input, weight, bias, residual, mask] = operands;
+  Formula formula(operands, norm, saved);
+  const auto grad_y = formula.elements(grad_output);
+  formula.drop_unused(grad_y);
+  formula.normalize();
+  const auto poisoned = [&](const Tensor& t) { return formula.poisoned_where(grad_y != 0, t); };
+  const auto has_activation = norm.activation != kernels::Activation::kNone;
+  const auto grad = has_activation ? poisoned(formula.through_activation(grad_y)) : grad_y;
 
   Gradients result;
   auto& [grad_input, grad_weight, grad_bias, grad_residual] = result;
+  const auto& view = formula.view();
   if (output_mask[0]) {
-    const auto h = scale.defined() ? grad * scale : grad;
-    auto grad_x = h;
-    if (share.defined()) {
-      grad_x = h - share * (sum_over_slices(h) + xhat * sum_over_slices(h * xhat));
-    } else if (!saved.are_constants) {
-      grad_x = h - mean_over_slices(h) - xhat * mean_over_slices(h * xhat);
-    }
-    grad_input = view.to_elements(poison(grad_x * rstd)).to(input.scalar_type());
+    const auto grad_x = formula.backward_through_statistics(formula.times_scale(grad));
+    grad_input = view.to_elements(poisoned(grad_x)).to(input.scalar_type());
   }
   if (output_mask[1] && has(weight)) {
-    grad_weight = view.sum_to_parameter(poison(grad * xhat), *weight).to(weight->scalar_type());
+    grad_weight =
+        view.sum_to_parameter(poisoned(grad * formula.xhat()), *weight).to(weight->scalar_type());
   }
   if (output_mask[2] && has(bias)) {
     grad_bias = view.sum_to_parameter(grad, *bias).to(bias->scalar_type());
@@ -187,6 +339,24 @@ Gradients norm_backward_formula(const Tensor& grad_output, const Operands& opera
     grad_residual = view.to_elements(grad).to(residual->scalar_type());
   }
   return result;
+}
+
+Tensor norm_tangent_formula(const Operands& operands, const Tangents& tangents,
+                            const CheckedNorm<c10::SymInt>& norm, const SavedStatistics& saved) {
+  Formula formula(operands, norm, saved);
+  formula.normalize();
+  auto tangent = at::zeros_like(formula.xhat());
+  if (tangents.input.defined()) {
+    const auto of_xhat = formula.forward_through_statistics(formula.elements(tangents.input));
+    tangent = tangent + formula.times_scale(of_xhat);
+  }
+  if (tangents.weight.defined()) {
+    tangent = tangent + formula.xhat() * formula.parameter(tangents.weight);
+  }
+  if (tangents.bias.defined()) tangent = tangent + formula.parameter(tangents.bias);
+  if (tangents.residual.defined()) tangent = tangent + formula.elements(tangents.residual);
+  tangent = formula.poisoned(formula.through_activation(tangent));
+  return formula.view().to_elements(tangent).to(norm.dtype);
 }
 
 }  // namespace normcore

@@ -1,7 +1,8 @@
-// Derivatives written in differentiable aten operations, for derivatives of any order. They agree
-// with the kernels (norm_input.h, batch_norm.h, group_norm.h) up to rounding: computed in float64
-// for a float64 input, else in float32; a masked-out value whose grad_output is 0 reaches no
-// gradient, even if it is NaN or infinite.
+// The norms and their derivatives written in differentiable aten operations: for derivatives of any
+// order, and for graphs that have to do without the library. They agree with the kernels
+// (norm_input.h, batch_norm.h, group_norm.h) up to rounding: computed in float64 for a float64 input,
+// else in float32; a masked-out value whose grad_output is 0 reaches no gradient, even if it is NaN
+// or infinite.
 #pragma once
 
 #include "checks.h"
@@ -16,8 +17,24 @@ struct SavedStatistics {
   bool are_constants = false;
 };
 
+// y of group norm.
+Tensor group_norm_formula(const Operands& operands, const CheckedNorm<c10::SymInt>& norm);
+
+// y of batch norm with running statistics.
+Tensor batch_norm_eval_formula(const Operands& operands, const CheckedNorm<c10::SymInt>& norm,
+                               const Tensor& running_mean, const Tensor& running_var);
+
 Gradients norm_backward_formula(const Tensor& grad_output, const Operands& operands,
                                 const CheckedNorm<c10::SymInt>& norm, const SavedStatistics& saved,
                                 const OutputMask& output_mask);
+
+// Undefined: none.
+struct Tangents {
+  Tensor input, weight, bias, residual;
+};
+
+// The tangent of y.
+Tensor norm_tangent_formula(const Operands& operands, const Tangents& tangents,
+                            const CheckedNorm<c10::SymInt>& norm, const SavedStatistics& saved);
 
 }  // namespace normcore

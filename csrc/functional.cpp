@@ -27,6 +27,18 @@ Tensor batch_norm(const Tensor& input, const Tensor& running_mean, const Tensor&
                                present(options.num_batches_tracked()), options.dtype());
 }
 
+std::tuple<Tensor, Tensor, Tensor> batch_norm_functional(const Tensor& input,
+                                                         const Tensor& running_mean,
+                                                         const Tensor& running_var,
+                                                         const Tensor& weight, const Tensor& bias,
+                                                         const BatchNormFuncOptions& options) {
+  return op::batch_norm_functional().call(
+      input, running_mean, running_var, present(weight), present(bias), options.momentum(),
+      options.eps(), options.axis(), present(options.mask()), view(options.activation()),
+      present(options.residual()), options.unbiased(), present(options.num_batches_tracked()),
+      options.dtype());
+}
+
 Tensor group_norm(const Tensor& input, std::int64_t num_groups, const Tensor& weight,
                   const Tensor& bias, const GroupNormFuncOptions& options) {
   return op::group_norm().call(input, num_groups, present(weight), present(bias), options.eps(),

@@ -4,6 +4,7 @@
 
 #include "backend.h"
 #include "checks.h"
+#include "formulas.h"
 #include "outputs.h"
 #include "staging.h"
 
@@ -75,15 +76,29 @@ Tensor group_norm(const Tensor& input, std::int64_t num_groups, const OptionalTe
       num_groups, axis, reduction_axes, eps, activation, dtype.value_or(input.scalar_type())));
 }
 
+Tensor group_norm_decomposed(const Tensor& input, std::int64_t num_groups,
+                             const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                             at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
+                             const OptionalTensor& mask, OptionalString activation,
+                             const OptionalTensor& residual, OptionalDType dtype) {
+  const auto x = promote_input(input, {&weight, &bias, &residual}, dtype);
+  const Operands operands{x, weight, bias, residual, mask};
+  return group_norm_formula(
+      operands, Check<c10::SymInt>::group_norm(operands, num_groups, axis, reduction_axes, eps,
+                                               activation, dtype.value_or(input.scalar_type())));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
   m.impl("group_norm", TORCH_FN(group_norm));
+  m.impl("_group_norm_decomposed", TORCH_FN(group_norm_decomposed));
 }
 
 // Under vmap a composite operator has to be registered as a decomposition as well.
 TORCH_LIBRARY_IMPL(normcore, FuncTorchBatchedDecomposition, m) {
   m.impl("group_norm", TORCH_FN(group_norm));
+  m.impl("_group_norm_decomposed", TORCH_FN(group_norm_decomposed));
 }
 
 TORCH_LIBRARY_IMPL(normcore, CPU, m) {

@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
     const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
     std::int64_t num_groups, at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
     double eps, OptionalString activation, OptionalDType dtype) {
-  check_no_tangents("group_norm", input, weight, bias, residual, mask);
-  const Recorder recorder({input, weight, bias, residual, mask}, [&] {
+  const Operands operands{input, weight, bias, residual, mask};
+  const Recorder recorder(operands, [&] {
     GroupNormBackward backward{num_groups, axis.vec(), std::nullopt, eps,
                                parse_activation("group_norm", activation)};
     if (reduction_axes.has_value()) backward.reduction_axes = reduction_axes->vec();
@@ -61,6 +61,12 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
   }();
   const auto& [y, mean, rstd] = result;
   recorder.attach(y, mean, rstd);
+  propagate_tangents(y, operands,
+                     [&](const Operands& primals) {
+                       return Check<c10::SymInt>::group_norm(
+                           primals, num_groups, axis, reduction_axes, eps, activation, dtype);
+                     },
+                     {mean, rstd});
   return result;
 }
 
@@ -71,8 +77,9 @@ Gradients group_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_outpu
                               std::int64_t num_groups, at::IntArrayRef axis,
                               at::OptionalIntArrayRef reduction_axes, double eps,
                               OptionalString activation, OutputMask output_mask) {
-  check_no_tangents("group_norm", grad_output, input, weight, bias, residual, mask, mean, rstd);
-  if (ta::compute_requires_grad(grad_output, input, weight, bias, residual)) {
+  check_no_tangents("group_norm", "mean and rstd", mean, rstd);
+  if (ta::compute_requires_grad(grad_output, input, weight, bias, residual) ||
+      have_tangent(grad_output, input, weight, bias, residual)) {
     const Operands operands{input, weight, bias, residual, mask};
     const auto norm = Check<c10::SymInt>::group_norm_backward(
         grad_output, operands, mean, rstd, num_groups, axis, reduction_axes, eps, activation);

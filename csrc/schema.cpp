@@ -15,8 +15,24 @@ TORCH_LIBRARY(normcore, m) {
       "Tensor? residual=None, bool unbiased=True, Tensor(c!)? num_batches_tracked=None, "
       "ScalarType? dtype=None) -> Tensor",
       tags);
+  // The training call that changes nothing: (y, running_mean, running_var), the latter two new.
+  m.def(
+      "batch_norm_functional(Tensor input, Tensor running_mean, Tensor running_var, "
+      "Tensor? weight=None, Tensor? bias=None, float? momentum=0.1, float eps=1e-05, *, "
+      "int[1] axis=1, Tensor? mask=None, str? activation=None, Tensor? residual=None, "
+      "bool unbiased=True, Tensor? num_batches_tracked=None, ScalarType? dtype=None) "
+      "-> (Tensor, Tensor, Tensor)",
+      tags);
   m.def(
       "group_norm(Tensor input, int num_groups, Tensor? weight=None, Tensor? bias=None, "
+      "float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? mask=None, "
+      "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
+      tags);
+
+  // group_norm for exported graphs: decomposes into aten operations.
+  m.def(
+      "_group_norm_decomposed(Tensor input, int num_groups, Tensor? weight=None, Tensor? "
+      "bias=None, "
       "float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? mask=None, "
       "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
       tags);

@@ -21,7 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["batch_norm", "explain", "group_norm"]
+__all__ = ["batch_norm", "batch_norm_functional", "explain", "group_norm"]
 
 # The operators themselves, for code that TorchScript compiles: it has no keyword-only defaults.
 batch_norm_op: Callable[..., Tensor] = torch.ops.normcore.batch_norm
@@ -55,6 +55,13 @@ def call_op(
 ) -> Tensor:
     """For code that TorchScript parses: it has no syntax for this, not even in what it skips."""
     return op(*arguments, **options)
+
+
+def group_norm_of_graph() -> Callable[..., Tensor]:
+    """The operator of group norm: under an exporter the one that decomposes into aten's."""
+    if torch.compiler.is_exporting():
+        return torch.ops.normcore._group_norm_decomposed  # type: ignore[no-any-return]
+    return group_norm_op
 
 
 def require_single_rank(op: str, argument: str, group: str | ProcessGroup | None = None) -> None:
@@ -177,6 +184,55 @@ def batch_norm(
         raise _as_type_error("batch_norm", error) from None
 
 
+def batch_norm_functional(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int | Sequence[int] = 1,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    unbiased: bool = True,
+    num_batches_tracked: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`batch_norm` in training, without changing any argument.
+
+    For code whose state is a value, and for :func:`torch.vmap` over some arguments only: the new
+    statistics are mapped if anything they depend on is. They have no derivative. The arguments are
+    those of :func:`batch_norm`; ``num_batches_tracked``, the number of batches before this one, is
+    needed with ``momentum=None``.
+
+    Returns:
+        ``y``, and the running mean and variance after this batch, of the shapes and dtypes given.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`batch_norm`.
+    """
+    y, mean, var = torch.ops.normcore.batch_norm_functional(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        momentum,
+        eps,
+        axis=axis,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        unbiased=unbiased,
+        num_batches_tracked=num_batches_tracked,
+        dtype=dtype,
+    )
+    return y, mean, var
+
+
 def group_norm(
     input: Tensor,
     num_groups: int,
@@ -207,8 +263,9 @@ def group_norm(
             output and the gradient keep its memory format.
         num_groups: number of groups; divides the number of channels C.
         weight: factor per channel, of shape ``[C]``, or ``[N, C]`` for one of every sample
-            (adaptive normalization). With several feature axes its shape is
-            ``[input.shape[a] for a in sorted(axis)]``. Absent: 1.
+            (adaptive normalization). With several axes ``[input.shape[a] for a in sorted(axis)]``,
+            behind the sizes of the axes that are not reduced where every sample has its own.
+            Absent: 1.
         bias: summand per channel, of the shapes that ``weight`` may have. Absent: 0.
         eps: added to the variance.
         axis: the feature axis, or several: they are flattened in ascending order, then grouped.
@@ -245,7 +302,7 @@ def group_norm(
     if reduction_axes is not None:
         options["reduction_axes"] = reduction_axes
     try:
-        return group_norm_op(input, num_groups, weight, bias, eps, **options)
+        return group_norm_of_graph()(input, num_groups, weight, bias, eps, **options)
     except RuntimeError as error:
         raise _as_type_error("group_norm", error) from None
 

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Initializer, NormBase, integer, integers, number, result_type
-from .functional import batch_norm_op, call_op, given_options, group_norm_op, require_single_rank
+from .functional import (
+    batch_norm_op,
+    call_op,
+    given_options,
+    group_norm_of_graph,
+    group_norm_op,
+    require_single_rank,
+)
 
 __all__ = ["BatchNorm", "GroupNorm", "freeze", "unfreeze"]
 
@@ -420,7 +427,7 @@ class GroupNorm(NormBase):
             if self.reduction_axes is not None:
                 options["reduction_axes"] = self.reduction_axes
             arguments = (x, num_groups, scale, bias, self.epsilon)
-            return call_op(group_norm_op, arguments, options)
+            return call_op(group_norm_of_graph(), arguments, options)
 
     @torch.jit.unused
     @torch.compiler.disable  # type: ignore[untyped-decorator]

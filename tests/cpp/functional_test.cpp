@@ -59,6 +59,18 @@ TEST_F(BatchNormFunction, AveragesCumulativelyWithoutMomentum) {
   EXPECT_TRUE(is_close(running_mean, sum / 3));
 }
 
+TEST_F(BatchNormFunction, ReturnsNewStatisticsInItsFunctionalForm) {
+  const auto x = randn({4, 3, 5}), mean = randn({3}), var = randn({3}).abs();
+  auto running_mean = mean.clone(), running_var = var.clone();
+  const auto [y, new_mean, new_var] = normcore::batch_norm_functional(x, mean, var);
+  const auto want = normcore::batch_norm(x, running_mean, running_var, {}, {},
+                                         BatchNormFuncOptions().training(true));
+  EXPECT_TRUE(at::equal(y, want));
+  EXPECT_TRUE(at::equal(new_mean, running_mean));
+  EXPECT_TRUE(at::equal(new_var, running_var));
+  EXPECT_FALSE(at::equal(mean, running_mean));
+}
+
 TEST_F(BatchNormFunction, TakesTheRunningStatistics) {
   const auto x = randn({4, 5, 3});
   const auto running_mean = randn({3}), running_var = randn({3}).abs();

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import normcore  # noqa: F401  (loads the operators)
@@ -434,84 +434,6 @@ def test_third_derivative() -> None:
         return h
 
     assert gradcheck(curvature, (leaf(2, 4, 2),), fast_mode=True)
-
-
-def forward_operators() -> list[tuple[str, Callable[[Tensor], Any]]]:
-    w = torch.rand(4, dtype=torch.float64)
-    mean, var = torch.zeros(4), torch.ones(4)
-    base = torch.randn(3, 4, 2, dtype=torch.float64)
-    _, m, r = ops._group_norm(base, w, w, None, None, 2, [1], None, 1e-5, None, None)
-    _, bm, br = ops._batch_norm_train(
-        base, w, w, None, None, None, None, None, [1], 0.1, 1e-5, True, None, None
-    )
-
-    def group_backward(dy: Tensor, x: Tensor) -> Any:
-        return ops._group_norm_backward(
-            dy, x, w, w, None, None, m, r, 2, [1], None, 1e-5, None, [True, True, True, False]
-        )
-
-    def batch_backward(dy: Tensor, x: Tensor) -> Any:
-        return ops._batch_norm_backward(
-            dy, x, w, w, None, None, bm, br, [1], True, 1e-5, None, [True, True, True, False]
-        )
-
-    return [
-        ("train", lambda x: ops.batch_norm(x, None, None, w, training=True)),
-        ("eval", lambda x: ops.batch_norm(x, mean, var, w)),
-        ("group", lambda x: ops.group_norm(x, 2, w)),
-        ("residual", lambda x: ops.group_norm(base, 2, w, residual=x)),
-        ("weight", lambda x: ops.group_norm(base, 2, x[0, :, 0].clone())),
-        ("bias", lambda x: ops.batch_norm(base, None, None, w, x[0, :, 0].clone(), True)),
-        ("group backward, input", lambda x: group_backward(base, x)),
-        ("group backward, grad_output", lambda x: group_backward(x, base)),
-        ("batch backward, input", lambda x: batch_backward(base, x)),
-        ("batch backward, grad_output", lambda x: batch_backward(x, base)),
-    ]
-
-
-@pytest.mark.parametrize("index", range(len(forward_operators())))
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_raises(index: int, requires_grad: bool) -> None:
-    _, function = forward_operators()[index]
-    x = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=requires_grad)
-    tangent = torch.ones_like(x)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(function, (x.detach(),), (tangent,))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        function(forward_ad.make_dual(x, tangent))
-
-
-def test_forward_over_reverse_raises() -> None:
-    w = leaf(4)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda x: torch.func.grad(loss)(x, w), (leaf(3, 4, 2),), (leaf(3, 4, 2),))
-
-
-def test_vmap_of_training_raises() -> None:
-    x = torch.randn(5, 3, 4)
-    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
-        torch.vmap(lambda x: ops.batch_norm(x, None, None, training=True))(x)
-
-
-@pytest.mark.filterwarnings("ignore:.*batching rule:UserWarning")
-@pytest.mark.parametrize("mode", ["eval", "group"])
-def test_vmap_of_operators_that_change_nothing(mode: str) -> None:
-    """There is no batching rule yet: torch runs sample by sample, with the right derivatives."""
-    x, w = torch.randn(3, 2, 4, 2, dtype=torch.float64), leaf(4)
-    mean, var = torch.randn(4), torch.rand(4) + 0.5
-
-    def function(x: Tensor) -> Tensor:
-        if mode == "group":
-            return ops.group_norm(x, 2, w, activation="gelu").pow(3).sum()
-        return ops.batch_norm(x, mean, var, w, activation="gelu").pow(3).sum()
-
-    def curvature(x: Tensor) -> Tensor:
-        return torch.func.grad(lambda x: torch.func.grad(function)(x).pow(2).sum())(x)
-
-    for transformed in (function, torch.func.grad(function), curvature):
-        got = torch.vmap(transformed)(x)
-        want = torch.stack([transformed(sample) for sample in x])
-        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
 def test_func_grad_updates_running_statistics_once() -> None:

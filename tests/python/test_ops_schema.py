@@ -21,6 +21,11 @@ SCHEMAS = [
     "float eps=1e-05, *, int[1] axis=1, Tensor? mask=None, str? activation=None, "
     "Tensor? residual=None, bool unbiased=True, Tensor(c!)? num_batches_tracked=None, "
     "ScalarType? dtype=None) -> Tensor",
+    "batch_norm_functional(Tensor input, Tensor running_mean, Tensor running_var, "
+    "Tensor? weight=None, Tensor? bias=None, float? momentum=0.1, float eps=1e-05, *, "
+    "int[1] axis=1, Tensor? mask=None, str? activation=None, Tensor? residual=None, "
+    "bool unbiased=True, Tensor? num_batches_tracked=None, ScalarType? dtype=None) "
+    "-> (Tensor, Tensor, Tensor)",
     "group_norm(Tensor input, int num_groups, Tensor? weight=None, Tensor? bias=None, "
     "float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? mask=None, "
     "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
@@ -61,7 +66,10 @@ LOW_LEVEL = [s.split("(")[0] for s in SCHEMAS if s.startswith("_")]
 
 
 @pytest.mark.parametrize("name", LOW_LEVEL)
-@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA"])
+@pytest.mark.parametrize(
+    "key",
+    ["CPU", "CUDA", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA", "FuncTorchBatched"],
+)
 def test_every_low_level_operator_is_registered_for(name: str, key: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"normcore::{name}", key)
 
@@ -111,6 +119,10 @@ def batch_norm_eval_half() -> Any:
 
 def batch_norm_promoted() -> Any:
     return ops.batch_norm, (nchw(), None, None, *parameters(6, dtype=torch.float64), True), {}
+
+
+def batch_norm_functional() -> Any:
+    return ops.batch_norm_functional, (nchw(), *statistics(6), *parameters(6)), {}
 
 
 def group_norm() -> Any:
@@ -177,6 +189,7 @@ CASES = [
     batch_norm_eval,
     batch_norm_eval_half,
     batch_norm_promoted,
+    batch_norm_functional,
     group_norm,
     group_norm_channels_last,
     group_norm_per_sample,
@@ -188,7 +201,11 @@ CASES = [
     low_level_group_norm,
     low_level_group_norm_backward,
 ]
-PUBLIC = [case for case in CASES if not case.__name__.startswith("low_level")]
+PUBLIC = [
+    case
+    for case in CASES
+    if not case.__name__.startswith("low_level") and case is not batch_norm_functional
+]
 
 
 def name_of(case: Callable[[], Any]) -> str:

@@ -14,6 +14,7 @@
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "normcore/export.h"
@@ -37,6 +38,14 @@ NORMCORE_API at::Tensor batch_norm(const at::Tensor& input, const at::Tensor& ru
                                    const at::Tensor& running_var, const at::Tensor& weight = {},
                                    const at::Tensor& bias = {},
                                    const BatchNormFuncOptions& options = {});
+
+/// The training call of batch_norm that changes no argument: y, and the running mean and variance
+/// after this batch. `options.training()` is not asked for; `options.num_batches_tracked()`, the
+/// number of batches before this one, is needed with a momentum of none.
+NORMCORE_API std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_functional(
+    const at::Tensor& input, const at::Tensor& running_mean, const at::Tensor& running_var,
+    const at::Tensor& weight = {}, const at::Tensor& bias = {},
+    const BatchNormFuncOptions& options = {});
 
 /// Group normalization over blocks of `C / num_groups` neighbouring channels of each sample.
 ///
