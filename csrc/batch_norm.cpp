@@ -2,6 +2,7 @@
 // = std::int64_t computes; with c10::SymInt it only makes the outputs (Meta).
 #include <ATen/TensorOperators.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include "backend.h"
@@ -115,6 +116,10 @@ bool is_recorded() {
   return TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();
 }
 
+// Whether this is the forward pass of a checkpoint inside of a backward pass: its batch has been
+// counted before.
+bool is_recomputed() { return torch::autograd::get_current_graph_task_id() >= 0; }
+
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                   const OptionalTensor& running_var, const OptionalTensor& weight,
                   const OptionalTensor& bias, bool training, std::optional<double> momentum,
@@ -124,6 +129,11 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
   const auto x =
       promote_input(input, {&weight, &bias, &residual, &running_mean, &running_var}, dtype);
   const auto y_dtype = dtype.value_or(input.scalar_type());
+  if (training && is_recomputed()) {
+    return std::get<0>(op::batch_norm_train().call(x, weight, bias, residual, mask, std::nullopt,
+                                                   std::nullopt, std::nullopt, axis, momentum, eps,
+                                                   unbiased, activation, y_dtype));
+  }
   if (training) {
     return std::get<0>(op::batch_norm_train().call(x, weight, bias, residual, mask, running_mean,
                                                    running_var, num_batches_tracked, axis, momentum,

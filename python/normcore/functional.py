@@ -60,7 +60,7 @@ def call_op(
 def group_norm_of_graph() -> Callable[..., Tensor]:
     """The operator of group norm: under an exporter the one that decomposes into aten's."""
     if torch.compiler.is_exporting():
-        return torch.ops.normcore._group_norm_decomposed  # type: ignore[no-any-return]
+        return torch.ops.normcore._group_norm_decomposed
     return group_norm_op
 
 
@@ -124,6 +124,8 @@ def batch_norm(
     the batch, and the running statistics, when given, become ``(1 - momentum) * running + momentum
     * batch`` in place. Otherwise they are ``running_mean`` and ``running_var``. One value per
     channel is legal: its variance is 0. An empty input gives an empty output and changes nothing.
+    A call inside of a backward pass is the second one of an activation checkpoint: it takes the
+    statistics of the batch and leaves the running ones alone, which have counted it before.
 
     Args:
         input: tensor of any rank >= 1 in float64, float32, bfloat16 or float16, of any strides. The

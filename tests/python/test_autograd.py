@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import normcore  # noqa: F401  (loads the operators)
 
@@ -396,6 +397,40 @@ def test_checkpoint(use_reentrant: bool) -> None:
     y.sum().backward()
     for t, expected in zip((x, w), torch.autograd.grad(function(x, w).sum(), (x, w)), strict=True):
         assert torch.equal(t.grad, expected)
+
+
+def selective(function: Callable[..., Any], x: Tensor) -> Any:
+    """Keeps what batch norm gives, computes the rest again."""
+    kept = [ops._batch_norm_train.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    return checkpoint(function, x, use_reentrant=False, context_fn=contexts)
+
+
+CHECKPOINTS: dict[str, Callable[..., Any]] = {
+    "reentrant": functools.partial(checkpoint, use_reentrant=True),
+    "non-reentrant": functools.partial(checkpoint, use_reentrant=False),
+    "selective": selective,
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.parametrize("momentum", [0.9, None])
+def test_checkpoint_counts_a_batch_once(kind: str, momentum: float | None) -> None:
+    values, w = torch.randn(3, 4, 2, dtype=torch.float64), leaf(4)
+
+    def run(wrap: Callable[..., Any]) -> list[Any]:
+        x = values.clone().requires_grad_()
+        mean, var, count = torch.zeros(4), torch.ones(4), torch.tensor(3)
+
+        def function(x: Tensor) -> Tensor:
+            y = ops.batch_norm(x, mean, var, w, None, True, momentum, num_batches_tracked=count)
+            return ops.group_norm(y, 2, activation="silu").pow(3)
+
+        wrap(function, x).sum().backward()
+        return [x.grad, mean, var, count]
+
+    for got, want in zip(run(CHECKPOINTS[kind]), run(lambda f, x: f(x)), strict=True):
+        assert torch.equal(got, want)
 
 
 # Transforms

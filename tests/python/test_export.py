@@ -1,0 +1,119 @@
+"""torch.export, AOTInductor and ONNX: no operator of this library where none is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from graphs import EVALUATIONS, GROUP_NORMS, Network, calls, evaluate, group, of_normcore
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+BATCH = torch.export.Dim("batch", min=1, max=64)
+
+
+class Call(nn.Module):
+    """One call of a norm, as a module."""
+
+    def __init__(self, function: Any, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.function(x, self.options)
+        return y
+
+
+CALLS = [("evaluation", name) for name in EVALUATIONS] + [("group", name) for name in GROUP_NORMS]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("norm", "name"), CALLS)
+def test_every_call_decomposes(norm: str, name: str, dtype: torch.dtype) -> None:
+    is_group = norm == "group"
+    module = Call(group, GROUP_NORMS[name]) if is_group else Call(evaluate, EVALUATIONS[name])
+    x = torch.randn(2, 8, 6, 6).to(dtype)
+    program = torch.export.export(module, (x,)).run_decompositions()
+    assert of_normcore(calls(program.graph_module)) == []
+    got, want = program.module()(x), module(x)
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    error = (got.double() - want.double()).abs().max()
+    assert error <= 8 * torch.finfo(want.dtype).eps * (1 + want.double().abs().max())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_evaluation(strict: bool) -> None:
+    network, x = Network(), torch.randn(2, 3, 8, 8)
+    program = torch.export.export(network, (x,), dynamic_shapes=({0: BATCH},), strict=strict)
+    decomposed = program.run_decompositions()
+    names = calls(decomposed.graph_module)
+    assert of_normcore(names) == []
+    assert "aten._native_batch_norm_legit_no_training.default" in names
+    assert "aten.native_group_norm.default" in names
+    for batch in (2, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        for exported in (program, decomposed):
+            torch.testing.assert_close(exported.module()(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_training_keeps_the_operator(strict: bool) -> None:
+    network, x = Network(training=True, norms="batch"), torch.randn(4, 3, 8, 8)
+    program = torch.export.export(network, (x,), strict=strict).run_decompositions()
+    assert len([n for n in calls(program.graph_module) if "auto_functionalized" in n]) == 1
+    module = program.module()
+    torch.testing.assert_close(module(x), network(x))
+    got, want = dict(module.named_buffers()), dict(network.named_buffers())
+    for name in ("batch.mean", "batch.var"):
+        torch.testing.assert_close(got[name], want[name])
+
+
+def test_saved_program_runs_without_the_library(tmp_path: Path) -> None:
+    """Decomposed, saved, and loaded in a process that has never heard of normcore."""
+    network, x = Network(), torch.randn(2, 3, 8, 8)
+    program = torch.export.export(network, (x,)).run_decompositions()
+    torch.export.save(program, tmp_path / "network.pt2")
+    torch.save((x, network(x).detach()), tmp_path / "data.pt")
+    script = (
+        "import sys, torch\n"
+        "x, y = torch.load(sys.argv[2])\n"
+        "got = torch.export.load(sys.argv[1]).module()(x)\n"
+        "torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-5)\n"
+        "assert 'normcore' not in sys.modules\n"
+        "print('equal')\n"
+    )
+    arguments = [sys.executable, "-c", script, tmp_path / "network.pt2", tmp_path / "data.pt"]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "equal", run.stderr
+
+
+def test_aot_inductor() -> None:
+    network, x = Network(), torch.randn(2, 3, 8, 8)
+    program = torch.export.export(network, (x,), dynamic_shapes=({0: BATCH},))
+    package = torch._inductor.aoti_compile_and_package(program)
+    compiled = torch._inductor.aoti_load_package(package)
+    for batch in (2, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx() -> None:
+    network, x = Network(), torch.randn(2, 3, 8, 8)
+    program = torch.onnx.export(
+        network, (x,), dynamo=True, dynamic_shapes=({0: BATCH},), verbose=False
+    )
+    assert program is not None
+    model = program.model_proto
+    assert {node.domain for node in model.graph.node} == {""}
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}  # folded
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for batch in (2, 5):
+        x = torch.randn(batch, 3, 8, 8)
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), network(x).detach(), rtol=1e-4, atol=1e-4)
