@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-import normcore  # noqa: F401  (loads the operators)
+import normcore
 
 pytestmark = pytest.mark.usefixtures("device")
 ops = torch.ops.normcore
@@ -365,6 +365,32 @@ def test_torchscript() -> None:
         strict=True,
     ):
         assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_one_operator_per_layer(training: bool) -> None:
+    """A profile of a layer in eager mode: the public operator, the one below it, and no other."""
+    model = torch.nn.Sequential(
+        normcore.BatchNorm(num_features=6, axis=1, activation="relu"),
+        normcore.GroupNorm(num_features=6, num_groups=2, axis=1),
+    ).train(training)
+    x = nchw()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = model(x)
+    batch = "normcore::_batch_norm_train" if training else "normcore::_batch_norm_eval"
+    assert [event.name for event in profile.events()] == [
+        "normcore::batch_norm",
+        batch,
+        "normcore::group_norm",
+        "normcore::_group_norm",
+    ]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    ours = [event.name for event in profile.events() if "::" in event.name]
+    assert [name for name in ours if name.startswith("normcore::")] == [
+        "normcore::_group_norm_backward",
+        "normcore::_batch_norm_backward",
+    ]
 
 
 def test_public_operator_promotes_to_float64() -> None:

@@ -110,7 +110,9 @@ def test_freeze_and_trace() -> None:
     net(X)
     net.eval()
     want = net(X)
-    torch.testing.assert_close(torch.jit.freeze(torch.jit.script(net))(X), want)
+    frozen = torch.jit.freeze(torch.jit.script(net))
+    torch.testing.assert_close(frozen(X), want)
+    torch.testing.assert_close(torch.jit.optimize_for_inference(frozen)(X), want)
     torch.testing.assert_close(torch.jit.trace(net, X)(X), want)
 
 
