@@ -285,9 +285,11 @@ Results native_group_norm_backward(DispatchKeySet keys, const Tensor& grad_outpu
                                    const OptionalTensor& weight, std::int64_t n, std::int64_t c,
                                    std::int64_t hxw, std::int64_t group, GradientMask output_mask) {
   const auto dtype = parameter_dtype(input, weight);
+  const std::array<std::int64_t, 2> shape{n, group};
+  const at::IntArrayRef per_group(shape);
   const bool ours = dtype && is_group_norm(input, weight, std::nullopt, n, c, hxw, group) &&
-                    parameter_dtype(input, mean, rstd) && mean.numel() == n * group &&
-                    rstd.numel() == n * group && fits(grad_output, input);
+                    parameter_dtype(input, mean, rstd) && mean.sizes() == per_group &&
+                    rstd.sizes() == per_group && fits(grad_output, input);
   if (!ours) {
     return call_aten(kGroupNormBackward, keys, grad_output, input, mean, rstd, weight, n, c, hxw,
                      group, output_mask);
@@ -296,8 +298,7 @@ Results native_group_norm_backward(DispatchKeySet keys, const Tensor& grad_outpu
   const auto [scale, bias] = stand_ins(input, weight, *dtype, output_mask);
   return without_residual(op::group_norm_backward().redispatch(
       keys, grad_output, arrange_group_norm(input), scale, bias, std::nullopt, std::nullopt,
-      mean.reshape({n, group}).to(at::kDouble),
-      rstd.reshape({n, group}).to(compute_dtype(input.scalar_type())), group, {1}, std::nullopt,
+      mean.to(at::kDouble), rstd.to(compute_dtype(input.scalar_type())), group, {1}, std::nullopt,
       /*eps=*/0.0, std::nullopt, {output_mask[0], output_mask[1], output_mask[2], false}));
 }
 

@@ -37,8 +37,8 @@ class override_aten(ContextDecorator):  # noqa: N801  (reads like torch.no_grad)
 
     Limits:
         - The switch is for the whole process, so no other thread may run a norm while it changes.
-        - CPU tensors, and CUDA tensors where this library was built with its CUDA kernels. There
-          batch norm takes the place of cuDNN's too.
+        - CPU tensors, and CUDA tensors where this library was built with its CUDA kernels: there
+          the override takes the place of cuDNN's batch norm too, except under vmap.
         - Saved statistics are rounded as torch rounds them, so that :mod:`normcore.functional` has
           the more accurate gradients.
         - First derivatives in reverse mode are ours. Formulas of second and forward-mode
