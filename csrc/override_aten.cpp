@@ -302,8 +302,9 @@ Results native_group_norm_backward(DispatchKeySet keys, const Tensor& grad_outpu
       /*eps=*/0.0, std::nullopt, {output_mask[0], output_mask[1], output_mask[2], false}));
 }
 
-// Batch norm on a CUDA device without cuDNN, whose backward pass needs what only its own forward
-// pass saves. Below autograd's reach: it calls the operator that has the derivative.
+// Batch norm on a CUDA device. aten's composite operator would choose cuDNN, whose backward pass
+// needs what only its own forward pass saves. This one calls the operator that is overridden and has
+// a derivative.
 std::tuple<Tensor, Tensor, Tensor, Tensor, std::int64_t> batch_norm_impl_index(
     DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& running_mean,
@@ -334,7 +335,7 @@ class WithoutOverrideWarning final : public c10::WarningHandler {
   c10::WarningHandler* next_ = c10::WarningUtils::get_warning_handler();
 };
 
-// Registered as long as the libraries exist.
+// The kernels above are registered as long as this exists.
 class Registration {
  public:
   Registration() {

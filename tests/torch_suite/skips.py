@@ -9,6 +9,8 @@ from outcomes import Skip
 from targets import FUNCTIONS, Target
 from torch import Tensor
 
+KINDS = ("batch_norm", "instance_norm", "group_norm")
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -32,7 +34,6 @@ class Facts:
         return next((f for f in KINDS if f.replace("_", "") in name), "")
 
 
-KINDS = ("batch_norm", "instance_norm", "group_norm")
 Rule = tuple[Callable[[Facts], bool], str]
 
 #: Samples that are not run.
