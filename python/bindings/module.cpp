@@ -3,6 +3,7 @@
 // built.
 #include <normcore/build_info.h>
 #include <normcore/ops.h>
+#include <normcore/override_aten.h>
 #include <normcore/settings.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -28,4 +29,13 @@ PYBIND11_MODULE(_C, m) {
         "The values of `activation`, besides None.");
   m.def("set_batch_invariant", &normcore::set_batch_invariant, py::arg("enabled"));
   m.def("batch_invariant", &normcore::batch_invariant);
+  // Registration takes the dispatcher's lock, whose holder may want the interpreter's.
+  m.def("enable_aten_override", &normcore::enable_aten_override,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("disable_aten_override", &normcore::disable_aten_override,
+        py::call_guard<py::gil_scoped_release>());
+  m.def("aten_override_calls", [] {
+    const auto calls = normcore::aten_override_calls();
+    return py::make_tuple(calls.normcore, calls.aten);
+  });
 }

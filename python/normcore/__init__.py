@@ -29,6 +29,7 @@ _require_torch_version(_built_for, torch.__version__)
 from . import _C, functional  # noqa: E402  (the native library needs the right torch)
 from .functional import explain  # noqa: E402
 from .modules import BatchNorm, GroupNorm, freeze, unfreeze  # noqa: E402
+from .override import override_aten  # noqa: E402
 from .settings import batch_invariant, set_batch_invariant  # noqa: E402
 
 #: Folder for CMAKE_PREFIX_PATH of C++ projects that use this installation.
@@ -44,6 +45,7 @@ __all__ = [
     "explain",
     "freeze",
     "functional",
+    "override_aten",
     "set_batch_invariant",
     "unfreeze",
 ]

@@ -20,7 +20,7 @@ NAMED = [(name, code) for name, _, code in SNIPPETS if name]
 
 
 def test_snippets_are_found() -> None:
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
     languages = [language for _, language, _ in SNIPPETS]
     assert languages.count("cpp") == 2
     assert all(name for name, language, _ in SNIPPETS if language in ("cpp", "cmake"))

@@ -1,6 +1,6 @@
 // The public C++ interface of normcore: functions (ops.h), modules (modules.h), their options
-// (options.h), plans for people (explain.h) and settings (settings.h). Including this header in any
-// translation unit is also what makes the operators torch.ops.normcore.* available to a program that
+// (options.h), plans for people (explain.h), settings (settings.h) and torch's own norms on the same
+// kernels (override_aten.h). Including this header in any translation unit is also what makes the operators torch.ops.normcore.* available to a program that
 // only loads TorchScript files.
 #pragma once
 
@@ -9,6 +9,7 @@
 #include "normcore/modules.h"
 #include "normcore/ops.h"
 #include "normcore/options.h"
+#include "normcore/override_aten.h"
 #include "normcore/settings.h"
 
 namespace normcore::detail {

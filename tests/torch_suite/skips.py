@@ -1,0 +1,93 @@
+"""Every skip of the suite and its reason, in two tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from outcomes import Skip
+from targets import FUNCTIONS, Target
+from torch import Tensor
+
+KINDS = ("batch_norm", "instance_norm", "group_norm")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rule may look at."""
+
+    target: Target
+    entry: str
+    check: str
+    input: Tensor
+    eps: float
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether torch's samples meet the rules of normcore.functional, not those of torch."""
+        return not self.target.is_torch
+
+    @property
+    def function(self) -> str:
+        """The function of torch.nn.functional behind the entry."""
+        name = self.entry.lower().replace("_", "")
+        return next((f for f in KINDS if f.replace("_", "") in name), "")
+
+
+Rule = tuple[Callable[[Facts], bool], str]
+
+#: Samples that are not run.
+NOT_RUN: list[Rule] = [
+    (
+        lambda f: f.entry == "_batch_norm_with_update",
+        "no function and no module of torch calls _batch_norm_with_update, so it is not overridden",
+    ),
+    (
+        lambda f: f.is_ours and f.function not in FUNCTIONS,
+        "normcore.functional has no such function",
+    ),
+    (
+        lambda f: (
+            f.is_ours
+            and f.check in ("forward_ad", "vmap")
+            and not f.target.has_forward_mode_and_vmap
+        ),
+        "normcore.functional has neither forward mode nor vmap (a constant in targets.py)",
+    ),
+    (
+        lambda f: f.is_ours and f.check != "errors" and f.eps < 0,
+        "a negative eps is an error in normcore.functional",
+    ),
+    (
+        lambda f: f.is_ours and f.check != "errors" and f.input.dim() < 2,
+        "an input of rank 1 has no axis 1: IndexError in normcore.functional",
+    ),
+    (
+        lambda f: f.is_ours and f.check == "errors" and f.input.numel() == 0,
+        "empty inputs are legal in normcore.functional",
+    ),
+    (
+        lambda f: f.is_ours and f.check == "errors" and f.eps == 0,
+        "eps = 0 is legal in normcore.functional",
+    ),
+]
+
+#: Samples that are run and compared, but that torch computes itself: none of our kernels runs.
+NOT_REACHED: list[Rule] = [
+    (lambda f: f.input.numel() == 0, "torch's own kernel keeps empty inputs"),
+    (lambda f: f.eps <= 0, "torch's own kernel keeps eps <= 0"),
+]
+
+
+def skip_by(rules: list[Rule], facts: Facts) -> None:
+    """Raises Skip with the reason of the first rule that applies."""
+    for applies, reason in rules:
+        if applies(facts):
+            raise Skip(reason)
+
+
+def require_reached(calls: int, facts: Facts) -> None:
+    """After a check has passed: fails if our kernels took no part in it without a known reason."""
+    if calls == 0:
+        skip_by(NOT_REACHED, facts)
+        raise AssertionError("no call ran on the kernels of normcore")

@@ -1,0 +1,105 @@
+"""What torch's tests are run against: its own names under the override, or our functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch.nn.functional as F
+
+import normcore
+import normcore.functional as NF
+
+#: Whether normcore.functional has forward-mode derivatives and rules for torch.func.vmap.
+FUNCTIONAL_HAS_FORWARD_MODE_AND_VMAP = True
+
+#: The functions of torch.nn.functional that normcore.functional has too.
+FUNCTIONS = [name for name in ("batch_norm", "instance_norm", "group_norm") if hasattr(NF, name)]
+
+Function = Callable[..., Any]
+
+
+class Override:
+    """Calls torch; `normcore.override_aten` brings the call to our kernels."""
+
+    name = "override"
+    has_forward_mode_and_vmap = True
+    is_torch = True  # same outputs, memory formats and errors
+
+    def function(self, entry: str, op: Function) -> Function | None:
+        return op
+
+    @contextmanager
+    def active(self) -> Iterator[Callable[[], int]]:
+        """Yields how many calls have run on our kernels in the context."""
+        with normcore.override_aten() as override:
+            yield lambda: override.calls.normcore
+
+
+class Functional:
+    """Calls normcore.functional with the arguments of torch's function, and from its modules."""
+
+    name = "functional"
+    has_forward_mode_and_vmap = FUNCTIONAL_HAS_FORWARD_MODE_AND_VMAP
+    is_torch = False
+
+    def function(self, entry: str, op: Function) -> Function | None:
+        """Ours with the arguments of torch's entry; None where there is none."""
+        return functions().get(entry)
+
+    @contextmanager
+    def active(self) -> Iterator[Callable[[], int]]:
+        """In the context torch.nn.functional holds our functions; yields how often one ran."""
+        calls = 0
+
+        def counted(function: Function) -> Function:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                return function(*args, **kwargs)
+
+            return call
+
+        with ExitStack() as stack:
+            for name in FUNCTIONS:
+                stack.enter_context(patch.object(F, name, counted(getattr(NF, name))))
+            yield lambda: calls
+
+
+def functions() -> dict[str, Function]:
+    """What calls the functions that `Functional.active` has put there, by torch's entry."""
+
+    def found(name: str) -> Function:
+        return lambda *args, **kwargs: getattr(F, name)(*args, **kwargs)
+
+    result = {f"nn.functional.{name}": found(name) for name in FUNCTIONS}
+    if "batch_norm" in FUNCTIONS:
+        result["nn.functional.batch_norm.without_cudnn"] = found("batch_norm")
+        result["native_batch_norm"] = native_batch_norm
+        result["_native_batch_norm_legit"] = native_batch_norm_legit
+    if "group_norm" in FUNCTIONS:
+        result["native_group_norm"] = native_group_norm
+    return result
+
+
+def native_batch_norm(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: Any, momentum: Any, eps: Any
+) -> Any:
+    return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+
+
+def native_batch_norm_legit(x: Any, weight: Any, bias: Any, *args: Any) -> Any:
+    statistics = args[:-3] or (None, None)
+    return native_batch_norm(x, weight, bias, *statistics, *args[-3:])
+
+
+def native_group_norm(
+    x: Any, weight: Any, bias: Any, n: Any, c: Any, hxw: Any, group: Any, eps: Any
+) -> Any:
+    return F.group_norm(x, group, weight, bias, eps)
+
+
+Target = Override | Functional
+BY_NAME: dict[str, Target] = {"override": Override(), "functional": Functional()}
