@@ -158,6 +158,9 @@ HWY_INLINE void visit_gradient(const GradientArgs<A>& args, F&& f) {
 
 // ---- sums
 
+// Rows in one chain of additions: in float32 the error of a sum grows with the length of its chain.
+constexpr std::int64_t kMaxChain = 32;
+
 template <class A>
 struct SumPair {
   Pair<A> g, g_centered;
@@ -266,8 +269,16 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
       constexpr std::int64_t kSize = kColumnStrip + kSlotPadding<A>;
       HWY_ALIGN A g_slots[kSize];
       HWY_ALIGN A centered_slots[kSize];
+      // Sums of chains, if there are several.
+      HWY_ALIGN A g_chains[kSize];
+      HWY_ALIGN A centered_chains[kSize];
+      const bool is_chained = rows > kMaxChain;
       clear_slots<A, kOrder>(columns, g_slots);
       clear_slots<A, kOrder>(columns, centered_slots);
+      if (is_chained) {
+        clear_slots<A, kOrder>(columns, g_chains);
+        clear_slots<A, kOrder>(columns, centered_chains);
+      }
       std::int64_t row = 0;
       const auto add_rows = [&](auto count) NORMCORE_INLINE_LAMBDA {
         const auto in = block_operands<T, G, count()>(args, row, width, first);
@@ -288,11 +299,19 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
         });
         row += count();
       };
-      const std::int64_t shared = end_of_shared_rows<T>(rows, width);
-      while (row + kRows <= shared) add_rows(std::integral_constant<int, kRows>());
-      while (row < rows) add_rows(std::integral_constant<int, 1>());
-      from_slots<A, kOrder>(g_slots, columns, g + first);
-      from_slots<A, kOrder>(centered_slots, columns, g_centered + first);
+      while (row < rows) {
+        const std::int64_t end = std::min(row + kMaxChain, rows);
+        const std::int64_t shared = end_of_shared_rows<T>(end, width);
+        while (row + kRows <= shared) add_rows(std::integral_constant<int, kRows>());
+        while (row < end) add_rows(std::integral_constant<int, 1>());
+        if (is_chained) {
+          move_slots<A, kOrder>(columns, g_slots, g_chains);
+          move_slots<A, kOrder>(columns, centered_slots, centered_chains);
+        }
+      }
+      from_slots<A, kOrder>(is_chained ? g_chains : g_slots, columns, g + first);
+      from_slots<A, kOrder>(is_chained ? centered_chains : centered_slots, columns,
+                            g_centered + first);
     });
   });
 }

@@ -462,6 +462,14 @@ HWY_INLINE void clear_slots(std::int64_t n, A* slots) {
   for_each_unit<A, kOrder>(
       n, [&](const auto& u) HWY_ATTR { store_slot<A>(u, broadcast(A{0}), slots); });
 }
+// Adds the sums in `from` to those in `to`, and begins anew.
+template <class A, Order kOrder>
+HWY_INLINE void move_slots(std::int64_t n, A* from, A* to) {
+  for_each_unit<A, kOrder>(n, [&](const auto& u) HWY_ATTR {
+    store_slot<A>(u, sum_of(load_slot<A>(u, to), load_slot<A>(u, from)), to);
+    store_slot<A>(u, broadcast(A{0}), from);
+  });
+}
 template <class A, Order kOrder>
 HWY_INLINE void to_slots(const A* values, std::int64_t n, A* slots) {
   for_each_unit<A, kOrder>(

@@ -17,7 +17,7 @@
 
 namespace normcore::kernels {
 
-// Rows per call of moments_of_rows and sums_of_rows, at most: bounds the float32 chains of their
+// Rows per call of moments_of_rows and sums_of_rows, at most: bounds the float32 chains of the former's
 // accumulators.
 inline constexpr std::int64_t kMaxRows = 1024;
 
