@@ -14,10 +14,49 @@
 namespace normcore::kernels {
 namespace {
 
-// S1 = sum g and S2 = sum g * (x - mean) of one channel (in one sample, for group norm).
+// Sums of g and g * (x - mean) of channels (in one sample, for group norm).
 struct ChannelSums {
-  double g = 0.0, g_centered = 0.0;
+  double* g;
+  double* g_centered;
+
+  ChannelSums from(std::int64_t channel) const { return {g + channel, g_centered + channel}; }
 };
+
+// Adds what a chunk gave, or begins with it.
+template <class A>
+void add(const A* g, const A* g_centered, std::int64_t channels, bool is_first,
+         const ChannelSums& sums) {
+  for (std::int64_t i = 0; i < channels; ++i) {
+    sums.g[i] = (is_first ? 0.0 : sums.g[i]) + g[i];
+    sums.g_centered[i] = (is_first ? 0.0 : sums.g_centered[i]) + g_centered[i];
+  }
+}
+
+// Sums of a slice: of scale * g and scale * g * (x - mean).
+struct SliceSums {
+  double h = 0.0, h_centered = 0.0;
+};
+
+// Moves the center of the channels' sums by `rounding`, and adds them up in chains that do not wait for
+// each other.
+template <class A>
+SliceSums sums_of_slice(const A* scale, double rounding, std::int64_t channels,
+                        const ChannelSums& sums) {
+  constexpr int kChains = 4;
+  double h[kChains] = {}, h_centered[kChains] = {};
+  const auto add = [&](std::int64_t i, int k) {
+    sums.g_centered[i] -= rounding * sums.g[i];
+    h[k] += scale[i] * sums.g[i];
+    h_centered[k] += scale[i] * sums.g_centered[i];
+  };
+  std::int64_t i = 0;
+  for (; i + kChains <= channels; i += kChains) {
+    for (int k = 0; k < kChains; ++k) add(i + k, k);
+  }
+  for (; i < channels; ++i) add(i, 0);
+  return {(h[0] + h[1]) + (h[2] + h[3]),
+          (h_centered[0] + h_centered[1]) + (h_centered[2] + h_centered[3])};
+}
 
 // What both layouts share: saved statistics, coefficients of grad_x and gradients of the
 // parameters.
@@ -57,11 +96,11 @@ class Gradients {
     out.set_affine(entry, channels, statistics(slice), affine_, sample, channel);
   }
 
-  // One slice of `channels` channels with `count` values that count. sums[] hold g and g * (x -
-  // center), as reduced; center differs from the mean by its rounding error.
+  // One slice of `channels` channels with `count` values that count. The sums are those of g and
+  // g * (x - center), as reduced; center differs from the mean by its rounding error.
   void finish_slice(const TileState<A>& out, std::int64_t entry, std::int64_t slice,
                     std::int64_t sample, std::int64_t channel, std::int64_t channels, double count,
-                    ChannelSums* sums) const {
+                    const ChannelSums& sums) const {
     const SliceStatistics<A> stat = statistics(slice);
     // A slice without a valid value has NaN statistics: where no g comes in, none goes out.
     const bool is_empty = call_.batch_statistics && count == 0.0;
@@ -69,12 +108,7 @@ class Gradients {
     const double rounding =
         is_empty ? 0.0 : stat.mean - static_cast<double>(static_cast<A>(stat.mean));
     const A* const scale = affine_.scale(sample, channel);
-    double h = 0.0, h_centered = 0.0;
-    for (std::int64_t i = 0; i < channels; ++i) {
-      sums[i].g_centered -= rounding * sums[i].g;
-      h += scale[i] * sums[i].g;
-      h_centered += scale[i] * sums[i].g_centered;
-    }
+    const auto [h, h_centered] = sums_of_slice(scale, rounding, channels, sums);
     store_parameters(sample, channel, channels, sums, rstd);
     if (!call_.batch_statistics) return;
     // With nothing else in the slice y does not depend on x: exactly 0, not the difference of equal
@@ -130,21 +164,20 @@ class Gradients {
 
   // `first` is the index of the slice's first channel.
   void store_parameters(std::int64_t sample, std::int64_t first, std::int64_t channels,
-                        const ChannelSums* sums, double rstd) const {
+                        const ChannelSums& sums, double rstd) const {
     const std::int64_t c = call_.input.extent.c;
     if (!partial_parameters()) {
       for (std::int64_t i = 0; i < channels; ++i) {
-        kernels::store_parameters(call_.grad, sample * c + first + i, sums[i].g_centered * rstd,
-                                  sums[i].g);
+        kernels::store_parameters(call_.grad, sample * c + first + i, sums.g_centered[i] * rstd,
+                                  sums.g[i]);
       }
       return;
     }
-    double* const out = parameters_ + (sample / block_ * c + first) * 2;
-    if (sample % block_ == 0)
-      std::fill_n(out, 2 * channels, 0.0);  // a block's samples come in order
+    const PartialParameters out(parameters_, sample / block_, c, first);
+    const bool is_first = sample % block_ == 0;  // a block's samples come in order
     for (std::int64_t i = 0; i < channels; ++i) {
-      out[2 * i] += sums[i].g_centered * rstd;
-      out[2 * i + 1] += sums[i].g;
+      out.scale[i] = (is_first ? 0.0 : out.scale[i]) + sums.g_centered[i] * rstd;
+      out.bias[i] = (is_first ? 0.0 : out.bias[i]) + sums.g[i];
     }
   }
 
@@ -170,53 +203,55 @@ class PlanesBackward {
       : gradients_(gradients), simd_(simd), geometry_(problem) {}
 
   std::int64_t pieces(std::int64_t tile) const {
-    return gradients_.needs_sweep() ? geometry_.pieces(tile) : 0;
+    return gradients_.needs_sweep() ? geometry_.pieces(geometry_.tile(tile)) : 0;
   }
   std::int64_t chunk_grain() const { return 2; }
 
-  void prepare(std::int64_t tile, char* state) const {
+  void prepare(std::int64_t index, char* state) const {
+    const PlanesTile tile = geometry_.tile(index);
     const TileState<A> out = tile_state(state);
-    const std::int64_t channel = geometry_.first_channel(tile), step = planes_per_slice(tile);
-    for (std::int64_t p = 0; p < geometry_.planes(tile); p += step) {
-      gradients_.set_affine(out, p, slice(tile, p), geometry_.sample(tile), channel + p, step);
+    const std::int64_t step = planes_per_slice(tile);
+    for (std::int64_t p = 0; p < tile.planes; p += step) {
+      const std::int64_t channel = tile.first_channel + p;
+      gradients_.set_affine(out, p, slice(index, channel), tile.sample, channel, step);
     }
   }
 
-  void reduce(std::int64_t tile, std::int64_t index, char* state, void* partial) const {
+  void reduce(std::int64_t tile_index, std::int64_t index, char* state, void* partial) const {
+    const PlanesTile tile = geometry_.tile(tile_index);
     const RunChunk chunk = geometry_.chunk(tile, index);
-    const std::int64_t offset = geometry_.offset(tile) + chunk.offset;
+    const std::int64_t offset = tile.offset + chunk.offset;
     const RunBlock block{geometry_.records(tile), geometry_.record_stride(), chunk.runs,
                          geometry_.run_stride(), chunk.length};
     auto args =
         gradients_.args(offset, mask(offset, chunk.row_mask_offset), tile_state(state).view(0));
     args.kept_gradient = gradients_.kept(state, chunk.kept_offset);
     args.kept_run_stride = geometry_.kept_run_stride();
-    simd_.sums_of_runs(args, block, static_cast<GradientSums*>(partial));
+    auto* const g = static_cast<A*>(partial);
+    simd_.sums_of_runs(args, block, g, g + max_records());
   }
 
-  void finish(std::int64_t tile, char* state, const Partials& partials) const {
+  void finish(std::int64_t index, char* state, const Partials& partials) const {
     if (!gradients_.needs_sums()) return;
+    const PlanesTile tile = geometry_.tile(index);
     const TileState<A> out = tile_state(state);
-    auto* const sums = reinterpret_cast<ChannelSums*>(out.scratch);
-    const std::int64_t planes = geometry_.planes(tile), channel = geometry_.first_channel(tile);
-    for (std::int64_t p = 0; p < planes; ++p) {
-      sums[p] = {};
-      for (std::int64_t k = 0; k < geometry_.chunks(); ++k) {
-        const GradientSums& part = static_cast<const GradientSums*>(partials[k])[p];
-        sums[p].g += part.g;
-        sums[p].g_centered += part.g_centered;
-      }
+    const ChannelSums sums{out.scratch, out.scratch + tile.planes};
+    for (std::int64_t k = 0; k < geometry_.chunks(); ++k) {
+      const auto* const g = static_cast<const A*>(partials[k]);
+      add(g, g + max_records(), tile.planes, k == 0, sums);
     }
-    const std::int64_t per_slice = planes_per_slice(tile);
-    for (std::int64_t p = 0; p < planes; p += per_slice) {
-      gradients_.finish_slice(out, p, slice(tile, p), geometry_.sample(tile), channel + p,
-                              per_slice, count(tile, channel + p, per_slice), sums + p);
+    const std::int64_t step = planes_per_slice(tile);
+    for (std::int64_t p = 0; p < tile.planes; p += step) {
+      const std::int64_t channel = tile.first_channel + p;
+      gradients_.finish_slice(out, p, slice(index, channel), tile.sample, channel, step,
+                              count(tile.sample, channel, step), sums.from(p));
     }
   }
 
-  void apply(std::int64_t tile, std::int64_t index, char* state) const {
+  void apply(std::int64_t tile_index, std::int64_t index, char* state) const {
+    const PlanesTile tile = geometry_.tile(tile_index);
     const PlanePiece piece = geometry_.piece(tile, index);
-    const std::int64_t offset = geometry_.offset(tile) + piece.offset;
+    const std::int64_t offset = tile.offset + piece.offset;
     const auto coefficients =
         tile_state(state).view(piece.first_plane, gradients_.call().batch_statistics);
     auto args = gradients_.args(offset, mask(offset, piece.row_mask_offset), coefficients);
@@ -228,21 +263,21 @@ class PlanesBackward {
   TileState<A> tile_state(char* state) const {
     return TileState<A>(state, geometry_.max_planes(), 5);
   }
-  std::int64_t planes_per_slice(std::int64_t tile) const {
-    return gradients_.group_norm() ? geometry_.planes(tile) : 1;
+  std::int64_t max_records() const { return TileState<A>::padded(geometry_.max_records()); }
+  std::int64_t planes_per_slice(const PlanesTile& tile) const {
+    return gradients_.group_norm() ? tile.planes : 1;
   }
-  std::int64_t slice(std::int64_t tile, std::int64_t plane) const {
-    return gradients_.group_norm() ? tile : geometry_.first_channel(tile) + plane;
+  std::int64_t slice(std::int64_t tile, std::int64_t channel) const {
+    return gradients_.group_norm() ? tile : channel;
   }
   MaskBlock mask(std::int64_t offset, std::int64_t row_mask_offset) const {
     return mask_of_runs(gradients_.call().input.mask, offset, row_mask_offset,
                         geometry_.record_stride(), geometry_.run_stride(),
                         geometry_.row_mask_run_stride());
   }
-  double count(std::int64_t tile, std::int64_t channel, std::int64_t channels) const {
+  double count(std::int64_t first, std::int64_t channel, std::int64_t channels) const {
     const NormInput& in = gradients_.call().input;
     const auto [n, c, s] = in.extent;
-    const std::int64_t first = gradients_.group_norm() ? geometry_.sample(tile) : 0;
     const std::int64_t last = gradients_.group_norm() ? first + 1 : n;
     std::int64_t total = 0;
     for (std::int64_t sample = first; sample < last; ++sample) {
@@ -300,27 +335,23 @@ class RowsBackward {
   void finish(std::int64_t tile, char* state, const Partials& partials) const {
     if (!gradients_.needs_sums()) return;
     const TileState<A> out = tile_state(state);
-    auto* const sums = reinterpret_cast<ChannelSums*>(out.scratch);
     const std::int64_t c = gradients_.call().input.extent.c, groups = slices_per_tile(),
                        d = c / groups;
-    std::fill_n(sums, c, ChannelSums{});
+    const ChannelSums sums{out.scratch, out.scratch + c};
     for (std::int64_t k = 0; k < geometry_.chunks(); ++k) {
       const auto* const g = static_cast<const A*>(partials[k]);
       const auto* const g_centered = g + geometry_.width();
       for (std::int64_t at = 0; at < geometry_.chunk(k).columns; at += c) {
-        for (std::int64_t i = 0; i < c; ++i) {
-          sums[i].g += g[at + i];
-          sums[i].g_centered += g_centered[at + i];
-        }
+        add(g + at, g_centered + at, c, k + at == 0, sums);
       }
     }
-    auto* const counts = reinterpret_cast<std::int64_t*>(sums + c);
+    auto* const counts = reinterpret_cast<std::int64_t*>(out.scratch + 2 * c);
     count_valid(tile, counts);
     for (std::int64_t group = 0; group < groups; ++group) {
       const auto count =
           std::accumulate(counts + group * d, counts + (group + 1) * d, std::int64_t{0});
       gradients_.finish_slice(out, group * d, tile * groups + group, tile, group * d, d,
-                              static_cast<double>(count), sums + group * d);
+                              static_cast<double>(count), sums.from(group * d));
     }
     out.repeat(c, geometry_.width());
   }

@@ -158,6 +158,10 @@ HWY_INLINE void visit_gradient(const GradientArgs<A>& args, F&& f) {
 
 // ---- sums
 
+// Units of a run, or rows, in one chain of additions; runs shorter than the least go into that of the
+// record. In float32 the error of a sum grows with the length of its chain.
+constexpr std::int64_t kMaxChain = 32, kMinChain = 8;
+
 template <class A>
 struct SumPair {
   Pair<A> g, g_centered;
@@ -165,62 +169,122 @@ struct SumPair {
   HWY_INLINE SumPair() : g(broadcast(A{0})), g_centered(broadcast(A{0})) {}
   HWY_INLINE SumPair(const Pair<A>& g, const Pair<A>& g_centered) : g(g), g_centered(g_centered) {}
   HWY_INLINE void add(const Pair<A>& value, const Pair<A>& centered) {
-    g = {hn::Add(g.lo, value.lo), hn::Add(g.hi, value.hi)};
-    g_centered = {hn::MulAdd(value.lo, centered.lo, g_centered.lo),
-                  hn::MulAdd(value.hi, centered.hi, g_centered.hi)};
+    add_lo(value.lo, centered.lo);
+    g.hi = hn::Add(g.hi, value.hi);
+    g_centered.hi = hn::MulAdd(value.hi, centered.hi, g_centered.hi);
+  }
+  HWY_INLINE void add_lo(Vector<A> value, Vector<A> centered) {
+    g.lo = hn::Add(g.lo, value);
+    g_centered.lo = hn::MulAdd(value, centered, g_centered.lo);
+  }
+  // Of a unit the values not seen before.
+  template <class Unit>
+  HWY_INLINE void add_new(const Unit& u, const Pair<A>& value, const Pair<A>& centered) {
+    const auto v = u.only_new(value), c = u.only_new(centered);
+    if constexpr (Unit::kIsVector) {
+      add_lo(v.lo, c.lo);
+    } else {
+      add(v, c);
+    }
+  }
+  HWY_INLINE void add(const SumPair& other) {
+    g = sum_of(g, other.g);
+    g_centered = sum_of(g_centered, other.g_centered);
   }
 };
 
-template <class A>
-void sums_of_runs(const GradientArgs<A>& given, const RunBlock& given_block, GradientSums* out) {
-  // Copies that `out` cannot alias: runs may be short.
+// kShort: one run per record, of less than kMinChain units.
+template <bool kShort, Activation kActivation, class T, class G, class A>
+HWY_INLINE void typed_sums_of_runs(const GradientArgs<A>& given, const RunBlock& given_block, A* g,
+                                   A* g_centered) {
+  // Copies that the sums cannot alias: runs may be short.
   const GradientArgs<A> args = given;
   const RunBlock block = given_block;
-  visit_gradient<false>(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
-    using T = typename decltype(tag)::type;
-    using G = typename decltype(grad_tag)::type;
-    using Whole = WholeUnit<A, kOrderOf<A, T>>;
-    const LastUnit<A, kOrderOf<A, T>> last(block.length);
-    for (std::int64_t record = 0; record < block.records; ++record) {
-      const RunSource<A> source(args.coefficients, record);
-      SumPair<A> first, second;
-      for (std::int64_t run = 0; run < block.runs; ++run) {
-        const std::uint8_t* mask =
-            args.mask.data == nullptr
-                ? nullptr
-                : args.mask.data + record * args.mask.record_stride + run * args.mask.run_stride;
-        const std::int64_t offset = record * block.record_stride + run * block.run_stride;
-        const Operands<T, G> in(args, offset, mask, false);
-        A* const kept =
-            args.kept_gradient == nullptr
-                ? nullptr
-                : args.kept_gradient + record * block.record_stride + run * args.kept_run_stride;
-        const auto add = [&](const auto& u, SumPair<A>& sums) NORMCORE_INLINE_LAMBDA {
-          const auto v = gradient_of_unit<A, activation()>(u, in, source.values);
-          sums.add(u.only_new(v.g), u.only_new(v.centered));
-          if constexpr (!kPlain<G, activation()>) {
-            if (kept != nullptr) u.store(v.g, kept);
-          }
-        };
-        const std::int64_t step = unit<A>();
-        std::int64_t i = 0;
+  constexpr Order kOrder = kOrderOf<A, T>;
+  using Whole = WholeUnit<A, kOrder>;
+  const std::int64_t step = unit<A>(), length = block.length;
+  const std::int64_t chain = kMaxChain * step;
+  const std::int64_t runs = kShort ? 1 : block.runs;
+  const std::int64_t runs_per_chain = kShort ? 1 : std::max<std::int64_t>(1, chain / length);
+  const RunEnd<A, kOrder, kTyped<G>> run_end(length);
+  // Lanes are added for as many records as there are lanes.
+  constexpr std::int64_t kRecords = hn::MaxLanes(Tag<A>());
+  HWY_ALIGN A g_lanes[kRecords * kRecords];
+  HWY_ALIGN A centered_lanes[kRecords * kRecords];
+  for (std::int64_t record = 0; record < block.records; ++record) {
+    const RunSource<A> source(args.coefficients, record);
+    SumPair<A> total, before;
+    for (std::int64_t run = 0, joined = 0; run < runs; ++run) {
+      const std::uint8_t* mask =
+          args.mask.data == nullptr
+              ? nullptr
+              : args.mask.data + record * args.mask.record_stride + run * args.mask.run_stride;
+      const std::int64_t offset = record * block.record_stride + run * block.run_stride;
+      const Operands<T, G> in(args, offset, mask, false);
+      A* const kept =
+          args.kept_gradient == nullptr
+              ? nullptr
+              : args.kept_gradient + record * block.record_stride + run * args.kept_run_stride;
+      const auto add = [&](const auto& u, SumPair<A>& to) NORMCORE_INLINE_LAMBDA {
+        const auto v = gradient_of_unit<A, kActivation>(u, in, source.values);
+        to.add_new(u, v.g, v.centered);
+        if constexpr (!kPlain<G, kActivation>) {
+          if (kept != nullptr) u.store(v.g, kept);
+        }
+      };
+      std::int64_t i = 0;
+      while (!kShort && length - i >= kMinChain * step) {
+        const std::int64_t stop = std::min(length, i + chain);
+        SumPair<A> first;
         // Two chains of additions, unless they wait for g rather than for each other.
         if constexpr (kTyped<G> &&
-                      (activation() == Activation::kNone || activation() == Activation::kReLU)) {
-          for (; i + 2 * step <= block.length; i += 2 * step) {
+                      (kActivation == Activation::kNone || kActivation == Activation::kReLU)) {
+          SumPair<A> second;
+          for (; i + 2 * step <= stop; i += 2 * step) {
             add(Whole{i}, first);
             add(Whole{i + step}, second);
           }
+          first.add(second);
+        } else {
+          for (; i + step <= stop; i += step) add(Whole{i}, first);
         }
-        for (; i + step <= block.length; i += step) add(Whole{i}, first);
-        if (i < block.length) add(last, second);
+        total.add(first);
       }
-      out[record].g = sum_of_lanes<A>(
-          hn::Add(hn::Add(first.g.lo, second.g.lo), hn::Add(first.g.hi, second.g.hi)));
-      out[record].g_centered =
-          sum_of_lanes<A>(hn::Add(hn::Add(first.g_centered.lo, second.g_centered.lo),
-                                  hn::Add(first.g_centered.hi, second.g_centered.hi)));
+      for (; i + step <= length; i += step) add(Whole{i}, total);
+      if (i < length) {
+        run_end.visit([&](const auto& u) NORMCORE_INLINE_LAMBDA { add(u, total); });
+      }
+      if (!kShort && run + 1 - joined == runs_per_chain) {
+        before.add(total);
+        total = SumPair<A>();
+        joined = run + 1;
+      }
     }
+    if constexpr (!kShort) total.add(before);
+    const Tag<A> d;
+    const std::int64_t lane = record % kRecords;
+    hn::Store(hn::Add(total.g.lo, total.g.hi), d, g_lanes + lane * kRecords);
+    hn::Store(hn::Add(total.g_centered.lo, total.g_centered.hi), d,
+              centered_lanes + lane * kRecords);
+    if (lane + 1 == kRecords || record + 1 == block.records) {
+      hn::StoreU(sums_of_lanes<A>(g_lanes, lane + 1), d, g + record - lane);
+      hn::StoreU(sums_of_lanes<A>(centered_lanes, lane + 1), d, g_centered + record - lane);
+    }
+  }
+}
+
+template <class A>
+void sums_of_runs(const GradientArgs<A>& args, const RunBlock& block, A* g, A* g_centered) {
+  visit_gradient<false>(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
+    using T = typename decltype(tag)::type;
+    using G = typename decltype(grad_tag)::type;
+    if constexpr (kPlain<G, activation()>) {
+      if (block.runs == 1 && block.length < kMinChain * unit<A>()) {
+        typed_sums_of_runs<true, activation(), T, G>(args, block, g, g_centered);
+        return;
+      }
+    }
+    typed_sums_of_runs<false, activation(), T, G>(args, block, g, g_centered);
   });
 }
 
@@ -266,8 +330,16 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
       constexpr std::int64_t kSize = kColumnStrip + kSlotPadding<A>;
       HWY_ALIGN A g_slots[kSize];
       HWY_ALIGN A centered_slots[kSize];
+      // Sums of chains, if there are several.
+      HWY_ALIGN A g_chains[kSize];
+      HWY_ALIGN A centered_chains[kSize];
+      const bool is_chained = rows > kMaxChain;
       clear_slots<A, kOrder>(columns, g_slots);
       clear_slots<A, kOrder>(columns, centered_slots);
+      if (is_chained) {
+        clear_slots<A, kOrder>(columns, g_chains);
+        clear_slots<A, kOrder>(columns, centered_chains);
+      }
       std::int64_t row = 0;
       const auto add_rows = [&](auto count) NORMCORE_INLINE_LAMBDA {
         const auto in = block_operands<T, G, count()>(args, row, width, first);
@@ -288,16 +360,33 @@ void sums_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64_t w
         });
         row += count();
       };
-      const std::int64_t shared = end_of_shared_rows<T>(rows, width);
-      while (row + kRows <= shared) add_rows(std::integral_constant<int, kRows>());
-      while (row < rows) add_rows(std::integral_constant<int, 1>());
-      from_slots<A, kOrder>(g_slots, columns, g + first);
-      from_slots<A, kOrder>(centered_slots, columns, g_centered + first);
+      while (row < rows) {
+        const std::int64_t end = std::min(row + kMaxChain, rows);
+        const std::int64_t shared = end_of_shared_rows<T>(end, width);
+        while (row + kRows <= shared) add_rows(std::integral_constant<int, kRows>());
+        while (row < end) add_rows(std::integral_constant<int, 1>());
+        if (is_chained) {
+          move_slots<A, kOrder>(columns, g_slots, g_chains);
+          move_slots<A, kOrder>(columns, centered_slots, centered_chains);
+        }
+      }
+      from_slots<A, kOrder>(is_chained ? g_chains : g_slots, columns, g + first);
+      from_slots<A, kOrder>(is_chained ? centered_chains : centered_slots, columns,
+                            g_centered + first);
     });
   });
 }
 
 // ---- gradients
+
+// kUsual: grad_x alone, through the statistics, known before the loops. kAny: looked up per unit.
+enum class Outputs { kUsual, kAny };
+
+template <class A>
+HWY_INLINE Outputs outputs_of(const GradientArgs<A>& args) {
+  const bool is_usual = args.grad_x && !args.grad_residual && args.coefficients.slope != nullptr;
+  return is_usual ? Outputs::kUsual : Outputs::kAny;
+}
 
 // grad_x of what gradient_of_unit() gave.
 template <class G, class A, class V>
@@ -320,33 +409,50 @@ HWY_INLINE Pair<A> input_gradient(const Gradient<A>& v, const UnitCoefficients<V
 }
 
 // kRows runs of n values that share their coefficients; `stride` leads from run to run.
-template <Activation kActivation, int kRows, class T, class G, class A, class Source>
+template <Activation kActivation, Outputs kOutputs, int kRows, class T, class G, class A,
+          class Source>
 HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, bool stream, std::int64_t offset,
                                   std::int64_t stride, std::int64_t n, const Source& source,
                                   const std::array<Operands<T, G>, kRows>& operands) {
   T* const grad_x = static_cast<T*>(advance(args.grad_x, offset).data);
   const auto grad_residual = advance(args.grad_residual, offset);
-  const bool constant_statistics = args.coefficients.slope == nullptr;
+  constexpr bool kUsual = kOutputs == Outputs::kUsual;
+  const bool constant_statistics = !kUsual && args.coefficients.slope == nullptr;
   const auto step = [&](const auto& u, auto options) HWY_ATTR {
     const auto& c = source.at(u);
     for (int row = 0; row < kRows; ++row) {
       const auto v = gradient_of_unit<A, kActivation>(u, operands[row], c);
-      if (grad_x != nullptr) {
+      if (kUsual || grad_x != nullptr) {
         u.template store<options()>(input_gradient<G>(v, c, constant_statistics),
                                     grad_x + row * stride);
       }
-      if (grad_residual) store_any<A>(u, v.g, advance(grad_residual, row * stride));
+      if constexpr (!kUsual) {
+        if (grad_residual) store_any<A>(u, v.g, advance(grad_residual, row * stride));
+      }
     }
   };
   if constexpr (kTyped<G>) {
     // Coefficients hold canonical NaNs only, and so do values of T.
     constexpr bool kCanonical = std::is_same_v<G, T> && kActivation == Activation::kNone;
-    for_each_stored_unit<A, kOrderOf<A, T>, StoreOptions{.canonical_nan = kCanonical}>(
-        n, grad_x, stream, step);
+    for_each_stored_unit<A, kOrderOf<A, T>, StoreOptions{.canonical_nan = kCanonical},
+                         Source::kEndOfRun>(n, grad_x, stream, step);
   } else {
     for_each_unit<A, kOrderOf<A, T>>(n, [&](const auto& u) HWY_ATTR {
       step(u, std::integral_constant<StoreOptions, StoreOptions{}>());
     });
+  }
+}
+
+template <Activation kActivation, Outputs kOutputs, class T, class G, class A>
+HWY_INLINE void typed_gradient_of_runs(const GradientArgs<A>& given, std::int64_t count,
+                                       std::int64_t length) {
+  const GradientArgs<A> args = given;  // which outputs cannot alias: runs may be short
+  for (std::int64_t run = 0; run < count; ++run) {
+    const std::uint8_t* mask =
+        args.mask.data == nullptr ? nullptr : args.mask.data + run * args.mask.record_stride;
+    gradient_of_block<kActivation, kOutputs, 1, T, G>(
+        args, args.stream, run * length, length, length, RunSource<A>(args.coefficients, run),
+        {Operands<T, G>(args, run * length, mask, false)});
   }
 }
 
@@ -355,13 +461,13 @@ void gradient_of_runs(const GradientArgs<A>& args, std::int64_t count, std::int6
   visit_gradient<true>(args, [&](auto tag, auto grad_tag, auto activation) HWY_ATTR {
     using T = typename decltype(tag)::type;
     using G = typename decltype(grad_tag)::type;
-    for (std::int64_t run = 0; run < count; ++run) {
-      const std::uint8_t* mask =
-          args.mask.data == nullptr ? nullptr : args.mask.data + run * args.mask.record_stride;
-      gradient_of_block<activation(), 1, T, G>(args, args.stream, run * length, length, length,
-                                               RunSource<A>(args.coefficients, run),
-                                               {Operands<T, G>(args, run * length, mask, false)});
+    if constexpr (kPlain<G, activation()>) {
+      if (outputs_of(args) == Outputs::kUsual) {
+        typed_gradient_of_runs<activation(), Outputs::kUsual, T, G>(args, count, length);
+        return;
+      }
     }
+    typed_gradient_of_runs<activation(), Outputs::kAny, T, G>(args, count, length);
   });
 }
 
@@ -379,7 +485,7 @@ void gradient_of_rows(const GradientArgs<A>& args, std::int64_t rows, std::int64
                           is_stream_start(static_cast<const T*>(args.grad_x.data) + first, width);
       std::int64_t row = 0;
       const auto block = [&](auto count) NORMCORE_INLINE_LAMBDA {
-        gradient_of_block<activation(), count(), T, G>(
+        gradient_of_block<activation(), Outputs::kAny, count(), T, G>(
             args, stream, row * width + first, width, columns, source,
             block_operands<T, G, count()>(args, row, width, first));
         row += count();

@@ -54,10 +54,11 @@ HWY_INLINE Pair<A> normalized(const Pair<A>& centered, const UnitCoefficients<V>
 
 template <class A>
 struct RunSource {
+  static constexpr bool kEndOfRun = true;
   UnitCoefficients<Vector<A>> values;
   HWY_INLINE RunSource(const Coefficients<A>& c, std::int64_t run)
-      : values{of(c.center, run), of(c.scale, run), of(c.shift, run), of(c.slope, run),
-               of(c.offset, run)} {}
+      : values{hn::Set(Tag<A>(), c.center[run]), hn::Set(Tag<A>(), c.scale[run]),
+               hn::Set(Tag<A>(), c.shift[run]), of(c.slope, run), of(c.offset, run)} {}
   template <class Unit>
   HWY_INLINE const UnitCoefficients<Vector<A>>& at(const Unit&) const {
     return values;
@@ -75,6 +76,7 @@ inline constexpr std::int64_t kColumnStrip = 2048;
 template <class A, Order kOrder>
 class ColumnSource {
  public:
+  static constexpr bool kEndOfRun = false;  // slots know no other end
   // Of `columns` <= kColumnStrip columns.
   HWY_INLINE ColumnSource(const Coefficients<A>& c, std::int64_t first, std::int64_t columns)
       : has_slope_(c.slope != nullptr) {

@@ -26,6 +26,12 @@ class TileState {
         offset(arrays == 5 ? slope + padded(entries) : nullptr),
         scratch(reinterpret_cast<double*>(center + arrays * padded(entries))) {}
 
+  // Entries in whole cache lines.
+  static constexpr std::int64_t padded(std::int64_t entries) {
+    constexpr std::int64_t kLine = 64 / sizeof(A);
+    return (entries + kLine - 1) / kLine * kLine;
+  }
+
   A* center;
   A* scale;
   A* shift;
@@ -67,12 +73,6 @@ class TileState {
   // The value; a NaN without what it carries (StoreOptions in convert-inl.h).
   static A canonical(A value) {
     return std::isnan(value) ? std::numeric_limits<A>::quiet_NaN() : value;
-  }
-
- private:
-  static constexpr std::int64_t padded(std::int64_t entries) {
-    constexpr std::int64_t kLine = 64 / sizeof(A);
-    return (entries + kLine - 1) / kLine * kLine;
   }
 };
 

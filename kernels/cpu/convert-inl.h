@@ -208,6 +208,23 @@ HWY_INLINE A sum_of_lanes(Vector<A> v) {
   return hn::GetLane(hn::SumOfLanes(Tag<A>(), v));
 }
 
+// The sums of the lanes of `count` <= kRows vectors at `rows`, added like a tree of neighbours: lane k is that
+// of vector k, whatever the others hold. kRows: the number of lanes, but for the recursion.
+template <class A, int kRows = static_cast<int>(hn::MaxLanes(Tag<A>()))>
+HWY_INLINE Vector<A> sums_of_lanes(const A* rows, [[maybe_unused]] std::int64_t count) {
+  const Tag<A> d;
+#if HWY_TARGET != HWY_SCALAR  // which has one lane
+  if constexpr (kRows > 1) {
+    constexpr int kHalf = kRows / 2;
+    const auto lo = sums_of_lanes<A, kHalf>(rows, count);
+    const auto hi =
+        count > kHalf ? sums_of_lanes<A, kHalf>(rows + kHalf * lanes<A>(), count - kHalf) : lo;
+    return hn::Add(hn::ConcatEven(d, hi, lo), hn::ConcatOdd(d, hi, lo));
+  }
+#endif
+  return hn::Load(d, rows);
+}
+
 // ---- units: pairs of vectors that cover a run of n values
 
 template <class A>
@@ -319,6 +336,7 @@ HWY_INLINE hn::Mask<Tag<A>> load_mask_vector(const std::uint8_t* p) {
 // A whole unit at [at, at + unit).
 template <class A, Order kOrder>
 struct WholeUnit {
+  static constexpr bool kIsVector = false;
   std::int64_t at;
 
   template <class T>
@@ -359,6 +377,7 @@ struct WholeUnit {
 template <class A, Order kOrder>
 struct LastUnit {
   using Whole = WholeUnit<A, kOrder>;
+  static constexpr bool kIsVector = false;
   std::int64_t at, count, whole;
   PairMask<A> fresh;  // lanes that hold values not seen before
 
@@ -409,6 +428,55 @@ struct LastUnit {
     }
     return {hn::And(hn::Ge(lo, from), hn::Lt(lo, to)), hn::And(hn::Ge(hi, from), hn::Lt(hi, to))};
   }
+};
+
+// The end of a run of at least a vector, where at most a vector of it is left: the last whole vector,
+// twice in a pair, so that whatever is done to the pair is done once.
+template <class A>
+struct LastVector {
+  static constexpr bool kIsVector = true;
+  std::int64_t at;
+  hn::Mask<Tag<A>> fresh;  // lanes that hold values not seen before
+
+  HWY_INLINE explicit LastVector(std::int64_t n) : at(n - lanes<A>()) {
+    const Tag<A> d;
+    const auto old = hn::Set(d, static_cast<A>(lanes<A>() - n % unit<A>()));
+    fresh = hn::Ge(hn::Iota(d, A{0}), old);
+  }
+
+  template <class T>
+  HWY_INLINE Pair<A> load(const T* run) const {
+    const auto v = load_vector<A>(run + at);
+    return {v, v};
+  }
+  template <StoreOptions = StoreOptions{}, class T>
+  HWY_INLINE void store(const Pair<A>& v, T* run) const {
+    store_vector<A>(v.lo, run + at);
+  }
+  HWY_INLINE Pair<A> only_new(const Pair<A>& v) const {
+    const auto kept = hn::IfThenElseZero(fresh, v.lo);
+    return {kept, kept};
+  }
+};
+
+// The unit at the end of runs of n values. kMayBeVector: either of the two.
+template <class A, Order kOrder, bool kMayBeVector = true>
+class RunEnd {
+ public:
+  HWY_INLINE explicit RunEnd(std::int64_t n)
+      : is_vector_(n >= lanes<A>() && n % unit<A>() <= lanes<A>()), unit_(n), vector_(n) {}
+  template <class Body>
+  HWY_INLINE void visit(Body&& body) const {
+    if constexpr (kMayBeVector && kOrder == Order::kHalves) {
+      if (is_vector_) return body(vector_);
+    }
+    body(unit_);
+  }
+
+ private:
+  bool is_vector_;
+  LastUnit<A, kOrder> unit_;
+  LastVector<A> vector_;
 };
 
 // Calls body(unit) for the units that cover n values, from `first` on.
@@ -462,6 +530,14 @@ HWY_INLINE void clear_slots(std::int64_t n, A* slots) {
   for_each_unit<A, kOrder>(
       n, [&](const auto& u) HWY_ATTR { store_slot<A>(u, broadcast(A{0}), slots); });
 }
+// Adds the sums in `from` to those in `to`, and begins anew.
+template <class A, Order kOrder>
+HWY_INLINE void move_slots(std::int64_t n, A* from, A* to) {
+  for_each_unit<A, kOrder>(n, [&](const auto& u) HWY_ATTR {
+    store_slot<A>(u, sum_of(load_slot<A>(u, to), load_slot<A>(u, from)), to);
+    store_slot<A>(u, broadcast(A{0}), from);
+  });
+}
 template <class A, Order kOrder>
 HWY_INLINE void to_slots(const A* values, std::int64_t n, A* slots) {
   for_each_unit<A, kOrder>(
@@ -475,8 +551,9 @@ HWY_INLINE void from_slots(const A* slots, std::int64_t n, A* values) {
 }
 
 // Calls body(unit, options) for the units that cover n values of which the outputs at `out` are
-// stored: streamed if that is worth it. Values may be stored twice.
-template <class A, Order kOrder, StoreOptions kOptions, class T, class Body>
+// stored: streamed if that is worth it. Values may be stored twice. kEndOfRun: the last unit may be a
+// vector.
+template <class A, Order kOrder, StoreOptions kOptions, bool kEndOfRun, class T, class Body>
 HWY_INLINE void for_each_stored_unit(std::int64_t n, const T* out, bool stream, Body&& body) {
   using Cached = std::integral_constant<StoreOptions, StoreOptions{kOptions.canonical_nan, false}>;
   constexpr std::int64_t kMinStreamedUnits = 8;
@@ -489,7 +566,11 @@ HWY_INLINE void for_each_stored_unit(std::int64_t n, const T* out, bool stream, 
     if (i < n) body(LastUnit<A, kOrder>(n), Cached());
     return;
   }
-  for_each_unit<A, kOrder>(n, [&](const auto& u) HWY_ATTR { body(u, Cached()); });
+  std::int64_t i = 0;
+  for (; i + unit<A>() <= n; i += unit<A>()) body(WholeUnit<A, kOrder>{i}, Cached());
+  if (i < n) {
+    RunEnd<A, kOrder, kEndOfRun>(n).visit([&](const auto& u) HWY_ATTR { body(u, Cached()); });
+  }
 }
 
 // Calls f(TypeTag<T>) for the dtype of x: float64 tensors are computed in float64, all others in

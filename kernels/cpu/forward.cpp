@@ -37,12 +37,13 @@ class PlanesForward {
   PlanesForward(const ForwardCall<A, Statistics>& call, const Problem& problem)
       : call_(call), geometry_(problem) {}
 
-  std::int64_t pieces(std::int64_t tile) const { return geometry_.pieces(tile); }
+  std::int64_t pieces(std::int64_t tile) const { return geometry_.pieces(geometry_.tile(tile)); }
   std::int64_t chunk_grain() const { return 2; }
 
-  void reduce(std::int64_t tile, std::int64_t index, char*, void* partial) const {
+  void reduce(std::int64_t tile_index, std::int64_t index, char*, void* partial) const {
+    const PlanesTile tile = geometry_.tile(tile_index);
     const RunChunk chunk = geometry_.chunk(tile, index);
-    const std::int64_t offset = geometry_.offset(tile) + chunk.offset;
+    const std::int64_t offset = tile.offset + chunk.offset;
     const RunBlock block{geometry_.records(tile), geometry_.record_stride(), chunk.runs,
                          geometry_.run_stride(), chunk.length};
     const MaskBlock mask =
@@ -52,24 +53,25 @@ class PlanesForward {
                                static_cast<Moments*>(partial));
   }
 
-  void finish(std::int64_t tile, char* state, const Partials& partials) const {
+  void finish(std::int64_t index, char* state, const Partials& partials) const {
+    const PlanesTile tile = geometry_.tile(index);
     const TileState<A> out = tile_state(state);
-    const std::int64_t sample = geometry_.sample(tile), channel = geometry_.first_channel(tile);
-    const std::int64_t planes = geometry_.planes(tile);
     // Batch norm: every plane is a slice; group norm: the first record is the slice.
-    const std::int64_t per_slice = call_.num_groups == 0 ? 1 : planes;
-    for (std::int64_t p = 0; p < planes; p += per_slice) {
-      const std::int64_t slice = call_.num_groups == 0 ? channel + p : tile;
+    const std::int64_t per_slice = call_.num_groups == 0 ? 1 : tile.planes;
+    for (std::int64_t p = 0; p < tile.planes; p += per_slice) {
+      const std::int64_t channel = tile.first_channel + p;
+      const std::int64_t slice = call_.num_groups == 0 ? channel : index;
       out.set_affine(p, per_slice, call_.statistics(slice, merged(partials, p)), call_.affine,
-                     sample, channel + p);
+                     tile.sample, channel);
     }
   }
 
-  void apply(std::int64_t tile, std::int64_t index, char* state) const {
+  void apply(std::int64_t tile_index, std::int64_t index, char* state) const {
+    const PlanesTile tile = geometry_.tile(tile_index);
     const PlanePiece piece = geometry_.piece(tile, index);
-    call_.simd.apply_runs(call_.apply_args(geometry_.offset(tile) + piece.offset,
-                                           tile_state(state).view(piece.first_plane)),
-                          piece.planes, piece.length);
+    call_.simd.apply_runs(
+        call_.apply_args(tile.offset + piece.offset, tile_state(state).view(piece.first_plane)),
+        piece.planes, piece.length);
   }
 
  private:

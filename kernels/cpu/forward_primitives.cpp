@@ -430,7 +430,7 @@ HWY_INLINE void apply_block(const ApplyArgs<A>& args, bool stream, std::int64_t 
     // Coefficients hold canonical NaNs only, and so do values of T.
     constexpr bool kCanonical =
         kActivation == Activation::kNone || kActivation == Activation::kReLU;
-    for_each_stored_unit<A, kOrder, StoreOptions{.canonical_nan = kCanonical}>(
+    for_each_stored_unit<A, kOrder, StoreOptions{.canonical_nan = kCanonical}, Source::kEndOfRun>(
         n, out, stream, [&](const auto& u, auto options) HWY_ATTR {
           const auto& c = source.at(u);
           for (int row = 0; row < kRows; ++row) {

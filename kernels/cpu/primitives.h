@@ -17,7 +17,7 @@
 
 namespace normcore::kernels {
 
-// Rows per call of moments_of_rows and sums_of_rows, at most: bounds the float32 chains of their
+// Rows per call of moments_of_rows and sums_of_rows, at most: bounds the float32 chains of the former's
 // accumulators.
 inline constexpr std::int64_t kMaxRows = 1024;
 
@@ -79,11 +79,6 @@ struct GradientArgs {
   std::int64_t kept_run_stride = 0;
 };
 
-struct GradientSums {
-  double g = 0.0;           // sum g
-  double g_centered = 0.0;  // sum g * (x - center)
-};
-
 // Neighbouring dense slices of `size` values each.
 struct SampleShape {
   std::int64_t slices = 0, size = 0;
@@ -136,9 +131,10 @@ struct Primitives {
   // y of `count` neighbouring runs of `length` values.
   void (*apply_runs)(const ApplyArgs<A>& args, std::int64_t count, std::int64_t length);
   void (*apply_rows)(const ApplyArgs<A>& args, std::int64_t rows, std::int64_t width);
-  // out[record] = sums over the record's values; coefficients are indexed by record.
-  void (*sums_of_runs)(const GradientArgs<A>& args, const RunBlock& block, GradientSums* out);
-  // g[column], g_centered[column] = sums over `rows` rows.
+  // g[record] = sum of g, g_centered[record] = sum of g * (x - center) over the record's values;
+  // coefficients are indexed by record. Whole vectors are written: the arrays end with a cache line.
+  void (*sums_of_runs)(const GradientArgs<A>& args, const RunBlock& block, A* g, A* g_centered);
+  // The same sums of columns over `rows` rows.
   void (*sums_of_rows)(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width, A* g,
                        A* g_centered);
   // grad_x and grad_residual of `count` neighbouring runs of `length` values; the mask's

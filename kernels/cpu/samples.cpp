@@ -179,10 +179,10 @@ void run_samples(const BackwardCall& call, const CpuPlan& plan, void* workspace,
       return;
     }
     run(first, count);
-    double* const out = samples.parameters() + g.block(tile) * c * 2;
     for_each_channel([&](std::int64_t i, double scale, double bias) {
-      out[2 * i] = scale;
-      out[2 * i + 1] = bias;
+      const PartialParameters out(samples.parameters(), g.block(tile), c, i);
+      *out.scale = scale;
+      *out.bias = bias;
     });
   });
   if (wants_parameters && !per_sample) {

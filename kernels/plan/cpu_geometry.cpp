@@ -65,26 +65,11 @@ PlanesGeometry::PlanesGeometry(const Problem& p)
   chunks_ = chunks_per_run_ > 1 ? runs_ * chunks_per_run_ : ceil_div(runs_, runs_per_chunk_);
   if (p.pass == Pass::kInference) chunks_ = 0;
   piece_length_ = std::min(s_, kPieceValues);
+  pieces_per_plane_ = ceil_div(s_, piece_length_);
   planes_per_piece_ = std::max<std::int64_t>(1, kPieceValues / s_);
 }
 
-std::int64_t PlanesGeometry::first_channel(std::int64_t tile) const {
-  return group_norm_ ? tile % groups_ * planes_ : tile * planes_;
-}
-std::int64_t PlanesGeometry::sample(std::int64_t tile) const {
-  return group_norm_ ? tile / groups_ : 0;
-}
-std::int64_t PlanesGeometry::planes(std::int64_t tile) const {
-  return std::min(planes_, c_ - first_channel(tile));
-}
-std::int64_t PlanesGeometry::records(std::int64_t tile) const {
-  return channel_records_ ? planes(tile) : 1;
-}
-std::int64_t PlanesGeometry::offset(std::int64_t tile) const {
-  return (sample(tile) * c_ + first_channel(tile)) * s_;
-}
-
-RunChunk PlanesGeometry::chunk(std::int64_t tile, std::int64_t index) const {
+RunChunk PlanesGeometry::chunk(const PlanesTile& tile, std::int64_t index) const {
   RunChunk out;
   std::int64_t run, start = 0;
   if (chunks_per_run_ > 1) {
@@ -99,28 +84,24 @@ RunChunk PlanesGeometry::chunk(std::int64_t tile, std::int64_t index) const {
   }
   out.offset = run * run_stride_ + start;
   out.kept_offset = run * kept_run_stride() + start;
-  out.row_mask_offset = sample(tile) * s_ + run * row_mask_run_stride() + start;
+  out.row_mask_offset = tile.sample * s_ + run * row_mask_run_stride() + start;
   return out;
 }
 
-std::int64_t PlanesGeometry::pieces_per_block(std::int64_t tile) const {
-  return ceil_div(planes(tile), planes_per_piece_) * ceil_div(s_, piece_length_);
-}
-std::int64_t PlanesGeometry::pieces(std::int64_t tile) const {
-  return (group_norm_ ? 1 : n_) * pieces_per_block(tile);
-}
-
-PlanePiece PlanesGeometry::piece(std::int64_t tile, std::int64_t index) const {
-  const std::int64_t per_block = pieces_per_block(tile), per_plane = ceil_div(s_, piece_length_);
-  const std::int64_t block = index / per_block, within = index % per_block;
-  const std::int64_t start = within % per_plane * piece_length_;
+PlanePiece PlanesGeometry::piece(const PlanesTile& tile, std::int64_t index) const {
+  // Divisions by 1 would take a good part of what a short tile does.
+  const auto quotient = [](std::int64_t a, std::int64_t b) { return b == 1 ? a : a / b; };
+  const std::int64_t per_block = pieces_per_block(tile), block = quotient(index, per_block),
+                     within = index - block * per_block,
+                     plane = quotient(within, pieces_per_plane_),
+                     start = (within - plane * pieces_per_plane_) * piece_length_;
   PlanePiece out;
-  out.first_plane = within / per_plane * planes_per_piece_;
-  out.planes = std::min(planes_per_piece_, planes(tile) - out.first_plane);
+  out.first_plane = plane * planes_per_piece_;
+  out.planes = std::min(planes_per_piece_, tile.planes - out.first_plane);
   out.length = std::min(piece_length_, s_ - start);
   out.offset = block * run_stride_ + out.first_plane * s_ + start;
   out.kept_offset = block * kept_run_stride() + out.first_plane * s_ + start;
-  out.row_mask_offset = (group_norm_ ? sample(tile) : block) * s_ + start;
+  out.row_mask_offset = (group_norm_ ? tile.sample : block) * s_ + start;
   return out;
 }
 
@@ -185,7 +166,8 @@ WorkspaceLayout workspace_layout(const Problem& p, const CpuPlan& plan) {
     const PlanesGeometry g(p);
     w.state =
         coefficients * round_up(g.max_planes() * element) + round_up(g.max_records() * 3 * kDouble);
-    w.partial = round_up(g.max_records() * (backward ? 2 : 3) * kDouble);
+    w.partial = backward ? 2 * round_up(g.max_records() * element)
+                         : round_up(g.max_records() * 3 * kDouble);
     w.kept = plan.keep ? round_up(g.tile_size() * element) : 0;
   } else {
     const RowsGeometry g(p);

@@ -21,6 +21,12 @@ struct RunChunk {
   std::int64_t runs = 0, length = 0;
 };
 
+struct PlanesTile {
+  std::int64_t sample = 0;  // 0 for batch norm
+  std::int64_t first_channel = 0, planes = 0;
+  std::int64_t offset = 0;  // from the tensor's first value
+};
+
 // Neighbouring planes of a tile, or a part of one plane.
 struct PlanePiece {
   std::int64_t offset = 0;           // from the tile's first value
@@ -38,34 +44,41 @@ class PlanesGeometry {
 
   std::int64_t tiles() const { return tiles_; }
   std::int64_t chunks() const { return chunks_; }
-  std::int64_t pieces(std::int64_t tile) const;
-
-  std::int64_t first_channel(std::int64_t tile) const;  // of the tile
-  std::int64_t sample(std::int64_t tile) const;         // of the tile; 0 for batch norm
-  std::int64_t planes(std::int64_t tile) const;         // channels in the tile
+  PlanesTile tile(std::int64_t index) const {
+    const std::int64_t sample = group_norm_ ? index / groups_ : 0;
+    const std::int64_t first = (index - sample * groups_) * planes_;
+    return {sample, first, std::min(planes_, c_ - first), (sample * c_ + first) * s_};
+  }
+  std::int64_t pieces(const PlanesTile& tile) const {
+    return (group_norm_ ? 1 : n_) * pieces_per_block(tile);
+  }
   std::int64_t max_planes() const { return planes_; }
   std::int64_t tile_size() const { return (group_norm_ ? 1 : n_) * planes_ * s_; }  // values
-  std::int64_t records(std::int64_t tile) const;  // independent reductions per chunk
+  // Independent reductions per chunk.
+  std::int64_t records(const PlanesTile& tile) const { return channel_records_ ? tile.planes : 1; }
   std::int64_t max_records() const { return channel_records_ ? planes_ : 1; }
-  std::int64_t offset(std::int64_t tile) const;
   std::int64_t record_stride() const { return s_; }
   std::int64_t run_stride() const { return run_stride_; }
   std::int64_t kept_run_stride() const { return planes_ * s_; }
   std::int64_t row_mask_run_stride() const { return group_norm_ ? 0 : s_; }
   std::int64_t chunk_size() const { return chunk_; }
 
-  RunChunk chunk(std::int64_t tile, std::int64_t index) const;
-  PlanePiece piece(std::int64_t tile, std::int64_t index) const;
+  RunChunk chunk(const PlanesTile& tile, std::int64_t index) const;
+  PlanePiece piece(const PlanesTile& tile, std::int64_t index) const;
 
  private:
-  std::int64_t pieces_per_block(std::int64_t tile) const;
+  std::int64_t pieces_per_block(const PlanesTile& tile) const {
+    return tile.planes <= planes_per_piece_
+               ? pieces_per_plane_
+               : ceil_div(tile.planes, planes_per_piece_) * pieces_per_plane_;
+  }
 
   std::int64_t n_, c_, s_, groups_;
   bool group_norm_, channel_records_;
   std::int64_t tiles_, planes_;              // planes: channels per (full) tile
   std::int64_t runs_, run_stride_, length_;  // of one record
   std::int64_t chunk_, chunks_, chunks_per_run_, runs_per_chunk_;
-  std::int64_t piece_length_, planes_per_piece_;
+  std::int64_t piece_length_, pieces_per_plane_, planes_per_piece_;
 };
 
 // Neighbouring rows of a tile, as `rows` folded rows of `columns` values. Rows that do not fill a
