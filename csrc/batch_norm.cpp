@@ -129,15 +129,12 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
   const auto x =
       promote_input(input, {&weight, &bias, &residual, &running_mean, &running_var}, dtype);
   const auto y_dtype = dtype.value_or(input.scalar_type());
-  if (training && is_recomputed()) {
-    return std::get<0>(op::batch_norm_train().call(x, weight, bias, residual, mask, std::nullopt,
-                                                   std::nullopt, std::nullopt, axis, momentum, eps,
-                                                   unbiased, activation, y_dtype));
-  }
   if (training) {
-    return std::get<0>(op::batch_norm_train().call(x, weight, bias, residual, mask, running_mean,
-                                                   running_var, num_batches_tracked, axis, momentum,
-                                                   eps, unbiased, activation, y_dtype));
+    const OptionalTensor none;
+    const bool counts = !is_recomputed();
+    return std::get<0>(op::batch_norm_train().call(
+        x, weight, bias, residual, mask, counts ? running_mean : none, counts ? running_var : none,
+        counts ? num_batches_tracked : none, axis, momentum, eps, unbiased, activation, y_dtype));
   }
   TORCH_CHECK_VALUE(has(running_mean) && has(running_var),
                     "batch_norm: expected running_mean and running_var with training False, got ",
