@@ -176,9 +176,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_functional(
   const auto var = copy_beside(running_var, {&batch, &mask, &stats[0], &num_batches_tracked});
   const auto count =
       has(num_batches_tracked) ? OptionalTensor(num_batches_tracked->clone()) : std::nullopt;
-  const auto y =
-      op::batch_norm().call(input, mean, var, weight, bias, /*training=*/true, momentum, eps, axis,
-                            mask, activation, residual, unbiased, count, dtype);
+  // Not batch_norm, which changes no statistics inside of a backward pass.
+  const auto x = promote_input(input, {&weight, &bias, &residual, &stats[0], &stats[1]}, dtype);
+  const auto y = std::get<0>(
+      op::batch_norm_train().call(x, weight, bias, residual, mask, mean, var, count, axis, momentum,
+                                  eps, unbiased, activation, dtype.value_or(input.scalar_type())));
   return {y, mean, var};
 }
 

@@ -1,7 +1,7 @@
 #include "formulas.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/_native_batch_norm_legit_no_training.h>
+#include <ATen/ops/batch_norm.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
@@ -14,6 +14,7 @@
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <cmath>
@@ -253,6 +254,13 @@ class Formula {
 
 namespace {
 
+// Whether the call is transformed by torch.func, whose vmap runs aten's batch norm sample by sample.
+bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(
+             c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
 // One feature axis of an input that aten's norms take: at least [N, C].
 bool is_plain(const Operands& operands, const CheckedNorm<c10::SymInt>& norm) {
   return norm.axes.feature.size() == 1 && operands.input.dim() >= 2 && !has(operands.mask);
@@ -296,16 +304,16 @@ Tensor batch_norm_eval_formula(const Operands& operands, const CheckedNorm<c10::
   const auto& [input, weight, bias, residual, mask] = operands;
   const auto dtype = compute_dtype(input.scalar_type());
   const auto mean = running_mean.to(dtype), var = running_var.to(dtype);
-  if (!is_plain(operands, norm)) {
+  if (!is_plain(operands, norm) || is_transformed()) {
     const auto rstd = (var + norm.eps).rsqrt();
     Formula formula(operands, norm, {mean, rstd, /*are_constants=*/true});
     formula.normalize();
     return formula.output();
   }
   const auto axis = norm.axes.feature[0];
-  const auto z = std::get<0>(at::_native_batch_norm_legit_no_training(
-      swap(input.to(dtype), 1, axis), to(weight, dtype), to(bias, dtype), mean, var,
-      /*momentum=*/0.0, norm.eps));
+  const auto z = at::batch_norm(swap(input.to(dtype), 1, axis), to(weight, dtype), to(bias, dtype),
+                                mean, var, /*training=*/false, /*momentum=*/0.0, norm.eps,
+                                /*cudnn_enabled=*/false);
   return with_epilogue(swap(z, 1, axis), operands, norm);
 }
 

@@ -243,7 +243,10 @@ def test_compiles_to_one_graph(case: Callable[[], Any], dynamic: bool) -> None:
         lambda f: torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=dynamic),
     )
     for got, want in zip(compiled, run(case), strict=True):
-        assert torch.equal(got, want)
+        if "eval" in case.__name__:  # operations of aten
+            torch.testing.assert_close(got, want)
+        else:
+            assert torch.equal(got, want)
         assert got.stride() == want.stride()
 
 
