@@ -29,6 +29,14 @@ TORCH_LIBRARY(normcore, m) {
       "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
       tags);
 
+  // Instance norm of the samples' own statistics, which update the running ones.
+  m.def(
+      "_instance_norm_train(Tensor input, Tensor(a!) running_mean, Tensor(b!) running_var, "
+      "Tensor? weight=None, Tensor? bias=None, float momentum=0.1, float eps=1e-05, *, "
+      "int[1] axis=1, Tensor? mask=None, str? activation=None, Tensor? residual=None, "
+      "ScalarType? dtype=None) -> Tensor",
+      tags);
+
   // group_norm for exported graphs: decomposes into aten operations.
   m.def(
       "_group_norm_decomposed(Tensor input, int num_groups, Tensor? weight=None, Tensor? "

@@ -1,4 +1,4 @@
-"""Batch and group normalization as functions.
+"""Batch, group and instance normalization as functions.
 
 Their positional arguments are those of :mod:`torch.nn.functional`. Both compute
 
@@ -10,6 +10,7 @@ when ``y`` is stored. This module is the only one that names ``torch.ops.normcor
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["batch_norm", "batch_norm_functional", "explain", "group_norm"]
+__all__ = ["batch_norm", "batch_norm_functional", "explain", "group_norm", "instance_norm"]
 
 # The operators themselves, for code that TorchScript compiles: it has no keyword-only defaults.
 batch_norm_op: Callable[..., Tensor] = torch.ops.normcore.batch_norm
@@ -307,6 +308,94 @@ def group_norm(
         return group_norm_of_graph()(input, num_groups, weight, bias, eps, **options)
     except RuntimeError as error:
         raise _as_type_error("group_norm", error) from None
+
+
+def _channels_of_instances(input: Tensor, axis: int | Sequence[int]) -> int:
+    rank, sizes = input.dim(), []
+    for a in [axis] if isinstance(axis, int) else axis:
+        if not -rank <= a < rank:
+            raise IndexError(
+                f"instance_norm: expected axis in [{-rank}, {rank - 1}] for an input of rank "
+                f"{rank}, got {a}"
+            )
+        if a % rank == 0:
+            raise ValueError(f"instance_norm: expected axis without the batch axis 0, got {axis}")
+        sizes.append(input.shape[a])
+    return math.prod(sizes)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int | Sequence[int] = 1,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Instance normalization: every channel of every sample has statistics of its own.
+
+    .. math::
+        y = \operatorname{act}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} w + b + r\right)
+
+    With ``use_input_stats`` :math:`\mu` and :math:`\sigma^2` are the mean and the biased variance
+    of a channel of a sample; running statistics, when given, take ``(1 - momentum) * running +
+    momentum * new``, where ``new`` is the mean over the samples, of unbiased variances. Otherwise
+    they are ``running_mean`` and ``running_var``. One value per channel is legal: its variance
+    is 0.
+
+    Args:
+        input: ``[N, C, *]`` by default, in float64, float32, bfloat16 or float16, of any strides.
+            The output and the gradient keep its memory format.
+        running_mean: of shape ``[input.shape[a] for a in sorted(axis)]``; may be None with
+            ``use_input_stats``.
+        running_var: like ``running_mean``; both or neither.
+        weight: factor per channel, of the shape of ``running_mean``; absent: 1.
+        bias: summand per channel, of the shape of ``running_mean``; absent: 0.
+        use_input_stats: normalize with the statistics of the input.
+        momentum: weight of the **new** value in the running statistics.
+        eps: added to the variance.
+        axis: the feature axis, or several, without axis 0, the samples.
+        mask: tensor of any dtype that broadcasts to ``input``; nonzero elements count for the
+            statistics. Ignored without ``use_input_stats``.
+        activation: None, ``"relu"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
+        residual: tensor of the shape of ``input``, added before the activation.
+        dtype: dtype of the output, by default that of ``input``.
+
+    Returns:
+        A tensor of the shape and memory format of ``input``.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`batch_norm`.
+
+    Source: Ulyanov et al., `Instance Normalization <https://arxiv.org/abs/1607.08022>`_, 2016.
+    """
+    options = given_options(axis, mask, activation, residual, dtype)
+    if not use_input_stats:
+        return batch_norm(
+            input, running_mean, running_var, weight, bias, False, momentum, eps, **options
+        )
+    if running_mean is None and running_var is None:
+        channels = _channels_of_instances(input, axis)
+        return group_norm(input, channels, weight, bias, eps, **options)
+    if running_mean is None or running_var is None:
+        given = "running_var" if running_mean is None else "running_mean"
+        raise ValueError(
+            "instance_norm: expected both or none of running_mean and running_var, got only "
+            + given
+        )
+    return call_op(
+        torch.ops.normcore._instance_norm_train,
+        (input, running_mean, running_var, weight, bias, momentum, eps),
+        options,
+    )
 
 
 def explain(

@@ -53,8 +53,18 @@ SCHEMAS = [
     "-> (Tensor, Tensor, Tensor, Tensor)",
 ]
 
+COMPOSITE = [
+    "_group_norm_decomposed(Tensor input, int num_groups, Tensor? weight=None, Tensor? bias=None, "
+    "float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? mask=None, "
+    "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
+    "_instance_norm_train(Tensor input, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "Tensor? weight=None, Tensor? bias=None, float momentum=0.1, float eps=1e-05, *, "
+    "int[1] axis=1, Tensor? mask=None, str? activation=None, Tensor? residual=None, "
+    "ScalarType? dtype=None) -> Tensor",
+]
 
-@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda s: s.split("(")[0])
+
+@pytest.mark.parametrize("schema", [*SCHEMAS, *COMPOSITE], ids=lambda s: s.split("(")[0])
 def test_schema_is_the_published_one(schema: str) -> None:
     name = schema.split("(")[0]
     packet = getattr(ops, name)

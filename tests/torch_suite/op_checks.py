@@ -134,7 +134,7 @@ class OpChecks:
             leaves,
             check_grad_dtypes=True,
             check_undefined_grad=True,
-            check_batched_grad=self.op.check_batched_grad and self.target.has_forward_mode_and_vmap,
+            check_batched_grad=self.op.check_batched_grad,
         )
 
     def gradgradcheck(self, sample: SampleInput) -> None:

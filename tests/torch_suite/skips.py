@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from outcomes import Skip
-from targets import FUNCTIONS, Target
+from targets import Target
 from torch import Tensor
-
-KINDS = ("batch_norm", "instance_norm", "group_norm")
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,6 @@ class Facts:
         """Whether torch's samples meet the rules of normcore.functional, not those of torch."""
         return not self.target.is_torch
 
-    @property
-    def function(self) -> str:
-        """The function of torch.nn.functional behind the entry."""
-        name = self.entry.lower().replace("_", "")
-        return next((f for f in KINDS if f.replace("_", "") in name), "")
-
 
 Rule = tuple[Callable[[Facts], bool], str]
 
@@ -41,18 +33,6 @@ NOT_RUN: list[Rule] = [
     (
         lambda f: f.entry == "_batch_norm_with_update",
         "no function and no module of torch calls _batch_norm_with_update, so it is not overridden",
-    ),
-    (
-        lambda f: f.is_ours and f.function not in FUNCTIONS,
-        "normcore.functional has no such function",
-    ),
-    (
-        lambda f: (
-            f.is_ours
-            and f.check in ("forward_ad", "vmap")
-            and not f.target.has_forward_mode_and_vmap
-        ),
-        "normcore.functional has neither forward mode nor vmap (a constant in targets.py)",
     ),
     (
         lambda f: f.is_ours and f.check != "errors" and f.eps < 0,

@@ -12,11 +12,8 @@ import torch.nn.functional as F
 import normcore
 import normcore.functional as NF
 
-#: Whether normcore.functional has forward-mode derivatives and rules for torch.func.vmap.
-FUNCTIONAL_HAS_FORWARD_MODE_AND_VMAP = True
-
 #: The functions of torch.nn.functional that normcore.functional has too.
-FUNCTIONS = [name for name in ("batch_norm", "instance_norm", "group_norm") if hasattr(NF, name)]
+FUNCTIONS = ("batch_norm", "instance_norm", "group_norm")
 
 Function = Callable[..., Any]
 
@@ -25,7 +22,6 @@ class Override:
     """Calls torch; `normcore.override_aten` brings the call to our kernels."""
 
     name = "override"
-    has_forward_mode_and_vmap = True
     is_torch = True  # same outputs, memory formats and errors
 
     def function(self, entry: str, op: Function) -> Function | None:
@@ -42,7 +38,6 @@ class Functional:
     """Calls normcore.functional with the arguments of torch's function, and from its modules."""
 
     name = "functional"
-    has_forward_mode_and_vmap = FUNCTIONAL_HAS_FORWARD_MODE_AND_VMAP
     is_torch = False
 
     def function(self, entry: str, op: Function) -> Function | None:
@@ -74,14 +69,12 @@ def functions() -> dict[str, Function]:
     def found(name: str) -> Function:
         return lambda *args, **kwargs: getattr(F, name)(*args, **kwargs)
 
-    result = {f"nn.functional.{name}": found(name) for name in FUNCTIONS}
-    if "batch_norm" in FUNCTIONS:
-        result["nn.functional.batch_norm.without_cudnn"] = found("batch_norm")
-        result["native_batch_norm"] = native_batch_norm
-        result["_native_batch_norm_legit"] = native_batch_norm_legit
-    if "group_norm" in FUNCTIONS:
-        result["native_group_norm"] = native_group_norm
-    return result
+    return {f"nn.functional.{name}": found(name) for name in FUNCTIONS} | {
+        "nn.functional.batch_norm.without_cudnn": found("batch_norm"),
+        "native_batch_norm": native_batch_norm,
+        "_native_batch_norm_legit": native_batch_norm_legit,
+        "native_group_norm": native_group_norm,
+    }
 
 
 def native_batch_norm(
