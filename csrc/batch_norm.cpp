@@ -117,8 +117,12 @@ bool is_recorded() {
 }
 
 // Whether this is the forward pass of a checkpoint inside of a backward pass: its batch has been
-// counted before.
-bool is_recomputed() { return torch::autograd::get_current_graph_task_id() >= 0; }
+// counted before. A graph that is recorded there will run elsewhere as well.
+bool is_recomputed(const Tensor& input) {
+  const auto keys = input.key_set();
+  return torch::autograd::get_current_graph_task_id() >= 0 && !is_recorded() &&
+         !keys.has(c10::DispatchKey::Python) && !keys.has(c10::DispatchKey::Functionalize);
+}
 
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                   const OptionalTensor& running_var, const OptionalTensor& weight,
@@ -131,7 +135,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
   const auto y_dtype = dtype.value_or(input.scalar_type());
   if (training) {
     const OptionalTensor none;
-    const bool counts = !is_recomputed();
+    const bool counts = !is_recomputed(input);
     return std::get<0>(op::batch_norm_train().call(
         x, weight, bias, residual, mask, counts ? running_mean : none, counts ? running_var : none,
         counts ? num_batches_tracked : none, axis, momentum, eps, unbiased, activation, y_dtype));
@@ -143,6 +147,8 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                                        : "None");
   check_ignored_mask(mask, input);
   if (is_recorded()) {
+    check_no_grad("batch_norm", running_mean, running_var);
+    check_no_tangent("batch_norm", running_mean, running_var);
     const OptionalTensor no_mask;
     const Operands operands{x, weight, bias, residual, no_mask};
     return batch_norm_eval_formula(

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
     const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
     double eps, bool unbiased, OptionalString activation, OptionalDType dtype) {
-  check_no_tangents("batch_norm", "running_mean and running_var", running_mean, running_var);
+  check_no_tangent("batch_norm", running_mean, running_var);
   check_no_grad("batch_norm", running_mean, running_var);
   const Operands operands{input, weight, bias, residual, mask};
   const Recorder recorder(operands, [&] {
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> batch_norm_eval(c10::DispatchKeySet keys, const Tenso
                                            const Tensor& running_mean, const Tensor& running_var,
                                            at::IntArrayRef axis, double eps,
                                            OptionalString activation, OptionalDType dtype) {
-  check_no_tangents("batch_norm", "running_mean and running_var", running_mean, running_var);
+  check_no_tangent("batch_norm", running_mean, running_var);
   check_no_grad("batch_norm", running_mean, running_var);
   const OptionalTensor no_mask;
   const Operands operands{input, weight, bias, residual, no_mask};

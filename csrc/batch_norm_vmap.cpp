@@ -1,5 +1,6 @@
 // Batching rules of batch norm. Statistics of its own for every index of the mapped axis: the axis
 // becomes a feature axis.
+#include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
@@ -13,14 +14,27 @@ struct Running {
   OptionalTensor mean, var, count;
 };
 
+// Counts that are mapped: one of each index.
+void check_counts(const OptionalTensor& of_an_index, const Tensor& counts) {
+  TORCH_CHECK_TYPE(counts.scalar_type() == at::kLong,
+                   "batch_norm: expected num_batches_tracked to have dtype int64, got ",
+                   counts.scalar_type());
+  TORCH_CHECK_VALUE(of_an_index->sym_numel() == 1,
+                    "batch_norm: expected num_batches_tracked to have one element, got shape ",
+                    of_an_index->sym_sizes());
+  TORCH_CHECK_VALUE(at::has_internal_overlap(counts) != at::MemOverlap::Yes,
+                    "batch_norm: expected num_batches_tracked not to be expanded, got strides ",
+                    counts.sym_strides());
+}
+
 // The cumulative average of statistics whose counts differ: the statistics of the batch, as they are,
 // go to copies first.
 void blend(const Running& running, const OptionalTensor& batch_mean,
            const OptionalTensor& batch_var) {
   auto weight = (*running.count + 1).to(at::kDouble).reciprocal();
   while (weight.dim() < running.mean->dim()) weight = weight.unsqueeze(-1);
-  running.mean->add_((*batch_mean - *running.mean) * weight);
-  running.var->add_((*batch_var - *running.var) * weight);
+  running.mean->mul_(1 - weight).add_(*batch_mean * weight);
+  running.var->mul_(1 - weight).add_(*batch_var * weight);
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
@@ -29,9 +43,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     at::IntArrayRef axis, std::optional<double> momentum, double eps, bool unbiased,
     OptionalString activation, OptionalDType dtype) {
-  Check<c10::SymInt>::batch_norm_train({input, weight, bias, residual, mask}, std::nullopt,
-                                       std::nullopt, std::nullopt, axis, momentum, eps, activation,
-                                       dtype);
+  const auto norm = Check<c10::SymInt>::batch_norm_train({input, weight, bias, residual, mask},
+                                                         std::nullopt, std::nullopt, std::nullopt,
+                                                         axis, momentum, eps, activation, dtype);
   const Level level(input, weight, bias, residual, mask, running_mean, running_var,
                     num_batches_tracked);
   const auto call = [&](const Tensor& x, const OptionalTensor& w, const OptionalTensor& b,
@@ -69,6 +83,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
     }
   }
   const auto x = level.front(input);
+  if (level.is_mapped(num_batches_tracked)) {
+    check_counts(num_batches_tracked, *running.count);
+    if (has(running.mean)) {
+      Check<c10::SymInt>::batch_norm_train({x, {}, {}, {}, {}}, running.mean, running.var,
+                                           std::nullopt, with_mapped_axis(axis),
+                                           /*momentum=*/0.0, eps, activation, dtype);
+    }
+  }
   const auto [y, mean, rstd] =
       call(x, level.front(weight), level.front(bias), level.front(residual),
            level.front_of_rank(mask, input.dim()), own, with_mapped_axis(axis), decay);
@@ -76,7 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
     if (has(own.mean) && !momentum.has_value()) blend(running, own.mean, own.var);
     running.count->add_(1);
   }
-  return {level.wrap(y), level.wrap_flat(mean), level.wrap_flat(rstd)};
+  return {level.wrap(y), level.wrap_flat(mean, norm.channels),
+          level.wrap_flat(rstd, norm.channels)};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const OptionalTensor& weight,
@@ -85,8 +108,9 @@ std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const OptionalTe
                                            const Tensor& running_mean, const Tensor& running_var,
                                            at::IntArrayRef axis, double eps,
                                            OptionalString activation, OptionalDType dtype) {
-  Check<c10::SymInt>::batch_norm_eval({input, weight, bias, residual, std::nullopt}, running_mean,
-                                      running_var, axis, eps, activation, dtype);
+  const auto norm =
+      Check<c10::SymInt>::batch_norm_eval({input, weight, bias, residual, std::nullopt},
+                                          running_mean, running_var, axis, eps, activation, dtype);
   const Level level(input, weight, bias, residual, running_mean, running_var);
   const auto call = [&](const Tensor& x, const OptionalTensor& w, const OptionalTensor& b,
                         const OptionalTensor& r, const Tensor& mean, const Tensor& var,
@@ -97,7 +121,7 @@ std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const OptionalTe
     const auto [y, rstd] =
         call(level.front(input), level.front(weight), level.front(bias), level.front(residual),
              level.front(running_mean), level.front(running_var), with_mapped_axis(axis));
-    return {level.wrap(y), level.wrap_flat(rstd)};
+    return {level.wrap(y), level.wrap_flat(rstd, norm.channels)};
   }
   if (!level.any_mapped(input, residual)) {
     return call(input, weight, bias, residual, running_mean, running_var, axis);

@@ -98,6 +98,9 @@ void check_ignored_mask(const OptionalTensor& mask, const Tensor& input);
 void check_no_grad(const char* op, const OptionalTensor& running_mean,
                    const OptionalTensor& running_var);
 
+void check_no_tangent(const char* op, const OptionalTensor& running_mean,
+                      const OptionalTensor& running_var);
+
 // The input of a public operator: in float64 if any of the others is, so that nothing is computed
 // in less than it has.
 Tensor promote_input(const Tensor& input, std::initializer_list<const OptionalTensor*> others,

@@ -23,10 +23,35 @@
 namespace normcore {
 namespace {
 
+at::DimVector inverse(const at::DimVector& order) {
+  at::DimVector result(order.size());
+  for (std::size_t d = 0; d < order.size(); ++d) result[order[d]] = static_cast<std::int64_t>(d);
+  return result;
+}
+
+// Axes of what has the input's memory format, outermost first.
+at::DimVector memory_order(const Tensor& input) {
+  const auto like = at::empty_like(input, input.options().device(at::kMeta));
+  const auto strides = like.sym_strides();
+  at::DimVector order(strides.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](auto a, auto b) { return strides[a] > strides[b]; });
+  return order;
+}
+
+// In the memory format of the input, as the kernels write outputs and gradients.
+Tensor in_memory_format_of(const Tensor& input, const Tensor& t) {
+  const auto order = memory_order(input);
+  if (std::is_sorted(order.begin(), order.end())) return t.contiguous();
+  return t.permute(order).contiguous().permute(inverse(order));
+}
+
 // The input as [sample, group, member, position]: statistics are taken over the last two axes.
 class SliceView {
  public:
-  SliceView(const Tensor& input, const CheckedNorm<c10::SymInt>& norm) : norm_(norm) {
+  SliceView(const Tensor& input, const CheckedNorm<c10::SymInt>& norm)
+      : norm_(norm), input_(input) {
     for (const auto& axes : {norm.axes.kept, norm.axes.feature, norm.axes.reduced}) {
       for (const auto axis : axes) {
         order_.push_back(axis);
@@ -34,7 +59,6 @@ class SliceView {
       }
     }
     inverse_ = inverse(order_);
-    memory_order_ = memory_order(input);
     c10::SymInt positions = 1;
     for (const auto axis : norm.axes.reduced) positions = positions * input.sym_size(axis);
     sizes_ = {norm.samples, norm.num_groups, norm.group_size, positions};
@@ -51,13 +75,8 @@ class SliceView {
     return t.reshape_symint({sizes_[0], sizes_[1], 1, 1});
   }
 
-  // In the memory format of the input, as the kernels write gradients.
   Tensor to_elements(const Tensor& t) const {
-    return t.reshape_symint(permuted_)
-        .permute(inverse_)
-        .permute(memory_order_)
-        .contiguous()
-        .permute(inverse(memory_order_));
+    return in_memory_format_of(input_, t.reshape_symint(permuted_).permute(inverse_));
   }
 
   Tensor sum_to_parameter(const Tensor& t, const Tensor& parameter) const {
@@ -66,25 +85,9 @@ class SliceView {
   }
 
  private:
-  static at::DimVector inverse(const at::DimVector& order) {
-    at::DimVector result(order.size());
-    for (std::size_t d = 0; d < order.size(); ++d) result[order[d]] = static_cast<std::int64_t>(d);
-    return result;
-  }
-
-  // Axes of what has the input's memory format, outermost first.
-  static at::DimVector memory_order(const Tensor& input) {
-    const auto like = at::empty_like(input, input.options().device(at::kMeta));
-    const auto strides = like.sym_strides();
-    at::DimVector order(strides.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](auto a, auto b) { return strides[a] > strides[b]; });
-    return order;
-  }
-
   const CheckedNorm<c10::SymInt>& norm_;
-  at::DimVector order_, inverse_, memory_order_;
+  const Tensor& input_;
+  at::DimVector order_, inverse_;
   c10::SymDimVector permuted_, sizes_;
 };
 
@@ -155,11 +158,13 @@ class Formula {
 
   // Masked-out values that no gradient comes from, whatever they hold.
   void drop_unused(const Tensor& grad_y) {
+    if (mask_.defined()) drop_where(~mask_ & (grad_y == 0));
+  }
+  // Of the output, which is NaN there: all that are masked out.
+  void drop_masked_out() {
     if (!mask_.defined()) return;
-    const auto unused = ~mask_ & (grad_y == 0);
-    for (auto* t : {&x_, &added_}) {
-      if (t->defined()) *t = zero_unless(~(unused & ~at::isfinite(*t)), *t);
-    }
+    is_lost_ = ~mask_ & ~at::isfinite(added_.defined() ? x_ + added_ : x_);
+    drop_where(~mask_);
   }
 
   void normalize() {
@@ -169,11 +174,7 @@ class Formula {
       return;
     }
     // A constant near the mean is taken off first: a large mean costs no digits of what follows.
-    auto x = x_;
-    if (saved_.mean.defined()) {
-      const auto near = at::nan_to_num(saved_.mean.detach(), 0.0, 0.0, 0.0).to(dtype_);
-      x = x - view_.of_statistic(near);
-    }
+    const auto x = x_ - constant_near_the_mean();
     Tensor centred;
     if (mask_.defined()) {
       share_ = mask_.to(dtype_);
@@ -193,7 +194,9 @@ class Formula {
 
   const Tensor& xhat() const { return xhat_; }
   Tensor output() const {
-    return view_.to_elements(poisoned(activate(z(), norm_.activation))).to(norm_.dtype);
+    auto y = poisoned(activate(z(), norm_.activation));
+    if (is_lost_.defined()) y = at::where(is_lost_, std::nan(""), y);
+    return view_.to_elements(y).to(norm_.dtype);
   }
   Tensor times_scale(const Tensor& t) const { return scale_.defined() ? t * scale_ : t; }
 
@@ -226,11 +229,25 @@ class Formula {
 
  private:
   bool has_activation() const { return norm_.activation != kernels::Activation::kNone; }
+  void drop_where(const Tensor& unused) {
+    for (auto* t : {&x_, &added_}) {
+      if (t->defined()) *t = zero_unless(~(unused & ~at::isfinite(*t)), *t);
+    }
+  }
   Tensor z() const {
     auto z = times_scale(xhat_);
     if (bias_.defined()) z = z + bias_;
     if (added_.defined()) z = z + added_;
     return z;
+  }
+  Tensor constant_near_the_mean() const {
+    if (saved_.mean.defined()) {
+      return view_.of_statistic(at::nan_to_num(saved_.mean.detach(), 0.0, 0.0, 0.0).to(dtype_));
+    }
+    const auto x = x_.detach();
+    if (!mask_.defined()) return mean_over_slices(x);
+    const auto count = sum_over_slices(mask_.to(dtype_)).clamp_min(1);
+    return sum_over_slices(zero_unless(mask_, x)) / count;
   }
   // Means over what counts. Zero before products: 0 * NaN would poison derivatives.
   Tensor shared_sum(const Tensor& t) const {
@@ -241,13 +258,13 @@ class Formula {
   }
 
   const CheckedNorm<c10::SymInt>& norm_;
-  const SavedStatistics& saved_;
+  const SavedStatistics saved_;
   at::ScalarType dtype_;
   SliceView view_;
   Tensor x_, scale_, bias_, added_, mask_;
   Tensor xhat_, rstd_;
   Tensor share_;  // weight of each element in the statistics, 1 / count; undefined without a mask
-  Tensor is_empty_;
+  Tensor is_empty_, is_lost_;
 };
 
 }  // namespace
@@ -261,17 +278,15 @@ bool is_transformed() {
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
-// One feature axis of an input that aten's norms take: at least [N, C].
+// What aten's norms take as it is, and give back in the same memory format.
 bool is_plain(const Operands& operands, const CheckedNorm<c10::SymInt>& norm) {
-  return norm.axes.feature.size() == 1 && operands.input.dim() >= 2 && !has(operands.mask);
+  const auto& input = operands.input;
+  return norm.axes.feature == at::DimVector{1} && !has(operands.mask) &&
+         input.is_contiguous(input.suggest_memory_format());
 }
 
 OptionalTensor to(const OptionalTensor& t, at::ScalarType dtype) {
   return has(t) ? OptionalTensor(t->to(dtype)) : std::nullopt;
-}
-
-Tensor swap(const Tensor& t, std::int64_t a, std::int64_t b) {
-  return a == b ? t : t.transpose(a, b);
 }
 
 Tensor with_epilogue(Tensor z, const Operands& operands, const CheckedNorm<c10::SymInt>& norm) {
@@ -283,20 +298,20 @@ Tensor with_epilogue(Tensor z, const Operands& operands, const CheckedNorm<c10::
 
 Tensor group_norm_formula(const Operands& operands, const CheckedNorm<c10::SymInt>& norm) {
   const auto& [input, weight, bias, residual, mask] = operands;
-  const bool is_atens =
-      is_plain(operands, norm) && norm.axes.kept == at::DimVector{0} && !norm.affine_per_sample;
+  const bool is_atens = is_plain(operands, norm) && operands.input.is_contiguous() &&
+                        norm.axes.kept == at::DimVector{0} && !norm.affine_per_sample;
   if (!is_atens) {
     const Tensor none;
     Formula formula(operands, norm, {none, none});
+    formula.drop_masked_out();
     formula.normalize();
     return formula.output();
   }
   const auto dtype = compute_dtype(input.scalar_type());
-  const auto axis = norm.axes.feature[0];
   const auto z =
-      at::group_norm(swap(input.to(dtype), 1, axis), norm.num_groups.guard_int(__FILE__, __LINE__),
+      at::group_norm(input.to(dtype), norm.num_groups.guard_int(__FILE__, __LINE__),
                      to(weight, dtype), to(bias, dtype), norm.eps, /*cudnn_enabled=*/false);
-  return with_epilogue(swap(z, 1, axis), operands, norm);
+  return with_epilogue(z, operands, norm);
 }
 
 Tensor batch_norm_eval_formula(const Operands& operands, const CheckedNorm<c10::SymInt>& norm,
@@ -310,11 +325,10 @@ Tensor batch_norm_eval_formula(const Operands& operands, const CheckedNorm<c10::
     formula.normalize();
     return formula.output();
   }
-  const auto axis = norm.axes.feature[0];
-  const auto z = at::batch_norm(swap(input.to(dtype), 1, axis), to(weight, dtype), to(bias, dtype),
-                                mean, var, /*training=*/false, /*momentum=*/0.0, norm.eps,
+  const auto z = at::batch_norm(input.to(dtype), to(weight, dtype), to(bias, dtype), mean, var,
+                                /*training=*/false, /*momentum=*/0.0, norm.eps,
                                 /*cudnn_enabled=*/false);
-  return with_epilogue(swap(z, 1, axis), operands, norm);
+  return with_epilogue(z, operands, norm);
 }
 
 Gradients norm_backward_formula(const Tensor& grad_output, const Operands& operands,

@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_forward(
       level.front(input), parameter(weight), parameter(bias), level.front(residual),
       level.front_of_rank(mask, input.dim()), num_groups, axes.feature,
       at::IntArrayRef(axes.reduction), eps, activation, dtype);
-  return {level.wrap(y), level.wrap_flat(mean), level.wrap_flat(rstd)};
+  return {level.wrap(y), level.wrap_flat(mean, norm.samples), level.wrap_flat(rstd, norm.samples)};
 }
 
 Gradients group_norm_backward(const Tensor& grad_output, const Tensor& input,

@@ -61,13 +61,13 @@ using AtenKernels = std::vector<c10::SafeKernelFunction>;
 std::array<AtenKernels, 2> aten_kernels;  // on CPU and CUDA devices
 
 void find_aten_kernels(DispatchKey key) {
-  auto& kernels = aten_kernels[is_cuda(DispatchKeySet(key))];
-  if (!kernels.empty()) return;
+  AtenKernels kernels;
   for (const auto& [name, overload] : kNames) {
     kernels.push_back(c10::Dispatcher::singleton()
                           .findSchemaOrThrow(name, overload)
                           .getComputedKernelForDispatchKey(key));
   }
+  aten_kernels[is_cuda(DispatchKeySet(key))] = std::move(kernels);
 }
 
 template <class... Args>
@@ -176,7 +176,7 @@ Results run_batch_norm(DispatchKeySet keys, const Tensor& input, const OptionalT
   const auto [y, rstd] =
       op::batch_norm_eval().redispatch(keys, x, weight, bias, std::nullopt, *running_mean,
                                        *running_var, {1}, eps, std::nullopt, std::nullopt);
-  if (input.is_cuda()) return save_as(dtype, y, *running_mean, rstd);
+  if (input.is_cuda()) return save_as(dtype, y, running_mean->clone(), rstd);
   const auto nothing = [&] { return at::empty({0}, input.options().dtype(dtype)); };
   return {y, nothing(), nothing()};
 }

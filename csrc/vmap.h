@@ -53,8 +53,8 @@ class Level {
     return t.defined() ? at::functorch::makeBatched(t, /*bdim=*/0, id_) : t;
   }
   // A result [B * n, *shape].
-  Tensor wrap_flat(const Tensor& t) const {
-    return wrap(t.unflatten_symint(0, {size_, c10::SymInt(-1)}));
+  Tensor wrap_flat(const Tensor& t, const c10::SymInt& n) const {
+    return wrap(t.unflatten_symint(0, {size_, n}));
   }
 
  private:

@@ -207,9 +207,9 @@ def batch_norm_functional(
     """:func:`batch_norm` in training, without changing any argument.
 
     For code whose state is a value, and for :func:`torch.vmap` over some arguments only: the new
-    statistics are mapped if anything they depend on is. They have no derivative. The arguments are
-    those of :func:`batch_norm`; ``num_batches_tracked``, the number of batches before this one, is
-    needed with ``momentum=None``.
+    statistics are mapped if anything they depend on is. They are constants to differentiation, as
+    those of torch.nn are. The arguments are those of :func:`batch_norm`; ``num_batches_tracked``,
+    the number of batches before this one, is needed with ``momentum=None``.
 
     Returns:
         ``y``, and the running mean and variance after this batch, of the shapes and dtypes given.
@@ -217,22 +217,16 @@ def batch_norm_functional(
     Raises:
         ValueError, TypeError, IndexError: as :func:`batch_norm`.
     """
-    y, mean, var = torch.ops.normcore.batch_norm_functional(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        momentum,
-        eps,
-        axis=axis,
-        mask=mask,
-        activation=activation,
-        residual=residual,
-        unbiased=unbiased,
-        num_batches_tracked=num_batches_tracked,
-        dtype=dtype,
-    )
+    if running_mean is None or running_var is None:
+        absent = "running_mean" if running_mean is None else "running_var"
+        raise TypeError(f"batch_norm_functional: expected {absent} to be of type Tensor, got None")
+    options = given_options(axis, mask, activation, residual, dtype)
+    options |= {"unbiased": unbiased, "num_batches_tracked": num_batches_tracked}
+    arguments = (input, running_mean, running_var, weight, bias, momentum, eps)
+    try:
+        y, mean, var = torch.ops.normcore.batch_norm_functional(*arguments, **options)
+    except RuntimeError as error:
+        raise _as_type_error("batch_norm_functional", error) from None
     return y, mean, var
 
 

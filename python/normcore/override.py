@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ContextDecorator
-from typing import NamedTuple
+from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
+from typing import Any, NamedTuple, TypeVar
 
 from . import _C
+
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
 
 class OverrideCalls(NamedTuple):
@@ -43,12 +47,23 @@ class override_aten(ContextDecorator):  # noqa: N801  (reads like torch.no_grad)
           the more accurate gradients.
         - First derivatives in reverse mode are ours. Formulas of second and forward-mode
           derivatives, and vmap, stay torch's own; they call the overridden operators.
-        - Graphs that torch.compile or torch.export has made decompose norms: they are not affected.
+        - Code that a compiler has generated is not affected; recorded graphs that run operator by
+          operator are, where they still hold these operators.
+        - As a decorator it is for plain functions: generators and coroutines raise TypeError.
     """
 
     def __init__(self) -> None:
         self._enabled = 0
-        self._before = OverrideCalls(0, 0)
+        self._before = self._after = OverrideCalls(0, 0)
+
+    def __call__(self, function: _FunctionT) -> _FunctionT:
+        """A function that runs in the context."""
+        kinds = (isgeneratorfunction, iscoroutinefunction, isasyncgenfunction)
+        if any(is_kind(function) for is_kind in kinds):
+            raise TypeError(
+                "override_aten: expected a plain function to decorate, got a generator or coroutine"
+            )
+        return super().__call__(function)
 
     def enable(self) -> override_aten:
         """Switches to the kernels of this library, and counts calls from now on."""
@@ -66,13 +81,14 @@ class override_aten(ContextDecorator):  # noqa: N801  (reads like torch.no_grad)
         """
         if self._enabled == 0:
             raise RuntimeError("override_aten: expected disable() to follow enable()")
+        self._after = OverrideCalls(*_C.aten_override_calls())
         self._enabled -= 1
         _C.disable_aten_override()
 
     @property
     def calls(self) -> OverrideCalls:
-        """Calls in the whole process since this object was enabled."""
-        now = OverrideCalls(*_C.aten_override_calls())
+        """Calls in the whole process while this object was enabled, the last time."""
+        now = OverrideCalls(*_C.aten_override_calls()) if self._enabled else self._after
         return OverrideCalls(now.normcore - self._before.normcore, now.aten - self._before.aten)
 
     def __enter__(self) -> override_aten:  # noqa: D105

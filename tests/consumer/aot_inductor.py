@@ -50,9 +50,9 @@ def write(folder: Path) -> None:
     for name, model in {"decomposed": Decomposed().eval(), "operator": Operator()}.items():
         x = torch.randn(2, 3, 8, 8)
         program = torch.export.export(model, (x,))
-        torch._inductor.aoti_compile_and_package(program, package_path=folder / f"{name}.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / f"{name}.pt2"))
         torch.jit.script(Data(x, model(x).detach())).save(folder / f"{name}.pt")
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]).resolve())
+    write(Path(sys.argv[1]))

@@ -158,6 +158,32 @@ def test_checkpoint_counts_a_batch_once(kind: str) -> None:
     check_step(Network(training=True), torch.randn(4, 3, 8, 8), wrap)
 
 
+def test_a_graph_recorded_inside_of_a_backward_pass_still_counts() -> None:
+    """A checkpoint compiles again when it is computed again; later steps run that graph."""
+    network = nn.Sequential(nn.Linear(4, 4), normcore.BatchNorm(num_features=4, axis=1))
+    network.compile(backend="aot_eager")
+    x = torch.randn(50, 4, requires_grad=True)
+    checkpoint(network, x, use_reentrant=True).sum().backward()
+    before = network[1].mean.clone()
+    for _ in range(3):
+        network((torch.randn(50, 4) + 5).requires_grad_()).sum().backward()
+    assert (network[1].mean - before).abs().sum() > 0
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_evaluation_keeps_the_memory_format(axis: int) -> None:
+    norm = normcore.BatchNorm(num_features=8, axis=axis).eval()
+    x = torch.randn(2, 8, 8, 8)
+    for function in (lambda x: norm(x).view(-1, 8), lambda x: norm(x.mT).mT.view(-1, 8)):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), function(x), rtol=1e-4, atol=1e-5)
+    last = normcore.BatchNorm(num_features=8, axis=axis).eval()
+    for t in (x.permute(2, 1, 0, 3), x[:, :, ::2], x.to(memory_format=torch.channels_last)):
+        torch.compiler.reset()
+        compiled_last = torch.compile(last, backend="aot_eager", fullgraph=True)
+        assert compiled_last(t).stride() == last(t).stride()
+
+
 def test_reduce_overhead(device: torch.device) -> None:
     """CUDA graphs, on a device that has them: several steps, so that they are replayed."""
     network = Network(training=True).to(device)

@@ -13,6 +13,8 @@ import torch
 from graphs import EVALUATIONS, GROUP_NORMS, Network, calls, evaluate, group, of_normcore
 from torch import Tensor, nn
 
+import normcore
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 BATCH = torch.export.Dim("batch", min=1, max=64)
 
@@ -43,8 +45,46 @@ def test_every_call_decomposes(norm: str, name: str, dtype: torch.dtype) -> None
     got, want = program.module()(x), module(x)
     assert got.dtype == want.dtype
     assert got.shape == want.shape
+    assert got.stride() == want.stride()
     error = (got.double() - want.double()).abs().max()
     assert error <= 8 * torch.finfo(want.dtype).eps * (1 + want.double().abs().max())
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_memory_format_inside_of_a_program(axis: int) -> None:
+    module = Call(lambda x, options: group(x, options).view(-1), {"axis": axis})
+    x = torch.randn(2, 8, 6, 6)
+    program = torch.export.export(module, (x,)).run_decompositions()
+    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_masked_out_values_in_an_exported_program() -> None:
+    """Padding of NaN and infinity reaches no gradient, and large means cost few digits."""
+    mask = torch.ones(8, 6, 6, dtype=torch.bool)
+    mask[:, :, 4:] = False
+    norm = normcore.GroupNorm(num_features=8, num_groups=2, axis=1)
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(x, mask=mask)
+            return y
+
+    x = torch.randn(2, 8, 6, 6) + 1e4
+    program = torch.export.export(Masked(), (x,)).run_decompositions().module()
+    torch.testing.assert_close(program(x), norm(x, mask=mask), rtol=1e-5, atol=1e-5)
+    x[..., 4] = float("nan")
+    x[..., 5] = float("inf")
+    dy = torch.randn(2, 8, 6, 6) * mask
+    got, want = x.clone().requires_grad_(), x.clone().requires_grad_()
+    for t, call in ((got, program), (want, lambda t: norm(t, mask=mask))):
+        (call(t)[:, mask].mul(dy[:, mask])).sum().backward()
+    torch.testing.assert_close(got.grad, want.grad, rtol=1e-3, atol=1e-4)
+    assert got.grad is not None
+    assert got.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("strict", [True, False])

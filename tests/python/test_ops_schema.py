@@ -406,6 +406,22 @@ def test_one_operator_per_layer(training: bool) -> None:
     ]
 
 
+def test_statistics_have_no_derivative_in_recorded_graphs() -> None:
+    x, mean, var = torch.randn(3, 4), torch.zeros(4), torch.ones(4)
+
+    def gradient(mean: Tensor) -> Tensor:
+        return torch.func.grad(lambda m: ops.batch_norm(x, m, var).sum())(mean)
+
+    def tangent(mean: Tensor) -> Any:
+        return torch.func.jvp(lambda m: ops.batch_norm(x, m, var), (mean,), (var,))
+
+    for function in (gradient, tangent):
+        with pytest.raises(ValueError, match="running_mean"):
+            function(mean)
+        with pytest.raises(ValueError, match="running_mean"):
+            torch.fx.experimental.proxy_tensor.make_fx(function)(mean)
+
+
 def test_public_operator_promotes_to_float64() -> None:
     x = torch.randn(8, 3)
     w = torch.rand(3, dtype=torch.float64)

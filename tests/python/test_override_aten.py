@@ -337,3 +337,29 @@ def test_higher_derivatives() -> None:
         ):
             assert torch.autograd.gradcheck(function, (x, w), check_forward_ad=True)
             assert torch.autograd.gradgradcheck(function, (x, w))
+
+
+def test_calls_are_those_of_the_context() -> None:
+    x = torch.randn(2, 4, 3)
+    with normcore.override_aten() as first:
+        torch.nn.functional.group_norm(x, 2)
+    with normcore.override_aten() as second:
+        torch.nn.functional.group_norm(x, 2)
+        torch.nn.functional.group_norm(x, 2)
+    assert (first.calls.normcore, second.calls.normcore) == (1, 2)
+
+
+def test_decorates_plain_functions_only() -> None:
+    override = normcore.override_aten()
+
+    @override
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.group_norm(x, 2)
+
+    norm(torch.randn(2, 4, 3))
+    assert override.calls.normcore == 1
+    with pytest.raises(TypeError, match="plain function"):
+
+        @override
+        def generate() -> Any:
+            yield

@@ -205,8 +205,14 @@ def test_running_statistics(momentum: float | None, mapped: str) -> None:
     for mine, theirs in zip(ours, looped, strict=True):
         theirs.copy_(mine)
     w = values(SIZE, 4)
-    dims: tuple[int | None, ...] = (0, 0, 0) if mapped != "statistics" else (None, 0, None)
-    x, mask = (x, mask) if mapped != "statistics" else (x[0], mask[0])
+    is_mapped = {
+        "all": (True,) * 3,
+        "statistics": (False, True, False),
+        "input": (True, False, False),
+    }
+    given = [t if m else t[0] for t, m in zip((x, w, mask), is_mapped[mapped], strict=True)]
+    x, w, mask = given
+    dims = tuple(0 if m else None for m in is_mapped[mapped])
 
     def function(x: Tensor, w: Tensor, m: Tensor, *state: Tensor) -> Tensor:
         mean, var, count = state
@@ -259,6 +265,36 @@ def test_one_set_of_statistics_cannot_be_updated_for_every_index() -> None:
         vmap(lambda x: ops.batch_norm(x, mean, var, training=True))(x)
     assert torch.equal(mean, torch.zeros(4))
     assert torch.equal(var, torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "match"),
+    [
+        (torch.zeros(SIZE, dtype=torch.int32), TypeError, "dtype int64"),
+        (torch.zeros(SIZE, 2, dtype=torch.int64), ValueError, "one element"),
+        (torch.zeros(1, dtype=torch.int64).expand(SIZE), ValueError, "not to be expanded"),
+    ],
+)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_counts_that_do_not_fit(
+    count: Tensor, error: type[Exception], match: str, momentum: float | None
+) -> None:
+    x, mean, var = values(SIZE, 2, 4), torch.zeros(SIZE, 4), torch.ones(SIZE, 4)
+
+    def function(x: Tensor, mean: Tensor, var: Tensor, count: Tensor) -> Tensor:
+        return ops.batch_norm(x, mean, var, None, None, True, momentum, num_batches_tracked=count)
+
+    with pytest.raises(error, match=match):
+        vmap(function)(x, mean, var, count)
+    assert mean.abs().sum() == 0
+    assert count.sum() == 0
+
+
+def test_no_index_at_all() -> None:
+    x = values(0, 3, 4)
+    assert vmap(lambda x: ops.group_norm(x, 2))(x).shape == (0, 3, 4)
+    y = vmap(lambda x: ops.batch_norm(x, None, None, training=True))(x)
+    assert y.shape == (0, 3, 4)
 
 
 def test_errors_name_the_shapes_of_one_index() -> None:

@@ -28,7 +28,8 @@ namespace normcore {
 /// given, become `(1 - momentum) * running + momentum * batch` in place. Otherwise they are
 /// `running_mean` and `running_var`, both required. weight, bias and running statistics have the
 /// shape `[input.size(a) for a in sorted(axis)]`. One value per channel is legal: its variance is
-/// 0. Inside of a backward pass (an activation checkpoint) they are left alone. A channel whose mask is all zero gives NaN and keeps its running statistics.
+/// 0. A call inside of a backward pass (an activation checkpoint) leaves the running statistics
+/// alone. A channel whose mask is all zero gives NaN and keeps its running statistics.
 ///
 /// ```
 /// auto y = normcore::batch_norm(x, running_mean, running_var, weight, bias,
