@@ -5,8 +5,8 @@
 //   static constexpr const char* kNodeName
 //   kernels::Activation activation
 //   Gradients backward(grad_output, operands, mean, rstd, output_mask) const
-//   void collect(CompiledNodeArgs&) const      all of its members, by which compiled autograd tells
-//                                              nodes apart
+//   for_each_member(self, f)                   f(member) for all of them: compiled autograd tells nodes
+//                                              apart by them, and hands them on to its graph
 // Derivatives flow to input, weight, bias and residual; masks and statistics have none.
 #pragma once
 
@@ -15,11 +15,16 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <algorithm>
+#include <array>
+#include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "formulas.h"
@@ -27,6 +32,7 @@
 namespace normcore::autograd {
 
 namespace ta = torch::autograd;
+namespace dynamo = torch::dynamo::autograd;
 
 inline OptionalTensor to_optional(const Tensor& t) {
   return t.defined() ? OptionalTensor(t) : std::nullopt;
@@ -59,29 +65,7 @@ class NormNode final : public ta::Node {
 
   ta::variable_list apply(ta::variable_list&& gradients) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto& grad_output = gradients[0];
-    ta::variable_list result(4);
-    if (!grad_output.defined()) return result;
-    OutputMask wanted;
-    for (std::size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(i);
-    if (wanted[3] && !has_activation()) {
-      result[3] = grad_output;
-      wanted[3] = false;
-    }
-    if (wanted == OutputMask{}) return result;
-
-    const auto input = input_.unpack();
-    const auto weight = to_optional(weight_.unpack());
-    const auto bias = to_optional(bias_.unpack());
-    const auto residual = to_optional(residual_.unpack());
-    const auto mask = to_optional(mask_.unpack());
-    auto [grad_input, grad_weight, grad_bias, grad_residual] = norm_.backward(
-        grad_output, {input, weight, bias, residual, mask}, mean_.unpack(), rstd_.unpack(), wanted);
-    result[0] = std::move(grad_input);
-    result[1] = std::move(grad_weight);
-    result[2] = std::move(grad_bias);
-    if (wanted[3]) result[3] = std::move(grad_residual);
-    return result;
+    return backward(norm_, gradients[0], wanted(), unpacked());
   }
 
   void release_variables() override {
@@ -93,22 +77,97 @@ class NormNode final : public ta::Node {
     for (const auto* variable : const_cast<NormNode*>(this)->saved()) {
       args.collect(*variable, /*is_output=*/false);
     }
-    norm_.collect(args);
+    Norm::for_each_member(norm_, [&](const auto& member) { args.collect(to_packed(member)); });
   }
 
+  // A call of apply_functional() in the graph of compiled autograd, on stand-ins of its tensors.
   ta::variable_list apply_with_saved(const ta::variable_list& gradients,
                                      ta::SwapSavedVariables& swap) override {
     for (auto* variable : saved()) swap.before(*variable);
-    auto result = apply(ta::variable_list(gradients));
+    dynamo::PackedArgs packed;
+    for (const auto& tensor : unpacked()) packed.pack(tensor);
+    Norm::for_each_member(norm_, [&](const auto& member) { packed.pack(to_packed(member)); });
+    const auto mask = wanted();
+    packed.pack(std::vector<bool>(mask.begin(), mask.end()));
+    std::vector<at::TypePtr> schema;
+    for (const auto& value : packed.vec()) {
+      schema.push_back(value.isTensor() ? at::TensorType::get() : value.type());
+    }
+    const auto& compiler = dynamo::getPyCompilerInterface();
+    const auto function = compiler->bind_function(swap.get_py_compiler(), name(), apply_functional,
+                                                  schema, /*is_custom_function=*/true);
+    using Metadata = std::vector<std::optional<ta::InputMetadata>>;
+    auto result = compiler->call_function(
+        swap.get_py_compiler(), "apply_functional", function, gradients, packed.vec(),
+        dynamo::IValuePacker<Metadata>::pack(dynamo::get_input_metadata(next_edges())));
     for (auto* variable : saved()) swap.after(*variable);
     return result;
   }
 
  private:
+  static constexpr std::size_t kSaved = 7;
+
+  std::array<ta::SavedVariable*, kSaved> saved() {
+    return {&input_, &weight_, &bias_, &residual_, &mask_, &mean_, &rstd_};
+  }
+  std::array<Tensor, kSaved> unpacked() {
+    std::array<Tensor, kSaved> tensors;
+    for (std::size_t i = 0; i < kSaved; ++i) tensors[i] = saved()[i]->unpack();
+    return tensors;
+  }
+  OutputMask wanted() const {
+    OutputMask mask;
+    for (std::size_t i = 0; i < mask.size(); ++i) mask[i] = task_should_compute_output(i);
+    return mask;
+  }
   bool has_activation() const { return norm_.activation != kernels::Activation::kNone; }
 
-  std::array<ta::SavedVariable*, 7> saved() {
-    return {&input_, &weight_, &bias_, &residual_, &mask_, &mean_, &rstd_};
+  // Gradients of input, weight, bias and residual; `tensors` in the order of saved().
+  static ta::variable_list backward(const Norm& norm, const Tensor& grad_output, OutputMask wanted,
+                                    const std::array<Tensor, kSaved>& tensors) {
+    ta::variable_list result(4);
+    if (!grad_output.defined()) return result;
+    if (wanted[3] && norm.activation == kernels::Activation::kNone) {
+      result[3] = grad_output;
+      wanted[3] = false;
+    }
+    if (wanted == OutputMask{}) return result;
+    const auto& [input, weight, bias, residual, mask, mean, rstd] = tensors;
+    const auto w = to_optional(weight), b = to_optional(bias), r = to_optional(residual),
+               m = to_optional(mask);
+    auto [grad_input, grad_weight, grad_bias, grad_residual] =
+        norm.backward(grad_output, {input, w, b, r, m}, mean, rstd, wanted);
+    result[0] = std::move(grad_input);
+    result[1] = std::move(grad_weight);
+    result[2] = std::move(grad_bias);
+    if (wanted[3]) result[3] = std::move(grad_residual);
+    return result;
+  }
+
+  static ta::variable_list apply_functional(const ta::variable_list& gradients,
+                                            const std::vector<c10::IValue>& values) {
+    dynamo::PackedArgs packed(values);
+    std::array<Tensor, kSaved> tensors;
+    for (auto& tensor : tensors) tensor = packed.unpack<Tensor>();
+    Norm norm;
+    Norm::for_each_member(norm, [&](auto& member) {
+      using Member = std::decay_t<decltype(member)>;
+      member = static_cast<Member>(packed.unpack<decltype(to_packed(member))>());
+    });
+    const auto mask = packed.unpack<std::vector<bool>>();
+    OutputMask wanted;
+    std::copy(mask.begin(), mask.end(), wanted.begin());
+    return backward(norm, gradients[0], wanted, tensors);
+  }
+
+  // A member as compiled autograd stores it: it knows no enumerations.
+  template <class Member>
+  static auto to_packed(const Member& member) {
+    if constexpr (std::is_enum_v<Member>) {
+      return static_cast<std::int64_t>(member);
+    } else {
+      return member;
+    }
   }
 
   Norm norm_;
@@ -182,13 +241,6 @@ bool have_tangent(const Tensors&... tensors) {
   return (tangent_of(tensors).defined() || ...);
 }
 
-// Statistics have no derivative; a tangent would be dropped.
-template <class... Tensors>
-void check_no_tangents(const char* op, const char* names, const Tensors&... tensors) {
-  TORCH_CHECK_VALUE(!have_tangent(tensors...), op, ": expected ", names,
-                    " without a tangent of forward-mode differentiation");
-}
-
 // Gives y its tangent, if an operand has one. `check` makes the CheckedNorm.
 template <class MakeNorm>
 void propagate_tangents(const Tensor& y, const Operands& operands, MakeNorm&& check,
@@ -196,10 +248,8 @@ void propagate_tangents(const Tensor& y, const Operands& operands, MakeNorm&& ch
   const auto& [input, weight, bias, residual, mask] = operands;
   const Tangents tangents{tangent_of(input), tangent_of(weight), tangent_of(bias),
                           tangent_of(residual)};
-  if (!tangents.input.defined() && !tangents.weight.defined() && !tangents.bias.defined() &&
-      !tangents.residual.defined()) {
-    return;
-  }
+  const auto is_absent = [](const auto&... t) { return (!t.defined() && ...); };
+  if (is_absent(tangents.input, tangents.weight, tangents.bias, tangents.residual)) return;
   const auto x = without_tangent(input);
   const auto w = without_tangent(weight), b = without_tangent(bias), r = without_tangent(residual);
   const Operands primals{x, w, b, r, mask};

@@ -1,12 +1,11 @@
 // Batch norm: the public operator and the low-level ones below autograd. A kernel template with Int
 // = std::int64_t computes; with c10::SymInt it only makes the outputs (Meta).
 #include <ATen/TensorOperators.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include "backend.h"
 #include "checks.h"
+#include "context.h"
 #include "formulas.h"
 #include "outputs.h"
 #include "staging.h"
@@ -109,21 +108,6 @@ Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input,
   return gradients;
 }
 
-// Whether operators become nodes of a graph (torch.compile, export, make_fx). There a norm that is a
-// fixed affine map is left to the compiler, which fuses it or folds it into a convolution.
-bool is_recorded() {
-  using c10::impl::TorchDispatchModeTLS;
-  return TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();
-}
-
-// Whether this is the forward pass of a checkpoint inside of a backward pass: its batch has been
-// counted before. A graph that is recorded there will run elsewhere as well.
-bool is_recomputed(const Tensor& input) {
-  const auto keys = input.key_set();
-  return torch::autograd::get_current_graph_task_id() >= 0 && !is_recorded() &&
-         !keys.has(c10::DispatchKey::Python) && !keys.has(c10::DispatchKey::Functionalize);
-}
-
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                   const OptionalTensor& running_var, const OptionalTensor& weight,
                   const OptionalTensor& bias, bool training, std::optional<double> momentum,
@@ -148,7 +132,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
   check_ignored_mask(mask, input);
   if (is_recorded()) {
     check_no_grad("batch_norm", running_mean, running_var);
-    check_no_tangent("batch_norm", running_mean, running_var);
+    check_no_tangent("batch_norm", "running_mean and running_var", running_mean, running_var);
     const OptionalTensor no_mask;
     const Operands operands{x, weight, bias, residual, no_mask};
     return batch_norm_eval_formula(

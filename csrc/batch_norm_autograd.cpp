@@ -27,11 +27,12 @@ struct BatchNormBackward {
                                           activation_name(activation), output_mask);
   }
 
-  void collect(ta::CompiledNodeArgs& args) const {
-    args.collect(axis);
-    args.collect(batch_statistics);
-    args.collect(eps);
-    args.collect(static_cast<std::int64_t>(activation));
+  template <class Self, class F>
+  static void for_each_member(Self& self, F&& f) {
+    f(self.axis);
+    f(self.batch_statistics);
+    f(self.eps);
+    f(self.activation);
   }
 };
 
@@ -41,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
     const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
     double eps, bool unbiased, OptionalString activation, OptionalDType dtype) {
-  check_no_tangent("batch_norm", running_mean, running_var);
+  check_no_tangent("batch_norm", "running_mean and running_var", running_mean, running_var);
   check_no_grad("batch_norm", running_mean, running_var);
   const Operands operands{input, weight, bias, residual, mask};
   const Recorder recorder(operands, [&] {
@@ -72,7 +73,7 @@ std::tuple<Tensor, Tensor> batch_norm_eval(c10::DispatchKeySet keys, const Tenso
                                            const Tensor& running_mean, const Tensor& running_var,
                                            at::IntArrayRef axis, double eps,
                                            OptionalString activation, OptionalDType dtype) {
-  check_no_tangent("batch_norm", running_mean, running_var);
+  check_no_tangent("batch_norm", "running_mean and running_var", running_mean, running_var);
   check_no_grad("batch_norm", running_mean, running_var);
   const OptionalTensor no_mask;
   const Operands operands{input, weight, bias, residual, no_mask};
@@ -104,7 +105,7 @@ Gradients batch_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_outpu
                               const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd,
                               at::IntArrayRef axis, bool batch_statistics, double eps,
                               OptionalString activation, OutputMask output_mask) {
-  check_no_tangents("batch_norm", "mean and rstd", mean, rstd);
+  check_no_tangent("batch_norm", "mean and rstd", mean, rstd);
   if (ta::compute_requires_grad(grad_output, input, weight, bias, residual) ||
       have_tangent(grad_output, input, weight, bias, residual)) {
     const OptionalTensor no_mask;

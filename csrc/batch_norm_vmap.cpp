@@ -68,8 +68,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
   TORCH_CHECK_VALUE(
       !has(running.mean) || (level.is_mapped(running.mean) && level.is_mapped(running.var)),
       "batch_norm: expected running_mean and running_var to be mapped by vmap like the input, "
-      "since they "
-      "are updated in place, got in_dims=None; batch_norm_functional returns new ones instead");
+      "since they are updated in place, got in_dims=None; batch_norm_functional returns new ones "
+      "instead");
   auto own = running;  // what the operator updates
   for (auto* t : {&own.mean, &own.var}) *t = level.front(*t);
   auto decay = momentum;

@@ -377,14 +377,13 @@ void check_no_grad(const char* op, const OptionalTensor& running_mean,
   check("running_var", running_var);
 }
 
-void check_no_tangent(const char* op, const OptionalTensor& running_mean,
-                      const OptionalTensor& running_var) {
+void check_no_tangent(const char* op, const char* names, const OptionalTensor& mean,
+                      const OptionalTensor& spread) {
   const auto has_tangent = [](const OptionalTensor& t) {
     return has(t) && t->_fw_grad(/*level=*/0).defined();
   };
-  TORCH_CHECK_VALUE(!has_tangent(running_mean) && !has_tangent(running_var), op,
-                    ": expected running_mean and running_var without a tangent of forward-mode "
-                    "differentiation");
+  TORCH_CHECK_VALUE(!has_tangent(mean) && !has_tangent(spread), op, ": expected ", names,
+                    " without a tangent of forward-mode differentiation");
 }
 
 Tensor promote_input(const Tensor& input, std::initializer_list<const OptionalTensor*> others,

@@ -98,8 +98,9 @@ void check_ignored_mask(const OptionalTensor& mask, const Tensor& input);
 void check_no_grad(const char* op, const OptionalTensor& running_mean,
                    const OptionalTensor& running_var);
 
-void check_no_tangent(const char* op, const OptionalTensor& running_mean,
-                      const OptionalTensor& running_var);
+// Statistics have no derivative in forward mode either. `names`: of both.
+void check_no_tangent(const char* op, const char* names, const OptionalTensor& mean,
+                      const OptionalTensor& spread);
 
 // The input of a public operator: in float64 if any of the others is, so that nothing is computed
 // in less than it has.

@@ -14,11 +14,12 @@
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+
+#include "context.h"
 
 namespace normcore {
 namespace {
@@ -180,8 +181,7 @@ class Formula {
       share_ = mask_.to(dtype_);
       const auto count = sum_over_slices(share_);
       is_empty_ = count == 0;
-      share_ =
-          share_ / count.clamp_min(1);  // a slice without a valid value: all of its shares are 0
+      share_ = share_ / count.clamp_min(1);  // without a valid value all shares are 0
       centred = x - shared_sum(x);
       const auto var = shared_sum(centred, centred);
       rstd_ = zero_unless(~is_empty_, (var + norm_.eps).rsqrt());
@@ -267,17 +267,6 @@ class Formula {
   Tensor is_empty_, is_lost_;
 };
 
-}  // namespace
-
-namespace {
-
-// Whether the call is transformed by torch.func, whose vmap runs aten's batch norm sample by sample.
-bool is_transformed() {
-  return c10::impl::tls_is_dispatch_key_included(
-             c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
-}
-
 // What aten's norms take as it is, and give back in the same memory format.
 bool is_plain(const Operands& operands, const CheckedNorm<c10::SymInt>& norm) {
   const auto& input = operands.input;
@@ -319,6 +308,7 @@ Tensor batch_norm_eval_formula(const Operands& operands, const CheckedNorm<c10::
   const auto& [input, weight, bias, residual, mask] = operands;
   const auto dtype = compute_dtype(input.scalar_type());
   const auto mean = running_mean.to(dtype), var = running_var.to(dtype);
+  // vmap would run aten's batch norm sample by sample.
   if (!is_plain(operands, norm) || is_transformed()) {
     const auto rstd = (var + norm.eps).rsqrt();
     Formula formula(operands, norm, {mean, rstd, /*are_constants=*/true});

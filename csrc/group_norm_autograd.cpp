@@ -32,12 +32,13 @@ struct GroupNormBackward {
                                           activation_name(activation), output_mask);
   }
 
-  void collect(ta::CompiledNodeArgs& args) const {
-    args.collect(num_groups);
-    args.collect(axis);
-    args.collect(reduction_axes);
-    args.collect(eps);
-    args.collect(static_cast<std::int64_t>(activation));
+  template <class Self, class F>
+  static void for_each_member(Self& self, F&& f) {
+    f(self.num_groups);
+    f(self.axis);
+    f(self.reduction_axes);
+    f(self.eps);
+    f(self.activation);
   }
 };
 
@@ -77,7 +78,7 @@ Gradients group_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_outpu
                               std::int64_t num_groups, at::IntArrayRef axis,
                               at::OptionalIntArrayRef reduction_axes, double eps,
                               OptionalString activation, OutputMask output_mask) {
-  check_no_tangents("group_norm", "mean and rstd", mean, rstd);
+  check_no_tangent("group_norm", "mean and rstd", mean, rstd);
   if (ta::compute_requires_grad(grad_output, input, weight, bias, residual) ||
       have_tangent(grad_output, input, weight, bias, residual)) {
     const Operands operands{input, weight, bias, residual, mask};

@@ -1,11 +1,10 @@
-// Instance norm that updates running statistics: a batch norm of which every sample is a batch of its own.
-// Without them it is group norm with one channel per group, and with use_input_stats=False batch norm.
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/graph_task.h>
+// Instance norm that updates running statistics: a batch norm of which every sample is a batch of
+// its own. Without them it is group norm with one channel per group, and with
+// use_input_stats=False batch norm.
 #include <torch/library.h>
 
 #include "checks.h"
+#include "context.h"
 
 namespace normcore {
 namespace {
@@ -41,7 +40,7 @@ Tensor instance_norm_train(const Tensor& input, const Tensor& running_mean,
       input, mean, var, per_sample(weight, samples), per_sample(bias, samples), /*training=*/true,
       momentum, eps, features, mask, activation, residual, /*unbiased=*/true, std::nullopt, dtype);
   // A checkpoint that is computed again changes nothing, and the mean of copies may round.
-  if (torch::autograd::get_current_graph_task_id() < 0 && input.sym_numel() != 0) {
+  if (!is_recomputed(input) && input.sym_numel() != 0) {
     running_mean.copy_(mean.mean(0));
     running_var.copy_(var.mean(0));
   }

@@ -56,7 +56,7 @@ constexpr std::array<std::pair<const char*, const char*>, 7> kNames{{
 
 bool is_cuda(DispatchKeySet keys) { return keys.has_backend(c10::BackendComponent::CUDABit); }
 
-// Aten's own kernels on one device, looked up before they are overridden for the first time.
+// Aten's own kernels on one device, looked up before they are overridden.
 using AtenKernels = std::vector<c10::SafeKernelFunction>;
 std::array<AtenKernels, 2> aten_kernels;  // on CPU and CUDA devices
 
@@ -181,28 +181,18 @@ Results run_batch_norm(DispatchKeySet keys, const Tensor& input, const OptionalT
   return {y, nothing(), nothing()};
 }
 
+// Both operators with running statistics, as they are called.
+template <Op kOp, class RunningStatistic>
 Results native_batch_norm(DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
-                          const OptionalTensor& bias, const OptionalTensor& running_mean,
-                          const OptionalTensor& running_var, bool training, double momentum,
+                          const OptionalTensor& bias, RunningStatistic& running_mean,
+                          RunningStatistic& running_var, bool training, double momentum,
                           double eps) {
   if (is_batch_norm(input, weight, bias, running_mean, running_var, training, eps)) {
     return run_batch_norm(keys, input, weight, bias, running_mean, running_var, training, momentum,
                           eps);
   }
-  return call_aten(kBatchNorm, keys, input, weight, bias, running_mean, running_var, training,
-                   momentum, eps);
-}
-
-Results native_batch_norm_legit(DispatchKeySet keys, const Tensor& input,
-                                const OptionalTensor& weight, const OptionalTensor& bias,
-                                Tensor& running_mean, Tensor& running_var, bool training,
-                                double momentum, double eps) {
-  if (is_batch_norm(input, weight, bias, running_mean, running_var, training, eps)) {
-    return run_batch_norm(keys, input, weight, bias, running_mean, running_var, training, momentum,
-                          eps);
-  }
-  return call_aten(kBatchNormLegit, keys, input, weight, bias, running_mean, running_var, training,
-                   momentum, eps);
+  return call_aten(kOp, keys, input, weight, bias, running_mean, running_var, training, momentum,
+                   eps);
 }
 
 Results native_batch_norm_no_statistics(DispatchKeySet keys, const Tensor& input,
@@ -358,8 +348,8 @@ class Registration {
   void override_kernels(DispatchKey key) {
     find_aten_kernels(key);
     library(key)
-        .impl("native_batch_norm", TORCH_FN(native_batch_norm))
-        .impl("_native_batch_norm_legit", TORCH_FN(native_batch_norm_legit))
+        .impl("native_batch_norm", TORCH_FN((native_batch_norm<kBatchNorm, const OptionalTensor>)))
+        .impl("_native_batch_norm_legit", TORCH_FN((native_batch_norm<kBatchNormLegit, Tensor>)))
         .impl("_native_batch_norm_legit.no_stats", TORCH_FN(native_batch_norm_no_statistics))
         .impl("native_batch_norm_backward", TORCH_FN(native_batch_norm_backward))
         .impl("native_group_norm", TORCH_FN(native_group_norm))

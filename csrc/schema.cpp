@@ -39,9 +39,9 @@ TORCH_LIBRARY(normcore, m) {
 
   // group_norm for exported graphs: decomposes into aten operations.
   m.def(
-      "_group_norm_decomposed(Tensor input, int num_groups, Tensor? weight=None, Tensor? "
-      "bias=None, "
-      "float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? mask=None, "
+      "_group_norm_decomposed(Tensor input, int num_groups, Tensor? weight=None, "
+      "Tensor? bias=None, float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? "
+      "mask=None, "
       "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
       tags);
 
