@@ -27,8 +27,8 @@ void check_counts(const OptionalTensor& of_an_index, const Tensor& counts) {
                     counts.sym_strides());
 }
 
-// The cumulative average of statistics whose counts differ: the statistics of the batch, as they are,
-// go to copies first.
+// The cumulative average of statistics whose counts differ: the statistics of the batch, as they
+// are, go to copies first.
 void blend(const Running& running, const OptionalTensor& batch_mean,
            const OptionalTensor& batch_var) {
   auto weight = (*running.count + 1).to(at::kDouble).reciprocal();

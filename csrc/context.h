@@ -9,8 +9,8 @@
 
 namespace normcore {
 
-// Whether operators become nodes of a graph (torch.compile, export, make_fx). There a norm that is a
-// fixed affine map is left to the compiler, which fuses it or folds it into a convolution.
+// Whether operators become nodes of a graph (torch.compile, export, make_fx). There a norm that is
+// a fixed affine map is left to the compiler, which fuses it or folds it into a convolution.
 inline bool is_recorded() {
   using c10::impl::TorchDispatchModeTLS;
   return TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();

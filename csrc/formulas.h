@@ -1,8 +1,8 @@
 // The norms and their derivatives written in differentiable aten operations: for derivatives of any
 // order, and for graphs that have to do without the library. They agree with the kernels
-// (norm_input.h, batch_norm.h, group_norm.h) up to rounding: computed in float64 for a float64 input,
-// else in float32; a masked-out value whose grad_output is 0 reaches no gradient, even if it is NaN
-// or infinite.
+// (norm_input.h, batch_norm.h, group_norm.h) up to rounding: computed in float64 for a float64
+// input, else in float32; a masked-out value whose grad_output is 0 reaches no gradient, even if it
+// is NaN or infinite.
 #pragma once
 
 #include "checks.h"

@@ -1,5 +1,5 @@
-// Batching rules of group norm: the mapped axis is another kept axis. Parameters that are mapped, or
-// whose gradient is wanted for every index, are given for every sample.
+// Batching rules of group norm: the mapped axis is another kept axis. Parameters that are mapped,
+// or whose gradient is wanted for every index, are given for every sample.
 #include <torch/library.h>
 
 #include "vmap.h"

@@ -293,8 +293,8 @@ Results native_group_norm_backward(DispatchKeySet keys, const Tensor& grad_outpu
 }
 
 // Batch norm on a CUDA device. aten's composite operator would choose cuDNN, whose backward pass
-// needs what only its own forward pass saves. This one calls the operator that is overridden and has
-// a derivative.
+// needs what only its own forward pass saves. This one calls the operator that is overridden and
+// has a derivative.
 std::tuple<Tensor, Tensor, Tensor, Tensor, std::int64_t> batch_norm_impl_index(
     DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& running_mean,

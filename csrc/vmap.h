@@ -1,6 +1,7 @@
-// What batching rules share: the tensors of a call under torch.vmap without their wrappers, the mapped
-// axis in front. A rule makes one call of the same operator out of them, in which the mapped axis is
-// another feature axis (statistics and parameters of its own), another kept axis, or a reduced one.
+// What batching rules share: the tensors of a call under torch.vmap without their wrappers, the
+// mapped axis in front. A rule makes one call of the same operator out of them, in which the mapped
+// axis is another feature axis (statistics and parameters of its own), another kept axis, or a
+// reduced one.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>

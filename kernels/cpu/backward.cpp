@@ -37,8 +37,8 @@ struct SliceSums {
   double h = 0.0, h_centered = 0.0;
 };
 
-// Moves the center of the channels' sums by `rounding`, and adds them up in chains that do not wait for
-// each other.
+// Moves the center of the channels' sums by `rounding`, and adds them up in chains that do not wait
+// for each other.
 template <class A>
 SliceSums sums_of_slice(const A* scale, double rounding, std::int64_t channels,
                         const ChannelSums& sums) {

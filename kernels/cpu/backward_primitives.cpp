@@ -1,8 +1,8 @@
 // Backward primitives: sums of g and g * (x - center), and the gradients with respect to x and the
 // residual, where g = grad_y * activation'(z). z is computed again from x: nothing but mean and
 // rstd is kept from the forward pass. A masked-out value whose grad_y is 0 takes part with g = 0
-// and x = center, whatever it holds. Sums may keep g for the gradients, which then read it as a grad_y
-// without an activation.
+// and x = center, whatever it holds. Sums may keep g for the gradients, which then read it as a
+// grad_y without an activation.
 #include "cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -18,17 +18,17 @@
 
 #include "cpu/activation-inl.h"
 #include "cpu/coefficients-inl.h"
-#include "cpu/convert-inl.h"
 #include "cpu/primitives.h"
 #include "cpu/primitives_export.h"
+#include "cpu/units-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {
 namespace {
 
-// G: the type of grad_y, which is that of x or, for a g that was kept, A, where there is no mask and the
-// residual, if any, has the type of x: loops made for these types and for the activation. void: any
-// other combination, looked up per unit.
+// G: the type of grad_y, which is that of x or, for a g that was kept, A, where there is no mask
+// and the residual, if any, has the type of x: loops made for these types and for the activation.
+// void: any other combination, looked up per unit.
 template <class G>
 inline constexpr bool kTyped = !std::is_void_v<G>;
 template <class G, Activation kActivation>
@@ -132,8 +132,8 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, G>& in,
   return out;
 }
 
-// Calls f(TypeTag<T>, TypeTag<G>, activation), the latter as a constant. kKept: grad_y may be kept g,
-// which is of type A.
+// Calls f(TypeTag<T>, TypeTag<G>, activation), the latter as a constant. kKept: grad_y may be kept
+// g, which is of type A.
 template <bool kKept, class A, class F>
 HWY_INLINE void visit_gradient(const GradientArgs<A>& args, F&& f) {
   visit_elements<A>(args.x.dtype, [&](auto tag) HWY_ATTR {
@@ -158,8 +158,8 @@ HWY_INLINE void visit_gradient(const GradientArgs<A>& args, F&& f) {
 
 // ---- sums
 
-// Units of a run, or rows, in one chain of additions; runs shorter than the least go into that of the
-// record. In float32 the error of a sum grows with the length of its chain.
+// Units of a run, or rows, in one chain of additions; runs shorter than the least go into that of
+// the record. In float32 the error of a sum grows with the length of its chain.
 constexpr std::int64_t kMaxChain = 32, kMinChain = 8;
 
 template <class A>

@@ -1,5 +1,5 @@
-// Where the coefficients of a unit come from: one value for a whole run, or one per column. Per-target
-// code: included once for each instruction set.
+// Where the coefficients of a unit come from: one value for a whole run, or one per column.
+// Per-target code: included once for each instruction set.
 #if defined(NORMCORE_KERNELS_CPU_COEFFICIENTS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef NORMCORE_KERNELS_CPU_COEFFICIENTS_INL_H_
 #undef NORMCORE_KERNELS_CPU_COEFFICIENTS_INL_H_
@@ -11,8 +11,8 @@
 
 #include <algorithm>
 
-#include "cpu/convert-inl.h"
 #include "cpu/primitives.h"
+#include "cpu/units-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {
@@ -70,7 +70,8 @@ struct RunSource {
   }
 };
 
-// Columns that share one ColumnSource: all of a folded row (kMaxFoldedColumns in plan/cpu_geometry.cpp).
+// Columns that share one ColumnSource: all of a folded row (kMaxFoldedColumns in
+// plan/cpu_geometry.cpp).
 inline constexpr std::int64_t kColumnStrip = 2048;
 
 template <class A, Order kOrder>

@@ -39,8 +39,8 @@ class TileState {
   A* offset;
   double* scratch;
 
-  // z = (x - center) * scale + shift for `count` channels of a slice, from entry `first` on. center is
-  // the mean rounded to A; what the rounding lost is put back through shift, in float64.
+  // z = (x - center) * scale + shift for `count` channels of a slice, from entry `first` on. center
+  // is the mean rounded to A; what the rounding lost is put back through shift, in float64.
   void set_affine(std::int64_t first, std::int64_t count, const SliceStatistics<A>& statistics,
                   const Affine<A>& affine, std::int64_t sample, std::int64_t channel) const {
     const A rounded_mean = static_cast<A>(statistics.mean);

@@ -20,9 +20,9 @@
 
 #include "cpu/activation-inl.h"
 #include "cpu/coefficients-inl.h"
-#include "cpu/convert-inl.h"
 #include "cpu/primitives.h"
 #include "cpu/primitives_export.h"
+#include "cpu/units-inl.h"
 #include "cpu/wide_moments.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -232,7 +232,8 @@ class PivotSums {
   Pair<A> pivot_, sum_, square_;
 };
 
-// Adds rows [begin, end) of the list. A block of rows that the first-level cache holds is walked down by two units of columns at a time, whose sums stay in registers; meanwhile the next block is
+// Adds rows [begin, end) of the list. A block of rows that the first-level cache holds is walked
+// down by two units of columns at a time, whose sums stay in registers; meanwhile the next block is
 // prefetched, since prefetchers do not follow such a walk.
 template <class Sums, class T, class A>
 HWY_INLINE void add_rows(const T* x, std::int64_t stride, std::int64_t width, const RowList& rows,
@@ -398,8 +399,8 @@ void moments_of_rows(ConstTensor x, std::int64_t rows, std::int64_t width, const
 
 // ---- application
 
-// What follows the normalization. kPlain: nothing, and y has the dtype of x. kTyped: an activation that
-// is known and perhaps a residual, which like y has the dtype of x. kAny: looked up per unit.
+// What follows the normalization. kPlain: nothing, and y has the dtype of x. kTyped: an activation
+// that is known and perhaps a residual, which like y has the dtype of x. kAny: looked up per unit.
 enum class Epilogue { kPlain, kTyped, kAny };
 
 // y of kRows runs of n values that share their coefficients; `stride` leads from run to run.

@@ -17,8 +17,8 @@
 
 namespace normcore::kernels {
 
-// Rows per call of moments_of_rows and sums_of_rows, at most: bounds the float32 chains of the former's
-// accumulators.
+// Rows per call of moments_of_rows and sums_of_rows, at most: bounds the float32 chains of the
+// former's accumulators.
 inline constexpr std::int64_t kMaxRows = 1024;
 
 // `records` independent reductions, each over `runs` runs of `length` values. Strides count
@@ -43,8 +43,9 @@ struct ColumnMoments {
   double* count = nullptr;
 };
 
-// Coefficients (NaNs among them are canonical) of z = (x - center) * scale + shift + residual, and in the backward pass of
-// grad_x = scale * g + mask * (slope * (x - center) + offset): one per run, or one per column.
+// Coefficients (NaNs among them are canonical) of z = (x - center) * scale + shift + residual, and
+// in the backward pass of grad_x = scale * g + mask * (slope * (x - center) + offset): one per run,
+// or one per column.
 template <class A>
 struct Coefficients {
   const A* center = nullptr;
@@ -132,7 +133,8 @@ struct Primitives {
   void (*apply_runs)(const ApplyArgs<A>& args, std::int64_t count, std::int64_t length);
   void (*apply_rows)(const ApplyArgs<A>& args, std::int64_t rows, std::int64_t width);
   // g[record] = sum of g, g_centered[record] = sum of g * (x - center) over the record's values;
-  // coefficients are indexed by record. Whole vectors are written: the arrays end with a cache line.
+  // coefficients are indexed by record. Whole vectors are written: the arrays end with a cache
+  // line.
   void (*sums_of_runs)(const GradientArgs<A>& args, const RunBlock& block, A* g, A* g_centered);
   // The same sums of columns over `rows` rows.
   void (*sums_of_rows)(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width, A* g,

@@ -18,9 +18,9 @@
 #include <cmath>
 
 #include "cpu/activation-inl.h"
-#include "cpu/convert-inl.h"
 #include "cpu/primitives.h"
 #include "cpu/primitives_export.h"
+#include "cpu/units-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {

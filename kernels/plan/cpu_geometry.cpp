@@ -15,8 +15,8 @@ constexpr std::int64_t kLaneMultiple =
     32;  // columns of a folded row are a multiple of this when possible
 constexpr std::int64_t kWideRow = 128;  // columns from which rows are not folded further
 constexpr std::int64_t kMaxFoldedColumns = 2048;
-// Whole samples: values of a slice, positions of a channel that have coefficients of their own, columns,
-// and columns of a part, whose arrays stay in the first two levels of cache.
+// Whole samples: values of a slice, positions of a channel that have coefficients of their own,
+// columns, and columns of a part, whose arrays stay in the first two levels of cache.
 constexpr std::int64_t kMaxSlice = 2048, kMaxPositions = 16, kMaxColumns = 65536;
 constexpr std::int64_t kPartColumns = 1024;
 

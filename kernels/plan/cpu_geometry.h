@@ -110,8 +110,8 @@ class RowsGeometry {
   std::int64_t c_, tiles_, rows_, fold_, chunk_, chunks_;
 };
 
-// Group norm of short slices that lie one after the other: a tile is a block of samples, of each the
-// same part of neighbouring slices.
+// Group norm of short slices that lie one after the other: a tile is a block of samples, of each
+// the same part of neighbouring slices.
 class SamplesGeometry {
  public:
   explicit SamplesGeometry(const Problem& problem);
@@ -136,7 +136,8 @@ class SamplesGeometry {
   std::int64_t columns() const { return c_ * s_; }  // values of a sample
   std::int64_t positions() const { return s_; }     // columns per channel
 
-  // Scratch arrays of the primitives, and behind them, in the backward pass, two of sums over columns.
+  // Scratch arrays of the primitives, and behind them, in the backward pass, two of sums over
+  // columns.
   static constexpr std::int64_t kForwardArrays = 7, kBackwardArrays = 12, kSumArrays = 2;
   // Values of such an array: a part and a vector of any instruction set.
   std::int64_t padded_columns() const { return (slices_per_part_ * slice_size() + 31) / 16 * 16; }
@@ -146,8 +147,8 @@ class SamplesGeometry {
 };
 
 // Group norm sums its parameter gradients over samples in two levels: over blocks of neighbouring
-// samples, then over the blocks. What a block's samples add to the same channels is added by one task,
-// in order.
+// samples, then over the blocks. What a block's samples add to the same channels is added by one
+// task, in order.
 inline std::int64_t samples_per_block(std::int64_t samples) {
   return std::clamp<std::int64_t>(samples / 64, 1, 32);
 }

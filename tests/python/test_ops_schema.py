@@ -307,9 +307,7 @@ def test_compiled_autograd_of_an_eager_forward(norm: str, activation: str | None
             y = ops.group_norm(x * 2, 2, w, b, activation=activation, residual=r)
         else:
             options = {"activation": activation, "residual": r}
-            y = ops.batch_norm(
-                x * 2, mean.clone(), var.clone(), w, b, norm == "train", **options
-            )
+            y = ops.batch_norm(x * 2, mean.clone(), var.clone(), w, b, norm == "train", **options)
         y.square().sum().backward()
         return [t.grad for t in (x, w, b, r)]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from outcomes import Outcomes
-from skips import NOT_RUN, Facts, require_reached, skip_by
+from skips import Facts, run_on_our_kernels
 from steps import Expected, copies_of, copy_of, differentiated, in_float64
 from targets import Target
 from torch import Tensor, nn
@@ -114,14 +114,7 @@ class ModuleChecks:
     ) -> None:
         """Runs `body` with our kernels in place, unless the table of skips has the sample."""
         facts = Facts(self.target, self.entry, name, x, module.eps)
-
-        def run() -> None:
-            skip_by(NOT_RUN, facts)
-            with self.target.active() as calls:
-                body()
-                if name != "errors":
-                    require_reached(calls(), facts)
-
+        run = partial(run_on_our_kernels, facts, body)
         self.outcomes.run(self.entry, name, str(dtype).removeprefix("torch."), text, run)
 
     def values(self, dtype: torch.dtype, text: str, module: nn.Module, x: Tensor) -> None:

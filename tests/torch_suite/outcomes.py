@@ -5,8 +5,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
 
@@ -46,9 +45,6 @@ class Outcomes:
         except (Exception, pytest.fail.Exception):  # whatever goes wrong is what is reported
             status, message = "failed", traceback.format_exc(limit=-4)
         self.all.append(Outcome(self.target, entry, check, dtype, sample, status, message))
-
-    def to_json(self) -> list[dict[str, Any]]:
-        return [asdict(outcome) for outcome in self.all]
 
 
 def summary(outcomes: list[Outcome]) -> str:

@@ -1,5 +1,5 @@
-// torch's headers of vmap include this header, and torch does not ship it. Declarations that satisfy
-// inline functions nobody here calls; an installed nlohmann/json comes first (-idirafter).
+// torch's headers of vmap include this header, and torch does not ship it. Declarations that
+// satisfy inline functions nobody here calls; an installed nlohmann/json comes first (-idirafter).
 #pragma once
 
 #include <string>

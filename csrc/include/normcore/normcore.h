@@ -1,7 +1,7 @@
 // The public C++ interface of normcore: functions (ops.h), modules (modules.h), their options
-// (options.h), plans for people (explain.h), settings (settings.h) and torch's own norms on the same
-// kernels (override_aten.h). Including this header in any translation unit is also what makes the operators torch.ops.normcore.* available to a program that
-// only loads TorchScript files.
+// (options.h), plans for people (explain.h), settings (settings.h) and torch's own norms on the
+// same kernels (override_aten.h). Including this header in any translation unit is also what makes
+// the operators torch.ops.normcore.* available to a program that only loads TorchScript files.
 #pragma once
 
 #include "normcore/explain.h"

@@ -4,10 +4,11 @@
 //   rstd = 1 / sqrt(var + eps), var the biased variance
 // x: any rank >= 1 and any strides, float64, float32, bfloat16 or float16. y and the gradients keep
 // its memory format. weight, bias and statistics: any of these dtypes in any mix. Arithmetic is at
-// least float32 (float64 if any of input, weight, bias, running statistics, residual or the output's
-// dtype is), with one rounding at the end. An undefined tensor means "absent". An empty x gives an empty y.
-// Errors: c10::ValueError (shape or value), c10::TypeError (dtype), c10::IndexError (axis),
-// c10::NotImplementedError. A call that throws leaves the running statistics unchanged.
+// least float32 (float64 if any of input, weight, bias, running statistics, residual or the
+// output's dtype is), with one rounding at the end. An undefined tensor means "absent". An empty x
+// gives an empty y. Errors: c10::ValueError (shape or value), c10::TypeError (dtype),
+// c10::IndexError (axis), c10::NotImplementedError. A call that throws leaves the running
+// statistics unchanged.
 #pragma once
 
 #include <ATen/core/Tensor.h>

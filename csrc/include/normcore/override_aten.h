@@ -12,7 +12,8 @@ namespace normcore {
 /// CPU and, where they are part of the library, CUDA devices. Results, saved statistics, updates of
 /// the running ones and errors are those of aten; so are derivatives beyond the first.
 ///
-/// Calls nest: each one needs its disable_aten_override(). No other thread may run a norm meanwhile.
+/// Calls nest: each one needs its disable_aten_override(). No other thread may run a norm
+/// meanwhile.
 NORMCORE_API void enable_aten_override();
 
 /// Undoes one enable_aten_override(); the last one gives aten its own kernels back.
