@@ -66,4 +66,32 @@ NORMCORE_HOST_DEVICE A activate_derivative(Activation activation, A z) {
   return A{1};
 }
 
+template <class A>
+NORMCORE_HOST_DEVICE A activate_second_derivative(Activation activation, A z) {
+  switch (activation) {
+    case Activation::kNone:
+    case Activation::kReLU:
+      return A{0};
+    case Activation::kSiLU: {
+      const A sigmoid = A{1} / (A{1} + std::exp(-z)), complement = A{1} / (A{1} + std::exp(z));
+      return sigmoid * complement * (A{2} + z * (complement - sigmoid));
+    }
+    case Activation::kGelu: {
+      const A density = static_cast<A>(kInvSqrtTwoPi) * std::exp(A{-0.5} * z * z);
+      return A{2} * density - z * (z * density);
+    }
+    case Activation::kGeluTanh: {
+      const A cubic = static_cast<A>(kGeluTanhCubic), scale = static_cast<A>(kSqrtTwoOverPi);
+      const A u = scale * (z + cubic * z * z * z), du = scale * (A{1} + A{3} * cubic * z * z);
+      const A sigmoid = A{1} / (A{1} + std::exp(A{-2} * u)),
+              complement = A{1} / (A{1} + std::exp(A{2} * u));
+      // of sigmoid(2 u): slope and, over it, curvature
+      const A slope = sigmoid * complement * A{2} * du;
+      const A curvature = A{2} * du * (complement - sigmoid) + A{6} * cubic * scale * z / du;
+      return slope == A{0} ? A{0} : slope * (A{2} + z * curvature);
+    }
+  }
+  return A{0};
+}
+
 }  // namespace normcore::kernels

@@ -56,9 +56,22 @@ struct BatchNormBackwardArgs {
   NormGradients grad;
 };
 
+// norm_input.h has the formula.
+struct BatchNormDoubleBackwardArgs {
+  NormInput input;
+  ConstTensor grad_y;
+  ConstTensor mean;
+  ConstTensor rstd;
+  bool batch_statistics = true;
+  GradientCotangents cotangents;
+  MutableTensor grad_grad_y;  // extent and layout of x, any DType; absent: not wanted
+  NormGradients grad;
+};
+
 Problem problem_of(const BatchNormForwardArgs& args);
 Problem problem_of(const BatchNormInferenceArgs& args);
 Problem problem_of(const BatchNormBackwardArgs& args);
+Problem problem_of(const BatchNormDoubleBackwardArgs& args);
 
 // On the CPU. The plan is that of problem_of(args); `workspace` holds plan.workspace_bytes, aligned
 // to 64 bytes.
@@ -67,6 +80,8 @@ Status run(const BatchNormForwardArgs& args, const CpuPlan& plan, void* workspac
 Status run(const BatchNormInferenceArgs& args, const CpuPlan& plan, void* workspace,
            const CpuExecutor& executor);
 Status run(const BatchNormBackwardArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor);
+Status run(const BatchNormDoubleBackwardArgs& args, const CpuPlan& plan, void* workspace,
            const CpuExecutor& executor);
 
 }  // namespace normcore::kernels

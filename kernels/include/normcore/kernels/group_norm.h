@@ -35,14 +35,29 @@ struct GroupNormBackwardArgs {
   NormGradients grad;
 };
 
+// norm_input.h has the formula.
+struct GroupNormDoubleBackwardArgs {
+  NormInput input;
+  std::int64_t num_groups = 1;
+  ConstTensor grad_y;
+  const double* mean = nullptr;
+  ConstTensor rstd;
+  GradientCotangents cotangents;
+  MutableTensor grad_grad_y;  // extent and layout of x, any DType; absent: not wanted
+  NormGradients grad;
+};
+
 Problem problem_of(const GroupNormForwardArgs& args);
 Problem problem_of(const GroupNormBackwardArgs& args);
+Problem problem_of(const GroupNormDoubleBackwardArgs& args);
 
 // On the CPU. The plan is that of problem_of(args); `workspace` holds plan.workspace_bytes, aligned
 // to 64 bytes.
 Status run(const GroupNormForwardArgs& args, const CpuPlan& plan, void* workspace,
            const CpuExecutor& executor);
 Status run(const GroupNormBackwardArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor);
+Status run(const GroupNormDoubleBackwardArgs& args, const CpuPlan& plan, void* workspace,
            const CpuExecutor& executor);
 
 }  // namespace normcore::kernels

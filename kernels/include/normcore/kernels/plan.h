@@ -13,7 +13,12 @@
 
 namespace normcore::kernels {
 
-enum class Pass : std::uint8_t { kForward, kInference, kBackward };
+enum class Pass : std::uint8_t { kForward, kInference, kBackward, kDoubleBackward };
+
+// Whether it reduces every channel of a slice by itself, for gradients of parameters.
+constexpr bool is_backward(Pass pass) {
+  return pass == Pass::kBackward || pass == Pass::kDoubleBackward;
+}
 
 // What a plan may look at. num_groups = 0 is batch norm (one slice per channel).
 struct Problem {
@@ -25,7 +30,7 @@ struct Problem {
   std::int64_t num_groups = 0;
   Pass pass = Pass::kForward;
   Activation activation = Activation::kNone;
-  // The backward pass needs sums over slices; it writes a gradient over the extent.
+  // A backward pass needs sums over slices; it writes a gradient over the extent.
   bool reduces = true, applies = true;
   // CUDA only: every tensor over the extent starts at a multiple of 16 bytes; running statistics are
   // cumulative.
