@@ -165,5 +165,7 @@ void run(const kernels::GroupNormForwardArgs& args, c10::Device device) {
 void run(const kernels::GroupNormBackwardArgs& args, c10::Device device) {
   run_on("group_norm", args, device);
 }
+void run(const kernels::BatchNormDoubleBackwardArgs& args) { run_on_cpu("batch_norm", args); }
+void run(const kernels::GroupNormDoubleBackwardArgs& args) { run_on_cpu("group_norm", args); }
 
 }  // namespace normcore::backend

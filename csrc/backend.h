@@ -24,6 +24,10 @@ void run(const kernels::BatchNormBackwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormForwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormBackwardArgs& args, c10::Device device);
 
+// On the CPU; other devices have no such kernels.
+void run(const kernels::BatchNormDoubleBackwardArgs& args);
+void run(const kernels::GroupNormDoubleBackwardArgs& args);
+
 // Whether CUDA kernels may read it in vectors. Tensors without data: as if storage were aligned.
 bool is_aligned(const at::Tensor& t);
 

@@ -108,6 +108,59 @@ Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input,
   return gradients;
 }
 
+template <class Int>
+DoubleGradients batch_norm_double_backward(
+    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis, bool batch_statistics, double eps,
+    OptionalString activation, DoubleOutputMask output_mask) {
+  const OptionalTensor no_mask;
+  const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
+  const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
+                              grad_grad_residual};
+  const auto norm = Check<Int>::batch_norm_backward(grad_output, operands, mean, rstd, axis,
+                                                    batch_statistics, eps, activation);
+  check_cotangents<Int>("batch_norm", cotangents, operands);
+  const auto gradients = empty_double_gradients<Int>(grad_output, operands, output_mask);
+  if constexpr (is_concrete<Int>) {
+    if (fill_if_empty(gradients, input)) return gradients;
+    const auto& [grad_grad_output, x, w, b, r] = gradients;
+    Staging staging(operands, norm, Samples::kReduced);
+    kernels::BatchNormDoubleBackwardArgs args;
+    args.input = staging.input();
+    args.grad_y = staging.read(grad_output);
+    args.mean = staging.read_vector(mean);
+    args.rstd = staging.read_vector(rstd);
+    args.batch_statistics = batch_statistics;
+    args.cotangents = staging.read(cotangents);
+    args.grad_grad_y = staging.write(grad_grad_output);
+    args.grad = staging.write(Gradients{x, w, b, r});
+    backend::run(args);
+    staging.finish();
+  }
+  return gradients;
+}
+
+DoubleGradients batch_norm_double_backward_formula(
+    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis, bool batch_statistics, double eps,
+    OptionalString activation, DoubleOutputMask output_mask) {
+  const OptionalTensor no_mask;
+  const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
+  const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
+                              grad_grad_residual};
+  const auto norm = Check<c10::SymInt>::batch_norm_backward(grad_output, operands, mean, rstd, axis,
+                                                            batch_statistics, eps, activation);
+  check_cotangents<c10::SymInt>("batch_norm", cotangents, operands);
+  return norm_double_backward_formula(cotangents, grad_output, operands, norm,
+                                      {mean, rstd, !batch_statistics}, output_mask);
+}
+
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                   const OptionalTensor& running_var, const OptionalTensor& weight,
                   const OptionalTensor& bias, bool training, std::optional<double> momentum,
@@ -185,12 +238,14 @@ TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(normcore, FuncTorchBatchedDecomposition, m) {
   m.impl("batch_norm", TORCH_FN(batch_norm));
   m.impl("batch_norm_functional", TORCH_FN(batch_norm_functional));
+  m.impl("_batch_norm_double_backward", TORCH_FN(batch_norm_double_backward_formula));
 }
 
 TORCH_LIBRARY_IMPL(normcore, CPU, m) {
   m.impl("_batch_norm_train", TORCH_FN(batch_norm_train<std::int64_t>));
   m.impl("_batch_norm_eval", TORCH_FN(batch_norm_eval<std::int64_t>));
   m.impl("_batch_norm_backward", TORCH_FN(batch_norm_backward<std::int64_t>));
+  m.impl("_batch_norm_double_backward", TORCH_FN(batch_norm_double_backward<std::int64_t>));
 }
 
 // The same functions: the backend decides what runs on a device.
@@ -198,12 +253,14 @@ TORCH_LIBRARY_IMPL(normcore, CUDA, m) {
   m.impl("_batch_norm_train", TORCH_FN(batch_norm_train<std::int64_t>));
   m.impl("_batch_norm_eval", TORCH_FN(batch_norm_eval<std::int64_t>));
   m.impl("_batch_norm_backward", TORCH_FN(batch_norm_backward<std::int64_t>));
+  m.impl("_batch_norm_double_backward", TORCH_FN(batch_norm_double_backward_formula));
 }
 
 TORCH_LIBRARY_IMPL(normcore, Meta, m) {
   m.impl("_batch_norm_train", TORCH_FN(batch_norm_train<c10::SymInt>));
   m.impl("_batch_norm_eval", TORCH_FN(batch_norm_eval<c10::SymInt>));
   m.impl("_batch_norm_backward", TORCH_FN(batch_norm_backward<c10::SymInt>));
+  m.impl("_batch_norm_double_backward", TORCH_FN(batch_norm_double_backward<c10::SymInt>));
 }
 
 }  // namespace normcore

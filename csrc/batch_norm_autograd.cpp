@@ -13,6 +13,7 @@ namespace {
 
 struct BatchNormBackward {
   static constexpr const char* kNodeName = "NormcoreBatchNormBackward";
+  static constexpr const char* kDoubleNodeName = "NormcoreBatchNormBackwardBackward";
 
   std::vector<std::int64_t> axis;
   bool batch_statistics = true;
@@ -25,6 +26,15 @@ struct BatchNormBackward {
                                           operands.bias, operands.residual, operands.mask, mean,
                                           rstd, axis, batch_statistics, eps,
                                           activation_name(activation), output_mask);
+  }
+
+  DoubleGradients double_backward(const Cotangents& cotangents, const Tensor& grad_output,
+                                  const Operands& operands, const Tensor& mean, const Tensor& rstd,
+                                  const DoubleOutputMask& output_mask) const {
+    return op::batch_norm_double_backward().call(
+        cotangents.input, cotangents.weight, cotangents.bias, cotangents.residual, grad_output,
+        operands.input, operands.weight, operands.bias, operands.residual, operands.mask, mean,
+        rstd, axis, batch_statistics, eps, activation_name(activation), output_mask);
   }
 
   template <class Self, class F>
@@ -106,19 +116,51 @@ Gradients batch_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_outpu
                               at::IntArrayRef axis, bool batch_statistics, double eps,
                               OptionalString activation, OutputMask output_mask) {
   check_no_tangent("batch_norm", "mean and rstd", mean, rstd);
-  if (ta::compute_requires_grad(grad_output, input, weight, bias, residual) ||
-      have_tangent(grad_output, input, weight, bias, residual)) {
-    const OptionalTensor no_mask;
-    const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
+  const OptionalTensor no_mask;
+  const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
+  if (have_tangent(grad_output, input, weight, bias, residual)) {
     const auto norm = Check<c10::SymInt>::batch_norm_backward(
         grad_output, operands, mean, rstd, axis, batch_statistics, eps, activation);
     return norm_backward_formula(grad_output, operands, norm, {mean, rstd, !batch_statistics},
                                  output_mask);
   }
+  const auto result = [&] {
+    const at::AutoDispatchBelowAutograd guard;
+    return op::batch_norm_backward().redispatch(
+        keys & c10::after_autograd_keyset, grad_output, input, weight, bias, residual, mask, mean,
+        rstd, axis, batch_statistics, eps, activation, output_mask);
+  }();
+  if (ta::compute_requires_grad(grad_output, input, weight, bias, residual)) {
+    const BatchNormBackward norm{axis.vec(), batch_statistics, eps,
+                                 parse_activation("batch_norm", activation)};
+    record_backward(result, grad_output, operands, norm, mean, rstd);
+  }
+  return result;
+}
+
+DoubleGradients batch_norm_double_backward(
+    c10::DispatchKeySet keys, const OptionalTensor& grad_grad_input,
+    const OptionalTensor& grad_grad_weight, const OptionalTensor& grad_grad_bias,
+    const OptionalTensor& grad_grad_residual, const Tensor& grad_output, const Tensor& input,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+    const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis,
+    bool batch_statistics, double eps, OptionalString activation, DoubleOutputMask output_mask) {
+  check_no_tangent("batch_norm", "mean and rstd", mean, rstd);
+  if (is_differentiated(grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual,
+                        grad_output, input, weight, bias, residual)) {
+    const OptionalTensor no_mask;
+    const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
+    const auto norm = Check<c10::SymInt>::batch_norm_backward(
+        grad_output, operands, mean, rstd, axis, batch_statistics, eps, activation);
+    return norm_double_backward_formula(
+        {grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual}, grad_output,
+        operands, norm, {mean, rstd, !batch_statistics}, output_mask);
+  }
   const at::AutoDispatchBelowAutograd guard;
-  return op::batch_norm_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, input,
-                                              weight, bias, residual, mask, mean, rstd, axis,
-                                              batch_statistics, eps, activation, output_mask);
+  return op::batch_norm_double_backward().redispatch(
+      keys & c10::after_autograd_keyset, grad_grad_input, grad_grad_weight, grad_grad_bias,
+      grad_grad_residual, grad_output, input, weight, bias, residual, mask, mean, rstd, axis,
+      batch_statistics, eps, activation, output_mask);
 }
 
 // Version counters of what training has changed. Inference tensors have none. A size that is not
@@ -148,6 +190,7 @@ TORCH_LIBRARY_IMPL(normcore, Autograd, m) {
   m.impl("_batch_norm_train", TORCH_FN(batch_norm_train));
   m.impl("_batch_norm_eval", TORCH_FN(batch_norm_eval));
   m.impl("_batch_norm_backward", TORCH_FN(batch_norm_backward));
+  m.impl("_batch_norm_double_backward", TORCH_FN(batch_norm_double_backward));
 }
 
 TORCH_LIBRARY_IMPL(normcore, ADInplaceOrView, m) {

@@ -362,6 +362,21 @@ CheckedNorm<Int> Check<Int>::group_norm_backward(const Tensor& grad_output,
   return norm;
 }
 
+template <class Int>
+void check_cotangents(const char* op, const Cotangents& cotangents, const Operands& operands) {
+  const auto check = [&](const char* name, const OptionalTensor& t, const char* of,
+                         const OptionalTensor& operand) {
+    if (!has(t)) return;
+    TORCH_CHECK_VALUE(has(operand), op, ": expected no ", name, " without ", of);
+    check_vector(op, name, *t, operands.input, sizes_of<Int>(*operand));
+    check_not_wider(op, name, t->scalar_type(), operands.input);
+  };
+  check("grad_grad_input", cotangents.input, "input", operands.input);
+  check("grad_grad_weight", cotangents.weight, "weight", operands.weight);
+  check("grad_grad_bias", cotangents.bias, "bias", operands.bias);
+  check("grad_grad_residual", cotangents.residual, "residual", operands.residual);
+}
+
 void check_ignored_mask(const OptionalTensor& mask, const Tensor& input) {
   if (has(mask)) check_mask<c10::SymInt>(kBatchNorm, *mask, input);
 }
@@ -419,5 +434,7 @@ OptionalString activation_name(kernels::Activation activation) {
 
 template struct Check<std::int64_t>;
 template struct Check<c10::SymInt>;
+template void check_cotangents<std::int64_t>(const char*, const Cotangents&, const Operands&);
+template void check_cotangents<c10::SymInt>(const char*, const Cotangents&, const Operands&);
 
 }  // namespace normcore

@@ -32,6 +32,14 @@ struct Operands {
   const OptionalTensor& mask;
 };
 
+// Gradients with respect to the results of a backward pass; absent: zero.
+struct Cotangents {
+  const OptionalTensor& input;
+  const OptionalTensor& weight;
+  const OptionalTensor& bias;
+  const OptionalTensor& residual;
+};
+
 template <class Int>
 inline constexpr bool is_concrete = std::is_same_v<Int, std::int64_t>;
 
@@ -90,6 +98,10 @@ struct Check {
                                               at::OptionalIntArrayRef reduction_axes, double eps,
                                               OptionalString activation);
 };
+
+// What a double backward operator takes beside the arguments of the backward operator.
+template <class Int>
+void check_cotangents(const char* op, const Cotangents& cotangents, const Operands& operands);
 
 // The mask of a batch norm with running statistics: it has no effect, but has to fit.
 void check_ignored_mask(const OptionalTensor& mask, const Tensor& input);

@@ -22,6 +22,10 @@ using OptionalDType = std::optional<at::ScalarType>;
 using OutputMask = std::array<bool, 4>;  // gradients of input, weight, bias, residual
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// Of the double backward pass: gradients of grad_output, input, weight, bias, residual.
+using DoubleOutputMask = std::array<bool, 5>;
+using DoubleGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 using BatchNormFn = Tensor(const Tensor& input, const OptionalTensor& running_mean,
                            const OptionalTensor& running_var, const OptionalTensor& weight,
                            const OptionalTensor& bias, bool training,
@@ -62,6 +66,14 @@ using BatchNormBackwardFn = Gradients(const Tensor& grad_output, const Tensor& i
                                       bool batch_statistics, double eps, OptionalString activation,
                                       OutputMask output_mask);
 
+using BatchNormDoubleBackwardFn = DoubleGradients(
+    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis, bool batch_statistics, double eps,
+    OptionalString activation, DoubleOutputMask output_mask);
+
 using GroupNormForwardFn = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, std::int64_t num_groups,
@@ -75,6 +87,15 @@ using GroupNormBackwardFn = Gradients(const Tensor& grad_output, const Tensor& i
                                       std::int64_t num_groups, at::IntArrayRef axis,
                                       at::OptionalIntArrayRef reduction_axes, double eps,
                                       OptionalString activation, OutputMask output_mask);
+
+using GroupNormDoubleBackwardFn = DoubleGradients(
+    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, std::int64_t num_groups, at::IntArrayRef axis,
+    at::OptionalIntArrayRef reduction_axes, double eps, OptionalString activation,
+    DoubleOutputMask output_mask);
 
 template <class Fn>
 c10::TypedOperatorHandle<Fn> find_op(const char* name) {
@@ -107,12 +128,23 @@ inline const auto& batch_norm_backward() {
   static const auto handle = find_op<BatchNormBackwardFn>("normcore::_batch_norm_backward");
   return handle;
 }
+inline const auto& batch_norm_double_backward() {
+  static const auto handle =
+      find_op<BatchNormDoubleBackwardFn>("normcore::_batch_norm_double_backward");
+  return handle;
+}
 inline const auto& group_norm_forward() {
   static const auto handle = find_op<GroupNormForwardFn>("normcore::_group_norm");
   return handle;
 }
 inline const auto& group_norm_backward() {
   static const auto handle = find_op<GroupNormBackwardFn>("normcore::_group_norm_backward");
+  return handle;
+}
+
+inline const auto& group_norm_double_backward() {
+  static const auto handle =
+      find_op<GroupNormDoubleBackwardFn>("normcore::_group_norm_double_backward");
   return handle;
 }
 

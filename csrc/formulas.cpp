@@ -126,6 +126,36 @@ Tensor activation_backward(const Tensor& grad, const Tensor& z, kernels::Activat
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
 
+// The second derivative; 0 at kinks.
+Tensor activation_curvature(const Tensor& z, kernels::Activation activation) {
+  switch (activation) {
+    case kernels::Activation::kNone:
+    case kernels::Activation::kReLU:
+      return at::zeros_like(z);
+    case kernels::Activation::kSiLU: {
+      const auto sigmoid = at::sigmoid(z), complement = at::sigmoid(-z);
+      return sigmoid * complement * (2 + z * (complement - sigmoid));
+    }
+    case kernels::Activation::kGelu: {
+      const auto near = z.clamp(-40, 40),
+                 density = kernels::kInvSqrtTwoPi * (-0.5 * near * near).exp();
+      return density * (2 - near * near);
+    }
+    case kernels::Activation::kGeluTanh: {
+      // of sigmoid(u): slope, and curvature over it
+      const auto near = z.clamp(-40, 40);
+      const auto u = 2 * kernels::kSqrtTwoOverPi * (near + kernels::kGeluTanhCubic * near.pow(3));
+      const auto rate =
+          2 * kernels::kSqrtTwoOverPi * (1 + 3 * kernels::kGeluTanhCubic * near * near);
+      const auto sigmoid = at::sigmoid(u), complement = at::sigmoid(-u);
+      const auto turn = rate * rate * (complement - sigmoid) +
+                        12 * kernels::kSqrtTwoOverPi * kernels::kGeluTanhCubic * near;
+      return sigmoid * complement * (2 * rate + near * turn);
+    }
+  }
+  TORCH_INTERNAL_ASSERT(false, "unknown activation");
+}
+
 Tensor mean_over_slices(const Tensor& t) { return t.mean({2, 3}, /*keepdim=*/true); }
 Tensor sum_over_slices(const Tensor& t) { return t.sum({2, 3}, /*keepdim=*/true); }
 Tensor zero_unless(const Tensor& condition, const Tensor& t) {
@@ -190,9 +220,12 @@ class Formula {
       rstd_ = (mean_over_slices(centred * centred) + norm_.eps).rsqrt();
     }
     xhat_ = centred * rstd_;
+    if (dropped_.defined()) xhat_ = zero_unless(~dropped_, xhat_);
   }
 
   const Tensor& xhat() const { return xhat_; }
+  const Tensor& rstd() const { return rstd_; }
+  bool has_constant_statistics() const { return saved_.are_constants; }
   Tensor output() const {
     auto y = poisoned(activate(z(), norm_.activation));
     if (is_lost_.defined()) y = at::where(is_lost_, std::nan(""), y);
@@ -205,18 +238,45 @@ class Formula {
     return has_activation() ? activation_backward(t, z(), norm_.activation) : t;
   }
 
+  // t * activation''(z)
+  Tensor times_curvature(const Tensor& t) const {
+    return t * activation_curvature(z(), norm_.activation);
+  }
+
+  // That of z.
+  Tensor tangent(const Tangents& tangents) const {
+    auto tangent = at::zeros_like(xhat_);
+    if (tangents.input.defined()) {
+      const auto of_xhat = forward_through_statistics(elements(tangents.input));
+      tangent = tangent + times_scale(of_xhat);
+    }
+    if (tangents.weight.defined()) tangent = tangent + xhat_ * parameter(tangents.weight);
+    if (tangents.bias.defined()) tangent = tangent + parameter(tangents.bias);
+    if (tangents.residual.defined()) tangent = tangent + elements(tangents.residual);
+    return tangent;
+  }
+
+  // Means over what counts in a slice.
+  Tensor mean_of_slice(const Tensor& t) const {
+    return share_.defined() ? shared_sum(t) : mean_over_slices(t);
+  }
+  Tensor mean_of_slice(const Tensor& a, const Tensor& b) const {
+    return share_.defined() ? shared_sum(a, b) : mean_over_slices(a * b);
+  }
+  // The transpose: sums of slices, in shares of those that count.
+  Tensor shared(const Tensor& t) const {
+    return share_.defined() ? share_ * sum_over_slices(t) : mean_over_slices(t);
+  }
+
   // The derivative of xhat with respect to x, applied to a tangent ...
   Tensor forward_through_statistics(const Tensor& t) const {
     if (saved_.are_constants) return t * rstd_;
-    const auto through = share_.defined()
-                             ? shared_sum(t) + xhat_ * shared_sum(t, xhat_)
-                             : mean_over_slices(t) + xhat_ * mean_over_slices(t * xhat_);
-    return (t - through) * rstd_;
+    return (t - mean_of_slice(t) - xhat_ * mean_of_slice(t, xhat_)) * rstd_;
   }
   // ... and its transpose, applied to a gradient.
   Tensor backward_through_statistics(const Tensor& t) const {
-    if (!share_.defined()) return forward_through_statistics(t);
-    return (t - share_ * (sum_over_slices(t) + xhat_ * sum_over_slices(t * xhat_))) * rstd_;
+    if (saved_.are_constants) return t * rstd_;
+    return (t - shared(t) - xhat_ * shared(t * xhat_)) * rstd_;
   }
 
   // The output of a slice without a valid value is NaN; so is all that follows from it.
@@ -231,7 +291,10 @@ class Formula {
   bool has_activation() const { return norm_.activation != kernels::Activation::kNone; }
   void drop_where(const Tensor& unused) {
     for (auto* t : {&x_, &added_}) {
-      if (t->defined()) *t = zero_unless(~(unused & ~at::isfinite(*t)), *t);
+      if (!t->defined()) continue;
+      const auto is_dropped = unused & ~at::isfinite(*t);
+      if (t == &x_) dropped_ = is_dropped;
+      *t = zero_unless(~is_dropped, *t);
     }
   }
   Tensor z() const {
@@ -265,6 +328,7 @@ class Formula {
   Tensor xhat_, rstd_;
   Tensor share_;  // weight of each element in the statistics, 1 / count; undefined without a mask
   Tensor is_empty_, is_lost_;
+  Tensor dropped_;  // values of x that count as the mean
 };
 
 // What aten's norms take as it is, and give back in the same memory format.
@@ -357,18 +421,62 @@ Tensor norm_tangent_formula(const Operands& operands, const Tangents& tangents,
                             const CheckedNorm<c10::SymInt>& norm, const SavedStatistics& saved) {
   Formula formula(operands, norm, saved);
   formula.normalize();
-  auto tangent = at::zeros_like(formula.xhat());
-  if (tangents.input.defined()) {
-    const auto of_xhat = formula.forward_through_statistics(formula.elements(tangents.input));
-    tangent = tangent + formula.times_scale(of_xhat);
-  }
-  if (tangents.weight.defined()) {
-    tangent = tangent + formula.xhat() * formula.parameter(tangents.weight);
-  }
-  if (tangents.bias.defined()) tangent = tangent + formula.parameter(tangents.bias);
-  if (tangents.residual.defined()) tangent = tangent + formula.elements(tangents.residual);
-  tangent = formula.poisoned(formula.through_activation(tangent));
+  const auto tangent = formula.poisoned(formula.through_activation(formula.tangent(tangents)));
   return formula.view().to_elements(tangent).to(norm.dtype);
+}
+
+DoubleGradients norm_double_backward_formula(const Cotangents& cotangents,
+                                             const Tensor& grad_output, const Operands& operands,
+                                             const CheckedNorm<c10::SymInt>& norm,
+                                             const SavedStatistics& saved,
+                                             const DoubleOutputMask& output_mask) {
+  const auto& [input, weight, bias, residual, mask] = operands;
+  Formula formula(operands, norm, saved);
+  const auto grad_y = formula.elements(grad_output);
+  formula.drop_unused(grad_y);
+  formula.normalize();
+  const auto& xhat = formula.xhat();
+  const auto& rstd = formula.rstd();
+  const auto& view = formula.view();
+  const auto poisoned = [&](const Tensor& t) { return formula.poisoned_where(grad_y != 0, t); };
+
+  // Names of norm_input.h.
+  const auto u = has(cotangents.input) ? formula.elements(*cotangents.input) : at::zeros_like(xhat);
+  const auto v = formula.parameter(cotangents.weight);
+  const auto q = formula.tangent(
+      {value_or_undefined(cotangents.input), value_or_undefined(cotangents.weight),
+       value_or_undefined(cotangents.bias), value_or_undefined(cotangents.residual)});
+  const auto g = formula.through_activation(grad_y), k = formula.times_curvature(grad_y * q);
+
+  DoubleGradients result;
+  auto& [grad_grad_output, grad_input, grad_weight, grad_bias, grad_residual] = result;
+  if (output_mask[0]) {
+    grad_grad_output =
+        view.to_elements(poisoned(formula.through_activation(q))).to(grad_output.scalar_type());
+  }
+  if (output_mask[1]) {
+    const auto h = formula.times_scale(g), e = formula.times_scale(k);
+    auto grad_x = formula.backward_through_statistics(v.defined() ? e + v * g : e);
+    if (!formula.has_constant_statistics()) {
+      const auto p0 = formula.mean_of_slice(u), p1 = formula.mean_of_slice(u, xhat);
+      const auto sum = formula.shared(h), hx = formula.shared(h * xhat);
+      const auto l = formula.shared(h * u) - p0 * sum - p1 * hx;
+      grad_x =
+          grad_x + rstd * rstd * (p0 * hx + p1 * sum + xhat * (2 * p1 * hx - l) - p1 * h - hx * u);
+    }
+    grad_input = view.to_elements(poisoned(grad_x)).to(input.scalar_type());
+  }
+  if (output_mask[2] && has(weight)) {
+    const auto sum = g * formula.forward_through_statistics(u) + k * xhat;
+    grad_weight = view.sum_to_parameter(poisoned(sum), *weight).to(weight->scalar_type());
+  }
+  if (output_mask[3] && has(bias)) {
+    grad_bias = view.sum_to_parameter(poisoned(k), *bias).to(bias->scalar_type());
+  }
+  if (output_mask[4] && has(residual)) {
+    grad_residual = view.to_elements(poisoned(k)).to(residual->scalar_type());
+  }
+  return result;
 }
 
 }  // namespace normcore

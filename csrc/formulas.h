@@ -28,6 +28,13 @@ Gradients norm_backward_formula(const Tensor& grad_output, const Operands& opera
                                 const CheckedNorm<c10::SymInt>& norm, const SavedStatistics& saved,
                                 const OutputMask& output_mask);
 
+// norm_input.h has the formula.
+DoubleGradients norm_double_backward_formula(const Cotangents& cotangents,
+                                             const Tensor& grad_output, const Operands& operands,
+                                             const CheckedNorm<c10::SymInt>& norm,
+                                             const SavedStatistics& saved,
+                                             const DoubleOutputMask& output_mask);
+
 // Undefined: none.
 struct Tangents {
   Tensor input, weight, bias, residual;

@@ -67,6 +67,59 @@ Gradients group_norm_backward(const Tensor& grad_output, const Tensor& input,
   return gradients;
 }
 
+template <class Int>
+DoubleGradients group_norm_double_backward(
+    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, std::int64_t num_groups, at::IntArrayRef axis,
+    at::OptionalIntArrayRef reduction_axes, double eps, OptionalString activation,
+    DoubleOutputMask output_mask) {
+  const Operands operands{input, weight, bias, residual, mask};
+  const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
+                              grad_grad_residual};
+  const auto norm = Check<Int>::group_norm_backward(grad_output, operands, mean, rstd, num_groups,
+                                                    axis, reduction_axes, eps, activation);
+  check_cotangents<Int>("group_norm", cotangents, operands);
+  const auto gradients = empty_double_gradients<Int>(grad_output, operands, output_mask);
+  if constexpr (is_concrete<Int>) {
+    if (fill_if_empty(gradients, input)) return gradients;
+    const auto& [grad_grad_output, x, w, b, r] = gradients;
+    Staging staging(operands, norm, Samples::kKept);
+    kernels::GroupNormDoubleBackwardArgs args;
+    args.input = staging.input();
+    args.num_groups = num_groups;
+    args.grad_y = staging.read(grad_output);
+    args.mean = static_cast<const double*>(staging.read_vector(mean).data);
+    args.rstd = staging.read_vector(rstd);
+    args.cotangents = staging.read(cotangents);
+    args.grad_grad_y = staging.write(grad_grad_output);
+    args.grad = staging.write(Gradients{x, w, b, r});
+    backend::run(args);
+    staging.finish();
+  }
+  return gradients;
+}
+
+DoubleGradients group_norm_double_backward_formula(
+    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, std::int64_t num_groups, at::IntArrayRef axis,
+    at::OptionalIntArrayRef reduction_axes, double eps, OptionalString activation,
+    DoubleOutputMask output_mask) {
+  const Operands operands{input, weight, bias, residual, mask};
+  const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
+                              grad_grad_residual};
+  const auto norm = Check<c10::SymInt>::group_norm_backward(
+      grad_output, operands, mean, rstd, num_groups, axis, reduction_axes, eps, activation);
+  check_cotangents<c10::SymInt>("group_norm", cotangents, operands);
+  return norm_double_backward_formula(cotangents, grad_output, operands, norm, {mean, rstd},
+                                      output_mask);
+}
+
 Tensor group_norm(const Tensor& input, std::int64_t num_groups, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, at::IntArrayRef axis,
                   at::OptionalIntArrayRef reduction_axes, const OptionalTensor& mask,
@@ -99,22 +152,26 @@ TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
 TORCH_LIBRARY_IMPL(normcore, FuncTorchBatchedDecomposition, m) {
   m.impl("group_norm", TORCH_FN(group_norm));
   m.impl("_group_norm_decomposed", TORCH_FN(group_norm_decomposed));
+  m.impl("_group_norm_double_backward", TORCH_FN(group_norm_double_backward_formula));
 }
 
 TORCH_LIBRARY_IMPL(normcore, CPU, m) {
   m.impl("_group_norm", TORCH_FN(group_norm_forward<std::int64_t>));
   m.impl("_group_norm_backward", TORCH_FN(group_norm_backward<std::int64_t>));
+  m.impl("_group_norm_double_backward", TORCH_FN(group_norm_double_backward<std::int64_t>));
 }
 
 // The same functions: the backend decides what runs on a device.
 TORCH_LIBRARY_IMPL(normcore, CUDA, m) {
   m.impl("_group_norm", TORCH_FN(group_norm_forward<std::int64_t>));
   m.impl("_group_norm_backward", TORCH_FN(group_norm_backward<std::int64_t>));
+  m.impl("_group_norm_double_backward", TORCH_FN(group_norm_double_backward_formula));
 }
 
 TORCH_LIBRARY_IMPL(normcore, Meta, m) {
   m.impl("_group_norm", TORCH_FN(group_norm_forward<c10::SymInt>));
   m.impl("_group_norm_backward", TORCH_FN(group_norm_backward<c10::SymInt>));
+  m.impl("_group_norm_double_backward", TORCH_FN(group_norm_double_backward<c10::SymInt>));
 }
 
 }  // namespace normcore

@@ -46,10 +46,21 @@ Gradients empty_gradients(const Operands& operands, const OutputMask& wanted) {
                                      : Tensor()};
 }
 
+template <class Int>
+DoubleGradients empty_double_gradients(const Tensor& grad_output, const Operands& operands,
+                                       const DoubleOutputMask& wanted) {
+  const auto [output, input, weight, bias, residual] = wanted;
+  return std::tuple_cat(
+      std::tuple(output ? empty_output<Int>(operands.input, grad_output.scalar_type()) : Tensor()),
+      empty_gradients<Int>(operands, {input, weight, bias, residual}));
+}
+
 #define NORMCORE_INSTANTIATE(Int)                                                          \
   template Tensor empty_output<Int>(const Tensor&, at::ScalarType);                        \
   template Tensor empty_statistic<Int>(const Tensor&, c10::ArrayRef<Int>, at::ScalarType); \
-  template Gradients empty_gradients<Int>(const Operands&, const OutputMask&);
+  template Gradients empty_gradients<Int>(const Operands&, const OutputMask&);             \
+  template DoubleGradients empty_double_gradients<Int>(const Tensor&, const Operands&,     \
+                                                       const DoubleOutputMask&);
 NORMCORE_INSTANTIATE(std::int64_t)
 NORMCORE_INSTANTIATE(c10::SymInt)
 #undef NORMCORE_INSTANTIATE
@@ -67,6 +78,14 @@ Gradients fill_without_kernel(const Gradients& gradients, const Tensor& grad_out
     residual.reset();
   }
   return {input, weight, bias, residual};
+}
+
+bool fill_if_empty(const DoubleGradients& gradients, const Tensor& input) {
+  if (input.numel() != 0) return false;
+  const auto& [output, x, weight, bias, residual] = gradients;
+  if (weight.defined()) weight.zero_();
+  if (bias.defined()) bias.zero_();
+  return true;
 }
 
 bool any_defined(const Gradients& gradients) {

@@ -18,10 +18,18 @@ Tensor empty_statistic(const Tensor& input, c10::ArrayRef<Int> shape, at::Scalar
 template <class Int>
 Gradients empty_gradients(const Operands& operands, const OutputMask& wanted);
 
+// The same for the double backward pass.
+template <class Int>
+DoubleGradients empty_double_gradients(const Tensor& grad_output, const Operands& operands,
+                                       const DoubleOutputMask& wanted);
+
 // Fills the gradients that need no kernel: parameters of an empty input (zero), and the residual
 // without an activation (grad_output itself). Returns those that are left.
 Gradients fill_without_kernel(const Gradients& gradients, const Tensor& grad_output,
                               kernels::Activation activation);
+
+// Whether the input is empty: then gradients of parameters are zero.
+bool fill_if_empty(const DoubleGradients& gradients, const Tensor& input);
 
 bool any_defined(const Gradients& gradients);
 

@@ -74,6 +74,15 @@ TORCH_LIBRARY(normcore, m) {
       "bool batch_statistics, float eps, str? activation, bool[4] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor)",
       tags);
+  // The derivative of the former: grad_grad_* are gradients with respect to its results (None: zero).
+  // Gradients of (grad_output, input, weight, bias, residual); undefined where output_mask is false.
+  m.def(
+      "_batch_norm_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, "
+      "Tensor? grad_grad_bias, Tensor? grad_grad_residual, Tensor grad_output, Tensor input, "
+      "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, "
+      "int[] axis, bool batch_statistics, float eps, str? activation, bool[5] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      tags);
 
   // (y, mean [N, G] float64, rstd [N, G]), N the product of the kept axes
   m.def(
@@ -86,5 +95,12 @@ TORCH_LIBRARY(normcore, m) {
       "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int num_groups, int[] axis, "
       "int[]? reduction_axes, float eps, str? activation, bool[4] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
+      "_group_norm_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, "
+      "Tensor? grad_grad_bias, Tensor? grad_grad_residual, Tensor grad_output, Tensor input, "
+      "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, "
+      "int num_groups, int[] axis, int[]? reduction_axes, float eps, str? activation, "
+      "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
 }

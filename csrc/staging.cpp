@@ -64,6 +64,13 @@ kernels::NormGradients Staging::write(const Gradients& gradients) {
           write(residual)};
 }
 
+kernels::GradientCotangents Staging::read(const Cotangents& cotangents) {
+  return {read(value_or_undefined(cotangents.input)),
+          read_vector(value_or_undefined(cotangents.weight)),
+          read_vector(value_or_undefined(cotangents.bias)),
+          read(value_or_undefined(cotangents.residual))};
+}
+
 void Staging::finish() {
   for (const auto& [result, buffer] : pending_) result.copy_(buffer);
 }

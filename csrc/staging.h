@@ -29,6 +29,7 @@ class Staging {
   kernels::MutableTensor update_vector(const Tensor& t);
 
   kernels::NormGradients write(const Gradients& gradients);
+  kernels::GradientCotangents read(const Cotangents& cotangents);
 
   void finish();
 

@@ -1,6 +1,8 @@
 // Rules of the args structs that a caller may break by mistake; they cost nothing beside a kernel.
 #pragma once
 
+#include <utility>
+
 #include "normcore/kernels/batch_norm.h"
 #include "normcore/kernels/group_norm.h"
 
@@ -25,20 +27,37 @@ inline Status check_input(const NormInput& input, ConstTensor y) {
   return check_operands(input);
 }
 
-inline Status check_gradients(const NormInput& input, ConstTensor grad_y, ConstTensor mean,
-                              ConstTensor rstd, const NormGradients& grad) {
+inline Status check_any_gradients(const NormInput& input, ConstTensor grad_y, ConstTensor mean,
+                                  ConstTensor rstd, const NormGradients& grad) {
   if (!grad_y || !mean || !rstd) return Status::invalid("grad_y, mean and rstd must be given");
   if (!fits_arithmetic(input, grad_y.dtype)) {
     return Status::invalid("a float64 grad_y needs a float64 x");
   }
   if (grad.x && grad.x.dtype != input.x.dtype) return Status::invalid("grad_x has the dtype of x");
-  if (grad.residual && input.activation == Activation::kNone) {
-    return Status::invalid("without an activation the gradient of the residual is grad_y");
-  }
   if (grad.residual && !fits_arithmetic(input, grad.residual.dtype)) {
     return Status::invalid("a float64 grad_residual needs a float64 x");
   }
   return check_operands(input);
+}
+
+inline Status check_gradients(const NormInput& input, ConstTensor grad_y, ConstTensor mean,
+                              ConstTensor rstd, const NormGradients& grad) {
+  if (grad.residual && input.activation == Activation::kNone) {
+    return Status::invalid("without an activation the gradient of the residual is grad_y");
+  }
+  return check_any_gradients(input, grad_y, mean, rstd, grad);
+}
+
+inline Status check_double_backward(const NormInput& input, ConstTensor grad_y, ConstTensor mean,
+                                    ConstTensor rstd, const GradientCotangents& cotangents,
+                                    ConstTensor grad_grad_y, const NormGradients& grad) {
+  for (const auto& [tensor, message] :
+       {std::pair(cotangents.x, "a float64 cotangent of grad_x needs a float64 x"),
+        std::pair(cotangents.residual, "a float64 cotangent of grad_residual needs a float64 x"),
+        std::pair(grad_grad_y, "a float64 grad_grad_y needs a float64 x")}) {
+    if (tensor && !fits_arithmetic(input, tensor.dtype)) return Status::invalid(message);
+  }
+  return check_any_gradients(input, grad_y, mean, rstd, grad);
 }
 
 inline Status check_groups(const NormInput& input, std::int64_t num_groups) {

@@ -182,6 +182,48 @@ HWY_INLINE Vector<A> activation_derivative(Vector<A> z) {
   }
 }
 
+// The first two derivatives. The second one of an activation with a kink is 0 there.
+template <class A>
+struct Derivatives {
+  Vector<A> first, second;
+};
+
+// The second derivatives are 0 far from 0 before the squares in them overflow; NaN stays NaN.
+template <class A>
+HWY_INLINE Vector<A> clamp_argument(Vector<A> z) {
+  const auto limit = constant<A>(40.0);
+  return hn::IfThenElse(hn::Gt(hn::Abs(z), limit), hn::CopySign(limit, z), z);
+}
+
+template <Activation kActivation, class A>
+HWY_INLINE Derivatives<A> activation_derivatives(Vector<A> z) {
+  const auto one = constant<A>(1.0), two = constant<A>(2.0);
+  if constexpr (kActivation == Activation::kNone || kActivation == Activation::kReLU) {
+    return {activation_derivative<kActivation, A>(z), hn::Zero(Tag<A>())};
+  } else if constexpr (kActivation == Activation::kSiLU) {
+    const auto s = sigmoid<A>(z);
+    const auto slope = hn::Mul(s.value, s.complement);
+    return {hn::MulAdd(z, slope, s.value),
+            hn::Mul(slope, hn::MulAdd(z, hn::Sub(s.complement, s.value), two))};
+  } else if constexpr (kActivation == Activation::kGelu) {
+    const auto normal = normal_distribution<A>(z);
+    const auto bent = hn::Mul(z, normal.density);
+    return {hn::Add(bent, normal.cumulative),
+            hn::NegMulAdd(clamp_argument<A>(z), bent, hn::Mul(two, normal.density))};
+  } else {
+    const auto c = clamp_argument<A>(z), square = hn::Mul(c, c);
+    const auto s = sigmoid<A>(twice_gelu_tanh_argument<A>(c));
+    const auto rate = hn::Mul(hn::MulAdd(square, constant<A>(3.0 * kGeluTanhCubic), one),
+                              constant<A>(2.0 * kSqrtTwoOverPi));
+    const auto product = hn::Mul(s.value, s.complement), slope = hn::Mul(product, rate);
+    // of sigmoid: s' = product rate, s'' = product (rate^2 (1 - 2 s) + rate')
+    const auto turn = hn::MulAdd(hn::Mul(rate, rate), hn::Sub(s.complement, s.value),
+                                 hn::Mul(c, constant<A>(12.0 * kGeluTanhCubic * kSqrtTwoOverPi)));
+    return {hn::MulAdd(c, slope, s.value),
+            hn::MulAdd(hn::Mul(c, product), turn, hn::Mul(two, slope))};
+  }
+}
+
 // Calls f with the activation as a constant.
 template <class F>
 HWY_INLINE void visit_activation(Activation activation, F&& f) {

@@ -2,6 +2,7 @@
 
 #include "check.h"
 #include "cpu/backward.h"
+#include "cpu/double_backward.h"
 #include "cpu/forward.h"
 
 namespace normcore::kernels {
@@ -55,6 +56,15 @@ Status run(const BatchNormBackwardArgs& args, const CpuPlan& plan, void* workspa
   return run_backward(
       {args.input, 0, args.grad_y, args.mean, args.rstd, args.batch_statistics, args.grad}, plan,
       workspace, executor);
+}
+
+Status run(const BatchNormDoubleBackwardArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor) {
+  return run_double_backward(
+      {{args.input, 0, args.grad_y, args.mean, args.rstd, args.batch_statistics, args.grad},
+       args.cotangents,
+       args.grad_grad_y},
+      plan, workspace, executor);
 }
 
 }  // namespace normcore::kernels

@@ -74,11 +74,11 @@ struct RunSource {
 // plan/cpu_geometry.cpp).
 inline constexpr std::int64_t kColumnStrip = 2048;
 
-template <class A, Order kOrder>
+template <class A, Order kOrder, std::int64_t kStrip = kColumnStrip>
 class ColumnSource {
  public:
   static constexpr bool kEndOfRun = false;  // slots know no other end
-  // Of `columns` <= kColumnStrip columns.
+  // Of `columns` <= kStrip columns.
   HWY_INLINE ColumnSource(const Coefficients<A>& c, std::int64_t first, std::int64_t columns)
       : has_slope_(c.slope != nullptr) {
     const A* const given[] = {c.center, c.scale, c.shift, c.slope, c.offset};
@@ -95,7 +95,7 @@ class ColumnSource {
 
  private:
   bool has_slope_;
-  HWY_ALIGN A slots_[5][kColumnStrip + kSlotPadding<A>];
+  HWY_ALIGN A slots_[5][kStrip + kSlotPadding<A>];
 };
 
 // The end of the rows that are taken several at a time, to share one load of coefficients and
@@ -108,10 +108,10 @@ HWY_INLINE std::int64_t end_of_shared_rows(std::int64_t rows, std::int64_t width
 }
 
 // Calls f(first, columns) for strips of the columns of rows.
-template <class F>
+template <std::int64_t kStrip = kColumnStrip, class F>
 HWY_INLINE void for_each_strip(std::int64_t width, F&& f) {
-  for (std::int64_t first = 0; first < width; first += kColumnStrip) {
-    f(first, std::min(kColumnStrip, width - first));
+  for (std::int64_t first = 0; first < width; first += kStrip) {
+    f(first, std::min(kStrip, width - first));
   }
 }
 

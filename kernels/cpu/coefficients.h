@@ -17,13 +17,17 @@ template <class A>
 class TileState {
  public:
   // `arrays`: 3 for the forward pass (center, scale, shift), 5 for the backward pass (also slope,
-  // offset).
-  TileState(void* state, std::int64_t entries, int arrays)
+  // offset), 9 for the double backward pass (all).
+  TileState(void* state, std::int64_t entries, std::int64_t arrays)
       : center(static_cast<A*>(state)),
         scale(center + padded(entries)),
         shift(scale + padded(entries)),
-        slope(arrays == 5 ? shift + padded(entries) : nullptr),
-        offset(arrays == 5 ? slope + padded(entries) : nullptr),
+        slope(arrays >= 5 ? shift + padded(entries) : nullptr),
+        offset(arrays >= 5 ? slope + padded(entries) : nullptr),
+        tangent_slope(arrays >= 9 ? offset + padded(entries) : nullptr),
+        tangent_offset(arrays >= 9 ? tangent_slope + padded(entries) : nullptr),
+        g_gain(arrays >= 9 ? tangent_offset + padded(entries) : nullptr),
+        u_gain(arrays >= 9 ? g_gain + padded(entries) : nullptr),
         scratch(reinterpret_cast<double*>(center + arrays * padded(entries))) {}
 
   // Entries in whole cache lines.
@@ -37,6 +41,10 @@ class TileState {
   A* shift;
   A* slope;
   A* offset;
+  A* tangent_slope;
+  A* tangent_offset;
+  A* g_gain;
+  A* u_gain;
   double* scratch;
 
   // z = (x - center) * scale + shift for `count` channels of a slice, from entry `first` on. center
@@ -57,7 +65,8 @@ class TileState {
 
   // Repeats the first `count` entries of every array up to `entries`: columns of folded rows.
   void repeat(std::int64_t count, std::int64_t entries) const {
-    for (A* array : {center, scale, shift, slope, offset}) {
+    for (A* array :
+         {center, scale, shift, slope, offset, tangent_slope, tangent_offset, g_gain, u_gain}) {
       if (array == nullptr) continue;
       for (std::int64_t i = count; i < entries; i += count) std::copy_n(array, count, array + i);
     }
@@ -68,6 +77,11 @@ class TileState {
     const bool gradient = slope != nullptr && with_statistics;
     return {center + first, scale + first, shift + first, gradient ? slope + first : nullptr,
             gradient ? offset + first : nullptr};
+  }
+
+  DoubleCoefficients<A> double_view(std::int64_t first) const {
+    return {view(first), tangent_slope + first, tangent_offset + first, g_gain + first,
+            u_gain + first};
   }
 
   // The value; a NaN without what it carries (StoreOptions in convert-inl.h).

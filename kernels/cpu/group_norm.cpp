@@ -2,6 +2,7 @@
 
 #include "check.h"
 #include "cpu/backward.h"
+#include "cpu/double_backward.h"
 #include "cpu/forward.h"
 #include "cpu/samples.h"
 
@@ -37,6 +38,17 @@ Status run(const GroupNormBackwardArgs& args, const CpuPlan& plan, void* workspa
   const ConstTensor mean{args.mean, DType::kFloat64};
   return run_backward({args.input, args.num_groups, args.grad_y, mean, args.rstd, true, args.grad},
                       plan, workspace, executor);
+}
+
+Status run(const GroupNormDoubleBackwardArgs& args, const CpuPlan& plan, void* workspace,
+           const CpuExecutor& executor) {
+  if (const Status status = check_groups(args.input, args.num_groups); !status.ok()) return status;
+  const ConstTensor mean{args.mean, DType::kFloat64};
+  return run_double_backward(
+      {{args.input, args.num_groups, args.grad_y, mean, args.rstd, true, args.grad},
+       args.cotangents,
+       args.grad_grad_y},
+      plan, workspace, executor);
 }
 
 }  // namespace normcore::kernels

@@ -18,6 +18,7 @@ Primitives<A> primitives() {
   Primitives<double> d;
   add_forward_primitives(f, d);
   add_backward_primitives(f, d);
+  add_double_backward_primitives(f, d);
   add_sample_primitives(f, d);
   if constexpr (std::is_same_v<A, double>) {
     return d;

@@ -80,6 +80,42 @@ struct GradientArgs {
   std::int64_t kept_run_stride = 0;
 };
 
+// Sums of the double backward pass over the values of a channel: with the cotangent u of grad_x and
+//   q = scale * u + tangent_slope * (x - center) + tangent_offset + t      (t: of grad_residual)
+//   g = grad_y * activation'(z),  h = grad_y * activation''(z),  d = x - center
+// those of u and u d over what the mask lets count, and g, g d, g u, h, h d, h d d, h q, h q d over all.
+enum DoubleSum { kU, kUD, kG, kGD, kGU, kH, kHD, kHDD, kHQ, kHQD };
+inline constexpr int kFlatSums = 5, kCurvedSums = 10;  // without and with a second derivative
+
+constexpr bool is_curved(Activation activation) {
+  return activation != Activation::kNone && activation != Activation::kReLU;
+}
+
+// Further coefficients: q as above, grad_grad_y = activation'(z) * q, grad_residual = k = h * q and
+//   grad_x = g_gain * g + scale * k + mask * (u_gain * u + slope * d + offset).
+template <class A>
+struct DoubleCoefficients : Coefficients<A> {
+  const A* tangent_slope = nullptr;
+  const A* tangent_offset = nullptr;
+  const A* g_gain = nullptr;
+  const A* u_gain = nullptr;
+};
+
+template <class A>
+struct DoubleBackwardArgs {
+  ConstTensor x;
+  ConstTensor grad_y;
+  ConstTensor residual;
+  ConstTensor cotangent_x;         // either may be absent
+  ConstTensor cotangent_residual;  // likewise
+  MaskBlock mask;
+  Activation activation = Activation::kNone;
+  DoubleCoefficients<A> coefficients;
+  MutableTensor grad_grad_y;  // read by double_gradient_of_* only; any may be absent
+  MutableTensor grad_x;
+  MutableTensor grad_residual;
+};
+
 // Neighbouring dense slices of `size` values each.
 struct SampleShape {
   std::int64_t slices = 0, size = 0;
@@ -143,6 +179,18 @@ struct Primitives {
   // record_stride leads from run to run.
   void (*gradient_of_runs)(const GradientArgs<A>& args, std::int64_t count, std::int64_t length);
   void (*gradient_of_rows)(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width);
+  // out[i * stride + record] = the DoubleSum i over the record's values, kFlatSums or, with a curved
+  // activation, kCurvedSums of them. Coefficients and whole vectors as in sums_of_runs.
+  void (*double_sums_of_runs)(const DoubleBackwardArgs<A>& args, const RunBlock& block, A* out,
+                              std::int64_t stride);
+  // The same sums of columns over `rows` rows.
+  void (*double_sums_of_rows)(const DoubleBackwardArgs<A>& args, std::int64_t rows,
+                              std::int64_t width, A* out, std::int64_t stride);
+  // What the double backward pass gives over the extent, of runs and rows as in gradient_of_*.
+  void (*double_gradient_of_runs)(const DoubleBackwardArgs<A>& args, std::int64_t count,
+                                  std::int64_t length);
+  void (*double_gradient_of_rows)(const DoubleBackwardArgs<A>& args, std::int64_t rows,
+                                  std::int64_t width);
   // Statistics of every slice of every sample, and y.
   void (*normalize_samples)(const SamplesForwardArgs<A>& args);
   // grad_x, grad_residual, and the samples' part in the sums over columns.

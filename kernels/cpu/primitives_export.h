@@ -7,6 +7,7 @@ namespace normcore::kernels {
 
 void add_forward_primitives(Primitives<float>& f, Primitives<double>& d);
 void add_backward_primitives(Primitives<float>& f, Primitives<double>& d);
+void add_double_backward_primitives(Primitives<float>& f, Primitives<double>& d);
 void add_sample_primitives(Primitives<float>& f, Primitives<double>& d);
 
 }  // namespace normcore::kernels

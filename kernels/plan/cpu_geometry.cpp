@@ -39,7 +39,7 @@ PlanesGeometry::PlanesGeometry(const Problem& p)
       s_(p.extent.s),
       groups_(p.num_groups),
       group_norm_(p.num_groups != 0) {
-  const bool backward = p.pass == Pass::kBackward;
+  const bool backward = is_backward(p.pass);
   channel_records_ = !group_norm_ || backward;
   if (group_norm_) {
     planes_ = c_ / groups_;
@@ -131,7 +131,9 @@ SamplesGeometry::SamplesGeometry(const Problem& p)
 }
 
 bool SamplesGeometry::fits(const Problem& p) {
-  if (p.num_groups == 0 || p.mask != MaskKind::kNone) return false;
+  if (p.num_groups == 0 || p.mask != MaskKind::kNone || p.pass == Pass::kDoubleBackward) {
+    return false;
+  }
   const bool is_dense = p.layout == Layout::kNCS || p.extent.s == 1;
   const std::int64_t columns = p.extent.c * p.extent.s;
   return is_dense && p.extent.s <= (p.affine_per_sample ? 1 : kMaxPositions) &&
@@ -139,7 +141,7 @@ bool SamplesGeometry::fits(const Problem& p) {
 }
 
 std::int64_t tiles_per_group(const Problem& p) {
-  if (p.num_groups == 0 || p.pass != Pass::kBackward) return 1;
+  if (p.num_groups == 0 || !is_backward(p.pass)) return 1;
   // Slices of one sample have parameters of their own; only samples share them.
   const std::int64_t samples = samples_per_block(p.extent.n);
   return samples == 1 ? 1 : samples * (p.layout == Layout::kNCS ? p.num_groups : 1);
@@ -147,9 +149,11 @@ std::int64_t tiles_per_group(const Problem& p) {
 
 WorkspaceLayout workspace_layout(const Problem& p, const CpuPlan& plan) {
   const auto element = static_cast<std::int64_t>(size_of(compute_type(p.dtype)));
-  const bool backward = p.pass == Pass::kBackward, planes = p.layout == Layout::kNCS;
+  const bool backward = is_backward(p.pass), planes = p.layout == Layout::kNCS;
   constexpr std::int64_t kDouble = sizeof(double);
-  const std::int64_t coefficients = backward ? 5 : 3;
+  const PassArrays arrays = arrays_of(p.pass);
+  // Moments are float64.
+  const std::int64_t partial = backward ? element : kDouble;
   WorkspaceLayout w;
   const bool is_samples = plan.path == CpuPath::kSample;
   w.affine = 2 * round_up(p.extent.c * (is_samples ? p.extent.s : 1) *
@@ -160,19 +164,19 @@ WorkspaceLayout workspace_layout(const Problem& p, const CpuPlan& plan) {
   }
   if (is_samples) {
     const SamplesGeometry g(p);
-    const std::int64_t arrays = backward ? g.kBackwardArrays + g.kSumArrays : g.kForwardArrays;
-    w.state = round_up(arrays * g.padded_columns() * element);
+    const std::int64_t scratch = backward ? g.kBackwardArrays + g.kSumArrays : g.kForwardArrays;
+    w.state = round_up(scratch * g.padded_columns() * element);
   } else if (planes) {
     const PlanesGeometry g(p);
-    w.state =
-        coefficients * round_up(g.max_planes() * element) + round_up(g.max_records() * 3 * kDouble);
-    w.partial = backward ? 2 * round_up(g.max_records() * element)
-                         : round_up(g.max_records() * 3 * kDouble);
+    w.state = arrays.coefficients * round_up(g.max_planes() * element) +
+              round_up(arrays.merged * g.max_records() * kDouble);
+    w.partial = arrays.sums * round_up(g.max_records() * partial);
     w.kept = plan.keep ? round_up(g.tile_size() * element) : 0;
   } else {
     const RowsGeometry g(p);
-    w.state = coefficients * round_up(g.width() * element) + 3 * round_up(p.extent.c * kDouble);
-    w.partial = backward ? 2 * round_up(g.width() * element) : 3 * round_up(g.width() * kDouble);
+    w.state = arrays.coefficients * round_up(g.width() * element) +
+              round_up(arrays.merged * p.extent.c * kDouble);
+    w.partial = arrays.sums * round_up(g.width() * partial);
     w.kept = plan.keep ? round_up(g.tile_size() * element) : 0;
   }
   w.slots = plan.path == CpuPath::kChunk ? plan.tiles : plan.tasks;

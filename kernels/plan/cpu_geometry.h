@@ -7,11 +7,42 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "normcore/kernels/norm_input.h"
 #include "normcore/kernels/plan.h"
 
 namespace normcore::kernels {
 
+// Arrays of a pass: coefficients per plane or column (TileState in cpu/coefficients.h), sums per channel
+// and chunk, and float64 values per channel while they are merged.
+struct PassArrays {
+  std::int64_t coefficients, sums, merged;
+};
+constexpr PassArrays arrays_of(Pass pass) {
+  switch (pass) {
+    case Pass::kForward:
+    case Pass::kInference:
+      break;
+    case Pass::kBackward:
+      return {5, 2, 3};
+    case Pass::kDoubleBackward:
+      return {9, 10, 11};
+  }
+  return {3, 3, 3};
+}
+
+// Where a channel has one position both layouts are the same, and rows are less work than planes of one
+// value.
+inline NormInput with_rows_of_channels(NormInput input) {
+  if (input.extent.s == 1) input.layout = Layout::kNSC;
+  return input;
+}
+
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Values of a slice, masked-out ones included.
+inline std::int64_t slice_size(const Problem& p) {
+  return p.extent.s * (p.num_groups == 0 ? p.extent.n : p.extent.c / p.num_groups);
+}
 
 // A leaf of the reduction tree: `runs` runs of `length` values, or `rows` rows.
 struct RunChunk {

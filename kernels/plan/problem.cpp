@@ -3,6 +3,7 @@
 
 #include "normcore/kernels/batch_norm.h"
 #include "normcore/kernels/group_norm.h"
+#include "plan/cpu_geometry.h"
 #include "plan/cuda_constants.h"
 
 namespace normcore::kernels {
@@ -32,6 +33,10 @@ Problem backward(const NormInput& input, std::int64_t num_groups, ConstTensor gr
   return p;
 }
 
+Problem double_backward(const NormInput& input, std::int64_t num_groups) {
+  return Problem(with_rows_of_channels(input), num_groups, Pass::kDoubleBackward);
+}
+
 }  // namespace
 
 Problem problem_of(const BatchNormForwardArgs& args) {
@@ -45,11 +50,17 @@ Problem problem_of(const BatchNormInferenceArgs& args) {
 Problem problem_of(const BatchNormBackwardArgs& args) {
   return backward(args.input, kBatchNorm, args.grad_y, args.grad, args.batch_statistics);
 }
+Problem problem_of(const BatchNormDoubleBackwardArgs& args) {
+  return double_backward(args.input, kBatchNorm);
+}
 Problem problem_of(const GroupNormForwardArgs& args) {
   return forward(args.input, args.num_groups, Pass::kForward, args.y);
 }
 Problem problem_of(const GroupNormBackwardArgs& args) {
   return backward(args.input, args.num_groups, args.grad_y, args.grad, true);
+}
+Problem problem_of(const GroupNormDoubleBackwardArgs& args) {
+  return double_backward(args.input, args.num_groups);
 }
 
 }  // namespace normcore::kernels
