@@ -20,6 +20,8 @@ const char* pass_name(kernels::Pass pass) {
       return "inference";
     case kernels::Pass::kBackward:
       return "backward";
+    case kernels::Pass::kDoubleBackward:
+      return "double backward";
   }
   TORCH_INTERNAL_ASSERT(false, "unknown pass");
 }
