@@ -1,5 +1,6 @@
 #include "cpu/double_backward.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -24,6 +25,8 @@ class DoubleBackwardPass {
       : call_(call),
         input_(input),
         affine_(input, affine),
+        cotangents_(input, call.cotangents.scale, call.cotangents.bias,
+                    affine + 2 * affine_count(input)),
         parameters_(input, call.backward.num_groups, call.backward.grad, parameters),
         slice_size_(slice_size(problem)) {}
 
@@ -45,12 +48,13 @@ class DoubleBackwardPass {
                std::int64_t channel, std::int64_t channels) const {
     const Slice s = slice_of(slice);
     out.set_affine(entry, channels, {s.mean, static_cast<A>(s.rstd)}, affine_, sample, channel);
+    const A* const v = cotangents_.scale(sample, channel);
+    const A* const bias = cotangents_.bias(sample, channel);
     for (std::int64_t i = 0; i < channels; ++i) {
-      const auto [v, bias] = cotangents(sample, channel + i);
       set(out, entry + i, s,
-          {.tangent_slope = s.rstd * v, .tangent_offset = bias, .g_gain = s.gain(v)});
-      if (!s.is_valid) out.shift[entry + i] = affine_.bias(sample, channel)[i];
+          {.tangent_slope = s.rstd * v[i], .tangent_offset = bias[i], .g_gain = s.gain(v[i])});
     }
+    if (!s.is_valid) std::copy_n(affine_.bias(sample, channel), channels, out.shift + entry);
   }
 
   // The sums are those of primitives.h as reduced, with q as prepared and the center rounded.
@@ -60,6 +64,8 @@ class DoubleBackwardPass {
     const Slice s = slice_of(slice);
     const double r = s.rstd;
     const A* const scale = affine_.scale(sample, channel);
+    const A* const grad_scale = cotangents_.scale(sample, channel);
+    const A* const grad_bias = cotangents_.bias(sample, channel);
     for (std::int64_t i = 0; i < channels; ++i) move_center(s.rounding, i, sums);
 
     double p0 = 0.0, p1 = 0.0;  // of norm_input.h
@@ -74,7 +80,7 @@ class DoubleBackwardPass {
 
     double h = 0.0, hx = 0.0, hu = 0.0, e = 0.0, ex = 0.0;
     parameters_.store(sample, channel, channels, [&](std::int64_t i) {
-      const double w = scale[i], v = cotangents(sample, channel + i).first;
+      const double w = scale[i], v = grad_scale[i];
       const double g = sums[kG][i], gx = r * sums[kGD][i], gu = sums[kGU][i];
       double k = 0.0, kx = 0.0;
       if (is_curved(input_.activation)) {
@@ -97,10 +103,10 @@ class DoubleBackwardPass {
     gains.slope = share * r * r * (2.0 * r * p1 * hx - ex - l);
     gains.offset = share * r * (r * (p0 * hx + p1 * h) - e);
     for (std::int64_t i = 0; i < channels; ++i) {
-      const auto [v, bias] = cotangents(sample, channel + i);
-      gains.tangent_slope = r * (v - r * p1 * scale[i]);
-      gains.tangent_offset = bias - r * p0 * scale[i];
-      gains.g_gain = s.gain(v - r * p1 * scale[i]);
+      const double by_spread = grad_scale[i] - r * p1 * scale[i];
+      gains.tangent_slope = r * by_spread;
+      gains.tangent_offset = grad_bias[i] - r * p0 * scale[i];
+      gains.g_gain = s.gain(by_spread);
       set(out, entry + i, s, gains);
     }
   }
@@ -165,13 +171,6 @@ class DoubleBackwardPass {
     sums[kHQD][i] -= rounding * sums[kHQ][i];
   }
 
-  // Those of grad_scale and grad_bias.
-  std::pair<double, double> cotangents(std::int64_t sample, std::int64_t channel) const {
-    const std::int64_t index = (input_.affine_per_sample ? sample * input_.extent.c : 0) + channel;
-    const auto of = [&](ConstTensor t) { return t ? load_element(t, index) : 0.0; };
-    return {of(call_.cotangents.scale), of(call_.cotangents.bias)};
-  }
-
   DoubleBackwardArgs<A> args(const Place<A>& place) const {
     const BackwardCall& backward = call_.backward;
     DoubleBackwardArgs<A> out;
@@ -192,6 +191,7 @@ class DoubleBackwardPass {
   const DoubleBackwardCall& call_;
   const NormInput& input_;
   Affine<A> affine_;
+  Affine<A> cotangents_;  // of grad_scale and grad_bias
   ParameterGradients parameters_;
   std::int64_t slice_size_;
   Primitives<A> simd_ = primitives<A>();

@@ -321,8 +321,7 @@ void run_gradient(const Pass& pass, const Problem& problem, const CpuPlan& plan,
 
 // Zero gradients of the parameters: the input is empty.
 inline void zero_parameters(const NormInput& input, const NormGradients& grad) {
-  const std::int64_t count = input.extent.c * (input.affine_per_sample ? input.extent.n : 1);
-  for (std::int64_t i = 0; i < count; ++i) store_parameters(grad, i, 0.0, 0.0);
+  for (std::int64_t i = 0; i < affine_count(input); ++i) store_parameters(grad, i, 0.0, 0.0);
 }
 
 }  // namespace normcore::kernels

@@ -18,7 +18,8 @@ Primitives<A> primitives() {
   Primitives<double> d;
   add_forward_primitives(f, d);
   add_backward_primitives(f, d);
-  add_double_backward_primitives(f, d);
+  add_double_backward_outputs(f, d);
+  add_double_backward_sums(f, d);
   add_sample_primitives(f, d);
   if constexpr (std::is_same_v<A, double>) {
     return d;

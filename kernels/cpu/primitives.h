@@ -179,8 +179,8 @@ struct Primitives {
   // record_stride leads from run to run.
   void (*gradient_of_runs)(const GradientArgs<A>& args, std::int64_t count, std::int64_t length);
   void (*gradient_of_rows)(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width);
-  // out[i * stride + record] = the DoubleSum i over the record's values, kFlatSums or, with a curved
-  // activation, kCurvedSums of them. Coefficients and whole vectors as in sums_of_runs.
+  // out[i * stride + record] = the DoubleSum i over the record's values, kFlatSums of them or, with a
+  // curved activation, kCurvedSums; there is room for all. Coefficients and whole vectors as in sums_of_runs.
   void (*double_sums_of_runs)(const DoubleBackwardArgs<A>& args, const RunBlock& block, A* out,
                               std::int64_t stride);
   // The same sums of columns over `rows` rows.

@@ -84,7 +84,7 @@ class Samples {
     if (s == 1 && parameter.dtype == kArithmeticType<A>) {
       return static_cast<const A*>(parameter.data);
     }
-    const std::int64_t count = input_.extent.c * (input_.affine_per_sample ? input_.extent.n : 1);
+    const std::int64_t count = affine_count(input_);
     visit_dtype(parameter.dtype, [&](auto tag) {
       const auto* const values = static_cast<const typename decltype(tag)::type*>(parameter.data);
       for (std::int64_t i = 0; i < count; ++i) {

@@ -3,7 +3,7 @@
 // unknown size as struct members (SVE). Include before any Highway header.
 #pragma once
 
-// Builds with sanitizers take half the time with the baseline and AVX2 alone.
+// Builds that check the code take half the time with the baseline and AVX2 alone.
 #if defined(NORMCORE_FEW_TARGETS)
 #define NORMCORE_LEFT_OUT_TARGETS (HWY_SSE4 | HWY_AVX3)
 #else

@@ -156,8 +156,8 @@ WorkspaceLayout workspace_layout(const Problem& p, const CpuPlan& plan) {
   const std::int64_t partial = backward ? element : kDouble;
   WorkspaceLayout w;
   const bool is_samples = plan.path == CpuPath::kSample;
-  w.affine = 2 * round_up(p.extent.c * (is_samples ? p.extent.s : 1) *
-                          (p.affine_per_sample ? p.extent.n : 1) * element);
+  w.affine = arrays.parameters * round_up(p.extent.c * (is_samples ? p.extent.s : 1) *
+                                          (p.affine_per_sample ? p.extent.n : 1) * element);
   if (backward && p.num_groups != 0) {
     w.parameters =
         round_up(ceil_div(p.extent.n, samples_per_block(p.extent.n)) * p.extent.c * 2 * kDouble);

@@ -12,10 +12,10 @@
 
 namespace normcore::kernels {
 
-// Arrays of a pass: coefficients per plane or column (TileState in cpu/coefficients.h), sums per channel
+// Arrays of a pass: parameters in the arithmetic type, coefficients per plane or column (TileState in cpu/coefficients.h), sums per channel
 // and chunk, and float64 values per channel while they are merged.
 struct PassArrays {
-  std::int64_t coefficients, sums, merged;
+  std::int64_t parameters, coefficients, sums, merged;
 };
 constexpr PassArrays arrays_of(Pass pass) {
   switch (pass) {
@@ -23,11 +23,11 @@ constexpr PassArrays arrays_of(Pass pass) {
     case Pass::kInference:
       break;
     case Pass::kBackward:
-      return {5, 2, 3};
+      return {2, 5, 2, 3};
     case Pass::kDoubleBackward:
-      return {9, 10, 11};
+      return {4, 9, 10, 11};
   }
-  return {3, 3, 3};
+  return {2, 3, 3, 3};
 }
 
 // Where a channel has one position both layouts are the same, and rows are less work than planes of one

@@ -7,6 +7,7 @@ kernels see, each of which is a tensor with the channels second and one with the
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,3 +76,10 @@ def shapes(tag: str = "test") -> list[Shape]:
 
 def shape_named(name: str) -> Shape:
     return next(shape for shape in shapes() if shape.name == name)
+
+
+def masks(x: Tensor, axis: Sequence[int]) -> Iterator[Tensor | None]:
+    """None, one value for all channels, and one per element in another layout than x."""
+    yield None
+    yield torch.rand([1 if a in axis else n for a, n in enumerate(x.shape)]) < 0.8
+    yield torch.rand(x.shape[::-1]).permute(*range(x.dim() - 1, -1, -1)) < 0.8

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from derivatives import ACTIVATIONS, grad_by_formula, leaf
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -18,11 +19,12 @@ import normcore  # noqa: F401  (loads the operators)
 pytestmark = pytest.mark.usefixtures("device")
 ops = torch.ops.normcore
 
-ACTIVATIONS = [None, "relu", "silu", "gelu", "gelu_tanh"]
-
-
-def leaf(*shape: int, offset: float = 0.0) -> Tensor:
-    return (torch.randn(shape, dtype=torch.float64) + offset).requires_grad_()
+# Ways to a first derivative.
+WAYS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "kernel": torch.autograd.grad,
+    "with a graph": functools.partial(torch.autograd.grad, create_graph=True),
+    "formula": functools.partial(grad_by_formula, retain_graph=True),
+}
 
 
 def away_from_kink(x: Tensor) -> Tensor:
@@ -168,20 +170,16 @@ def test_gradients_have_the_dtype_of_their_operand() -> None:
     r = torch.rand(3, 4, 5, dtype=torch.float32, requires_grad=True)
     for activation in (None, "gelu"):
         y = ops.group_norm(x, 2, w, b, activation=activation, residual=r, dtype=torch.float32)
-        grads = torch.autograd.grad(y, (x, w, b, r), torch.randn(3, 4, 5), create_graph=True)
-        assert [g.dtype for g in grads] == [t.dtype for t in (x, w, b, r)]
-        fused = torch.autograd.grad(
-            ops.group_norm(x, 2, w, b, activation=activation, residual=r),
-            (x, w, b, r),
-            y.bfloat16(),
-        )
-        assert [g.dtype for g in fused] == [t.dtype for t in (x, w, b, r)]
+        z = ops.group_norm(x, 2, w, b, activation=activation, residual=r)
+        for way in (WAYS["formula"], WAYS["kernel"]):
+            for out in (y, z):
+                grads = way(out, (x, w, b, r), torch.randn(3, 4, 5, dtype=out.dtype))
+                assert [g.dtype for g in grads] == [t.dtype for t in (x, w, b, r)]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "group"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_formula_agrees_with_the_kernel(mode: str, activation: str | None) -> None:
-    """create_graph takes the differentiable formula, otherwise the fused kernel runs."""
     x, w, b, r = leaf(3, 6, 5), leaf(6), leaf(6), leaf(3, 6, 5)
     mask = torch.rand(3, 6, 5) < 0.8
     mask[0] = True
@@ -193,18 +191,18 @@ def test_formula_agrees_with_the_kernel(mode: str, activation: str | None) -> No
         y = ops.batch_norm(x, mean, var, w, b, mode == "train", **options)
     dy = torch.randn_like(y)
     fused = torch.autograd.grad(y, (x, w, b, r), dy, retain_graph=True)
-    formula = torch.autograd.grad(y, (x, w, b, r), dy, create_graph=True)
-    for f, g in zip(fused, formula, strict=True):
+    formula = grad_by_formula(y, (x, w, b, r), dy, retain_graph=True)
+    recorded = torch.autograd.grad(y, (x, w, b, r), dy, create_graph=True)
+    for f, g, h in zip(fused, formula, recorded, strict=True):
         assert not f.requires_grad
         torch.testing.assert_close(f, g, rtol=1e-11, atol=1e-12)
+        assert torch.equal(f, h)
 
 
-@pytest.mark.parametrize("create_graph", [False, True], ids=["kernel", "formula"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mode", ["train", "group"])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-def test_masked_out_values_poison_no_gradient(
-    mode: str, activation: str | None, create_graph: bool
-) -> None:
+def test_masked_out_values_poison_no_gradient(mode: str, activation: str | None, way: str) -> None:
     clean = torch.randn(3, 4, 6, dtype=torch.float64)
     residual = torch.randn_like(clean)
     mask = torch.ones(3, 1, 6, dtype=torch.bool)
@@ -219,7 +217,7 @@ def test_masked_out_values_poison_no_gradient(
             y = ops.batch_norm(x, None, None, w, b, True, **options)
         else:
             y = ops.group_norm(x, 2, w, b, **options)
-        return torch.autograd.grad(y, (x, w, b, r), dy, create_graph=create_graph)
+        return WAYS[way](y, (x, w, b, r), dy)
 
     poisoned, added = clean.clone(), residual.clone()
     poisoned[1, :, 2], poisoned[1, :, 3] = float("nan"), float("inf")
@@ -272,11 +270,9 @@ def test_empty_input(shape: tuple[int, ...]) -> None:
     y = ops.batch_norm(x, mean, var, w, b, True, num_batches_tracked=count)
     z = ops.group_norm(x, 2, w, b, activation="relu")
     assert y.shape == z.shape == x.shape
-    for create_graph in (False, True):
+    for way in WAYS.values():
         for out in (y, z):
-            gx, gw, gb = torch.autograd.grad(
-                out, (x, w, b), torch.empty_like(out), create_graph=create_graph, retain_graph=True
-            )
+            gx, gw, gb = way(out, (x, w, b), torch.empty_like(out), retain_graph=True)
             assert gx.shape == x.shape
             assert (gw.dtype, gb.dtype) == (w.dtype, b.dtype)
             assert torch.equal(gw, torch.zeros(channels))
@@ -488,11 +484,11 @@ def test_func_grad_updates_running_statistics_once() -> None:
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("op", ["batch_norm", "group_norm"])
 def test_a_slice_without_valid_values_passes_on_no_nan(
-    op: str, channels_last: bool, create_graph: bool, activation: str | None
+    op: str, channels_last: bool, way: str, activation: str | None
 ) -> None:
     """An empty sample (or channel): its outputs are NaN, and nobody has looked at them."""
     torch.manual_seed(0)
@@ -512,7 +508,8 @@ def test_a_slice_without_valid_values_passes_on_no_nan(
         )
     assert torch.equal(y.isnan(), ~mask)
     loss = torch.where(mask, y, 0.0).pow(3).sum()
-    for grad in torch.autograd.grad(loss, (x, weight, bias), create_graph=create_graph):
+    (dy,) = torch.autograd.grad(loss, y, retain_graph=True)
+    for grad in WAYS[way](y, (x, weight, bias), dy):
         assert grad.isfinite().all()
         assert grad.abs().max() > 0
 
@@ -521,21 +518,20 @@ def test_a_slice_without_valid_values_passes_on_no_nan(
 @pytest.mark.parametrize("mean", [1e2, 1e4, 1e6])
 @pytest.mark.parametrize("op", ["batch_norm", "group_norm"])
 def test_formula_keeps_large_means(op: str, mean: float, masked: bool) -> None:
-    """The differentiable formula in float32 is as exact as the kernel on values far from zero."""
+    """In float32 it is as exact as the kernel on values far from zero."""
     torch.manual_seed(0)
     x = (torch.randn(4, 6, 50) + mean).requires_grad_()
     mask = torch.rand(4, 1, 50) < 0.8 if masked else None
     grad = torch.randn(4, 6, 50)
 
-    def grad_input(x: Tensor, create_graph: bool) -> Tensor:
+    def grad_input(x: Tensor, way: str) -> Tensor:
         if op == "group_norm":
             y = torch.ops.normcore.group_norm(x, 2, mask=mask)
         else:
             y = torch.ops.normcore.batch_norm(x, None, None, training=True, mask=mask)
-        (result,) = torch.autograd.grad(y, x, grad.to(y.dtype), create_graph=create_graph)
-        return result.detach()
+        return WAYS[way](y, (x,), grad.to(y.dtype))[0]
 
-    expected = grad_input(x.detach().double().requires_grad_(), False)
-    for create_graph in (False, True):
-        actual = grad_input(x, create_graph).double()
+    expected = grad_input(x.detach().double().requires_grad_(), "kernel")
+    for way in ("kernel", "formula"):
+        actual = grad_input(x, way).double()
         torch.testing.assert_close(actual, expected, rtol=0, atol=4e-6)

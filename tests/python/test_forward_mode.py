@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from derivatives import ACTIVATIONS, MODES, leaf, norm
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
@@ -14,32 +15,6 @@ import normcore  # noqa: F401  (loads the operators)
 
 pytestmark = pytest.mark.usefixtures("device")
 ops = torch.ops.normcore
-
-ACTIVATIONS = [None, "relu", "silu", "gelu", "gelu_tanh"]
-MODES = ["train", "eval", "group", "group of some axes"]
-
-
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
-
-
-def norm(mode: str, **options: Any) -> Callable[..., Tensor]:
-    """f(x, weight, bias, residual) of an input with 4 channels on axis 1."""
-    mean, var = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.5
-
-    def function(
-        x: Tensor, w: Tensor | None = None, b: Tensor | None = None, r: Tensor | None = None
-    ) -> Tensor:
-        given = options | ({} if r is None else {"residual": r})
-        if mode == "group":
-            return ops.group_norm(x, 2, w, b, **given)
-        if mode == "group of some axes":
-            return ops.group_norm(x, 2, w, b, reduction_axes=[0, 1], **given)
-        if mode == "eval":
-            return ops.batch_norm(x, mean, var, w, b, **given)
-        return ops.batch_norm(x, mean.clone(), var.clone(), w, b, True, **given)
-
-    return function
 
 
 def check_every_order(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:

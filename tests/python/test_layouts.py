@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import reference
 import torch
+from derivatives import grad_by_formula
+from shape_list import masks
 from tolerance import assert_close
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -72,13 +74,6 @@ def groups_of(x: Tensor, axis: list[int]) -> int:
     return next(g for g in (2, 3, 5, 1) if channels % g == 0)
 
 
-def masks(x: Tensor, axis: list[int]) -> Iterator[Tensor | None]:
-    """None, one value for all channels, and one per element in another layout than x."""
-    yield None
-    yield torch.rand([1 if a in axis else n for a, n in enumerate(x.shape)]) < 0.8
-    yield torch.rand(x.shape[::-1]).permute(*range(x.dim() - 1, -1, -1)) < 0.8
-
-
 @pytest.mark.parametrize("name", STRIDED)
 def test_values_do_not_depend_on_strides(name: str) -> None:
     x = dict(strided_inputs())[name]
@@ -104,7 +99,7 @@ def test_values_do_not_depend_on_strides(name: str) -> None:
             del arguments["dy"]
             arguments |= dict(zip(("input", "weight", "bias", "residual"), leaves, strict=True))
             y = op(**arguments)
-            formula = torch.autograd.grad(y, leaves, dy, create_graph=True)
+            formula = grad_by_formula(y, leaves, dy, retain_graph=True)
             grads = torch.autograd.grad(y, leaves, dy)
             layout = torch.empty_like(x).stride()
             assert y.stride() == grads[0].stride() == grads[3].stride() == layout
@@ -141,7 +136,17 @@ def results(x: Tensor, p: Tensor, r: Tensor) -> list[Tensor]:
         ops._batch_norm_backward(z, *frozen),
         ops._group_norm_backward(g, *group),
     )
-    return [y, z, g, *(gradients[i] for gradients in every for i in (0, 3))]
+    cotangents = y, p, p, z
+    twice = (
+        ops._batch_norm_double_backward(*cotangents, y, *batch[:-1], [True] * 5),
+        ops._batch_norm_double_backward(*cotangents, z, *frozen[:-1], [True] * 5),
+        ops._group_norm_double_backward(*cotangents, g, *group[:-1], [True] * 5),
+    )
+    return [
+        *(y, z, g),
+        *(gradients[i] for gradients in every for i in (0, 3)),
+        *(gradients[i] for gradients in twice for i in (0, 1, 4)),
+    ]
 
 
 def significant_strides(t: Tensor) -> list[int]:

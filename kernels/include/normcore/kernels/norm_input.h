@@ -28,6 +28,11 @@ struct NormInput {
   double eps = 1e-5;
 };
 
+// Entries of scale and of bias.
+inline std::int64_t affine_count(const NormInput& input) {
+  return input.extent.c * (input.affine_per_sample ? input.extent.n : 1);
+}
+
 // Gradients of a norm; a null pointer is a gradient that nobody asked for (it costs nothing).
 //   x         extent, layout and dtype of x
 //   scale     shape of scale; any DType
