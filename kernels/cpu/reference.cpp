@@ -163,15 +163,27 @@ struct Input {
   const Extent e;
 };
 
+// Gradients of scale and bias, summed over all slices before they are stored.
+struct ParameterSums {
+  explicit ParameterSums(const Input& input)
+      : scale(static_cast<std::size_t>(input.affine_count())), bias(scale.size()) {}
+
+  void store_to(const NormGradients& grad) const {
+    for (std::size_t i = 0; i < scale.size(); ++i) {
+      const auto index = static_cast<std::int64_t>(i);
+      if (grad.scale) store(grad.scale, index, static_cast<double>(scale[i]));
+      if (grad.bias) store(grad.bias, index, static_cast<double>(bias[i]));
+    }
+  }
+
+  std::vector<long double> scale, bias;
+};
+
 // Gradients of one slice after another; those of scale and bias are stored by finish().
 class Backward {
  public:
   Backward(const NormInput& input, ConstTensor grad_y, const NormGradients& grad)
-      : input_(input),
-        grad_y_(grad_y),
-        grad_(grad),
-        scale_sums_(static_cast<std::size_t>(input_.affine_count())),
-        bias_sums_(scale_sums_.size()) {}
+      : input_(input), grad_y_(grad_y), grad_(grad), parameters_(input_) {}
 
   void add_slice(const Slice& slice, double mean, double rstd, bool batch_statistics) {
     double count = 0.0;
@@ -183,8 +195,8 @@ class Backward {
       const double xhat = (input_.x(n, c, s) - mean) * rstd;
       const double product = !counts && grad_z == 0.0 ? 0.0 : grad_z * xhat;
       const auto affine = static_cast<std::size_t>(input_.affine_index(n, c));
-      scale_sums_[affine] += product;
-      bias_sums_[affine] += grad_z;
+      parameters_.scale[affine] += product;
+      parameters_.bias[affine] += grad_z;
       h_sum += static_cast<long double>(grad_z) * input_.scale(n, c);
       hx_sum += static_cast<long double>(product) * input_.scale(n, c);
     });
@@ -203,13 +215,7 @@ class Backward {
     });
   }
 
-  void finish() const {
-    for (std::size_t i = 0; i < scale_sums_.size(); ++i) {
-      const auto index = static_cast<std::int64_t>(i);
-      if (grad_.scale) store(grad_.scale, index, static_cast<double>(scale_sums_[i]));
-      if (grad_.bias) store(grad_.bias, index, static_cast<double>(bias_sums_[i]));
-    }
-  }
+  void finish() const { parameters_.store_to(grad_); }
 
  private:
   // A masked-out value may be NaN: it must not get into the gradients through 0 * NaN.
@@ -223,7 +229,131 @@ class Backward {
   const Input input_;
   const ConstTensor grad_y_;
   const NormGradients grad_;
-  std::vector<long double> scale_sums_, bias_sums_;
+  ParameterSums parameters_;
+};
+
+// The formula of norm_input.h, with its names, for one slice after another; the gradients of scale
+// and bias are stored by finish().
+class DoubleBackward {
+ public:
+  DoubleBackward(const NormInput& input, ConstTensor grad_y, const GradientCotangents& cotangents,
+                 MutableTensor grad_grad_y, const NormGradients& grad)
+      : input_(input),
+        grad_y_(grad_y),
+        cotangents_(cotangents),
+        grad_grad_y_(grad_grad_y),
+        grad_(grad),
+        parameters_(input_) {}
+
+  void add_slice(const Slice& slice, double mean, double rstd, bool batch_statistics) {
+    Statistics statistics{mean, rstd, batch_statistics, 0.0};
+    double size = 0.0;
+    input_.for_each(slice, [&](std::int64_t n, std::int64_t c, std::int64_t s) {
+      size += 1.0;
+      if (input_.counts(n, c, s)) statistics.count += 1.0;
+    });
+    // With nothing else in the slice y does not depend on x.
+    if (batch_statistics && size == 1.0) statistics.rstd = 0.0;
+
+    std::vector<Terms> terms;
+    terms.reserve(static_cast<std::size_t>(size));
+    long double p0 = 0.0L, p1 = 0.0L;
+    input_.for_each(slice, [&](std::int64_t n, std::int64_t c, std::int64_t s) {
+      const Terms& t = terms.emplace_back(terms_at(n, c, s, statistics));
+      if (t.w == 0.0L) return;
+      p0 += t.w * t.u;
+      p1 += t.w * t.u * t.xhat;
+    });
+    long double h = 0.0L, hx = 0.0L, e = 0.0L, ex = 0.0L, hu = 0.0L;
+    for (Terms& t : terms) {
+      t.q += t.scale * t.rstd * (t.u - p0 - t.xhat * p1);
+      t.k = t.bends ? t.bend * t.q : 0.0L;
+      parameters_.scale[t.affine] += t.rstd * t.g * (t.u - p0 - p1 * t.xhat) + t.k * t.xhat;
+      parameters_.bias[t.affine] += t.k;
+      h += t.scale * t.g;
+      hx += t.scale * t.g * t.xhat;
+      hu += t.scale * t.g * t.u;
+      e += t.scale * t.k + t.v * t.g;
+      ex += (t.scale * t.k + t.v * t.g) * t.xhat;
+    }
+    for (const Terms& t : terms) {
+      const long double l = t.rstd * (hu - p0 * h - p1 * hx);
+      long double grad_x = t.rstd * (t.v - t.rstd * p1 * t.scale) * t.g + t.rstd * t.scale * t.k;
+      if (t.w != 0.0L) {
+        grad_x += t.w * t.rstd *
+                  (-t.rstd * hx * t.u + t.xhat * (2.0L * t.rstd * p1 * hx - ex - l) - e +
+                   t.rstd * (p0 * hx + p1 * h));
+      }
+      const auto put = [&](MutableTensor tensor, long double value) {
+        if (tensor) store(tensor, t.index, static_cast<double>(value));
+      };
+      put(grad_grad_y_, t.slope * t.q);
+      put(grad_.x, grad_x);
+      put(grad_.residual, t.k);
+    }
+  }
+
+  void finish() const { parameters_.store_to(grad_); }
+
+ private:
+  struct Statistics {
+    double mean, rstd;
+    bool of_batch;
+    double count;
+  };
+
+  // Of one position. slope is activation'(z), bend is grad_y activation''(z).
+  struct Terms {
+    std::int64_t index;
+    std::size_t affine;
+    long double w, rstd, scale, u, v, xhat, slope, bend, g;
+    bool bends;     // otherwise k is 0, even if q is NaN
+    long double q;  // at first without the term that p0 and p1 are in
+    long double k;
+  };
+
+  Terms terms_at(std::int64_t n, std::int64_t c, std::int64_t s,
+                 const Statistics& statistics) const {
+    const NormInput& in = input_.in;
+    const std::int64_t index = input_.index(n, c, s), affine = input_.affine_index(n, c);
+    const auto get = [](ConstTensor tensor, std::int64_t i) {
+      return tensor ? load(tensor, i) : 0.0;
+    };
+    const double grad_y = load(grad_y_, index);
+    const bool counts = !statistics.of_batch || input_.counts(n, c, s);
+    const bool unused = !counts && grad_y == 0.0;
+    Terms t;
+    t.index = index;
+    t.affine = static_cast<std::size_t>(affine);
+    t.w = statistics.of_batch && counts ? 1.0L / statistics.count : 0.0L;
+    t.rstd = statistics.rstd;
+    if (statistics.of_batch && statistics.count == 0.0) {
+      t.rstd = unused ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+    }
+    t.scale = input_.scale(n, c);
+    t.u = get(cotangents_.x, index);
+    t.v = get(cotangents_.scale, affine);
+    t.xhat = (static_cast<long double>(input_.x(n, c, s)) - statistics.mean) * t.rstd;
+    double residual = get(in.residual, index);
+    if (unused && !std::isfinite(t.xhat)) t.xhat = 0.0L;
+    if (unused && !std::isfinite(residual)) residual = 0.0;
+
+    const auto z = static_cast<double>(t.xhat * t.scale + input_.bias(n, c) + residual);
+    const bool is_linear = in.activation == Activation::kNone || in.activation == Activation::kReLU;
+    t.slope = activate_derivative(in.activation, z);
+    t.g = unused ? 0.0L : grad_y * t.slope;
+    t.bends = !unused && !is_linear;
+    t.bend = grad_y * activate_second_derivative(in.activation, z);
+    t.q = t.v * t.xhat + get(cotangents_.bias, affine) + get(cotangents_.residual, index);
+    return t;
+  }
+
+  const Input input_;
+  const ConstTensor grad_y_;
+  const GradientCotangents cotangents_;
+  const MutableTensor grad_grad_y_;
+  const NormGradients grad_;
+  ParameterSums parameters_;
 };
 
 Slice channel_slice(const Extent& extent, std::int64_t channel) {
@@ -317,6 +447,16 @@ void batch_norm_backward(const BatchNormBackwardArgs& args) {
   backward.finish();
 }
 
+void batch_norm_double_backward(const BatchNormDoubleBackwardArgs& args) {
+  const Extent& extent = args.input.extent;
+  DoubleBackward backward(args.input, args.grad_y, args.cotangents, args.grad_grad_y, args.grad);
+  for (std::int64_t c = 0; extent.numel() > 0 && c < extent.c; ++c) {
+    backward.add_slice(channel_slice(extent, c), load(args.mean, c), load(args.rstd, c),
+                       args.batch_statistics);
+  }
+  backward.finish();
+}
+
 void group_norm_forward(const GroupNormForwardArgs& args) {
   const Input input(args.input);
   if (input.e.numel() == 0) return;
@@ -333,6 +473,16 @@ void group_norm_forward(const GroupNormForwardArgs& args) {
 void group_norm_backward(const GroupNormBackwardArgs& args) {
   const Extent& extent = args.input.extent;
   Backward backward(args.input, args.grad_y, args.grad);
+  for (std::int64_t i = 0; extent.numel() > 0 && i < extent.n * args.num_groups; ++i) {
+    backward.add_slice(group_slice(extent, args.num_groups, i), args.mean[i], load(args.rstd, i),
+                       true);
+  }
+  backward.finish();
+}
+
+void group_norm_double_backward(const GroupNormDoubleBackwardArgs& args) {
+  const Extent& extent = args.input.extent;
+  DoubleBackward backward(args.input, args.grad_y, args.cotangents, args.grad_grad_y, args.grad);
   for (std::int64_t i = 0; extent.numel() > 0 && i < extent.n * args.num_groups; ++i) {
     backward.add_slice(group_slice(extent, args.num_groups, i), args.mean[i], load(args.rstd, i),
                        true);

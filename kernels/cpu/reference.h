@@ -1,8 +1,8 @@
-// Plain float64 reference of the norms, for tests only: the formulas of batch_norm.h and
-// group_norm.h written with one scalar loop each, two-pass moments and sums in long double, and one
-// rounding when a result is stored. The args structs, shapes, layouts, absent tensors and empty
-// inputs are those of the kernels; beyond their contract any output may have any DType (float64
-// with any x), so that results can be read before their last rounding.
+// Plain float64 reference of the norms, for tests only: the formulas of batch_norm.h, group_norm.h
+// and, for the double backward pass, norm_input.h written with scalar loops, two-pass moments and
+// sums in long double, and one rounding when a result is stored. The args structs, shapes, layouts,
+// absent tensors and empty inputs are those of the kernels; beyond their contract any output may
+// have any DType (float64 with any x), so that results can be read before their last rounding.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,10 @@ void store(MutableTensor tensor, std::int64_t index, double value);
 void batch_norm_forward(const BatchNormForwardArgs& args);
 void batch_norm_inference(const BatchNormInferenceArgs& args);
 void batch_norm_backward(const BatchNormBackwardArgs& args);
+void batch_norm_double_backward(const BatchNormDoubleBackwardArgs& args);
 
 void group_norm_forward(const GroupNormForwardArgs& args);
 void group_norm_backward(const GroupNormBackwardArgs& args);
+void group_norm_double_backward(const GroupNormDoubleBackwardArgs& args);
 
 }  // namespace normcore::kernels::reference

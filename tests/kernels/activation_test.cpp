@@ -2,9 +2,9 @@
 // variance 1 and eps = 0 hands x itself to the activation.
 //
 // Bound: an error of some u in the result and of a few u in the argument, then the rounding of the
-// store: |dy| <= kActivationUlps u |y| + kArgumentUlps u |z act'(z)| + ulp / 2. In the far tails
-// exp() leaves the range of the arithmetic: below 1e-41 (float64: 1e-300) results may be flushed
-// to 0.
+// store: |dy| <= kActivationUlps u |y| + kArgumentUlps u |z act'(z)| + ulp / 2, and likewise for
+// the derivatives. In the far tails exp() leaves the range of the arithmetic: below 1e-41 (float64:
+// 1e-300) results may be flushed to 0.
 #include "normcore/kernels/activation.h"
 
 #include <gtest/gtest.h>
@@ -26,6 +26,9 @@ constexpr double kArgumentUlps = 4.0;
 double unit_roundoff(DType x) { return x == DType::kFloat64 ? 0x1p-52 : 0x1p-24; }
 
 double underflow(DType x) { return x == DType::kFloat64 ? 1e-300 : 1e-41; }
+
+// The second derivatives have factors of 1 - sigmoid(z) that are 0 from 70 on, times up to 4000.
+double second_underflow(DType x) { return x == DType::kFloat64 ? 1e-296 : 2e-27; }
 
 // Dense where the activations bend, then ever larger magnitudes, and the ends of the range of
 // exp().
@@ -58,10 +61,42 @@ Inputs identity_norm(const std::vector<double>& values, Activation activation, L
   return inputs;
 }
 
-double second_derivative(Activation activation, double z) {
+// Of f at z, a central difference.
+template <class F>
+double slope_of(F f, Activation activation, double z) {
   const double h = 1e-5 * std::max(1.0, std::abs(z));
-  return (activate_derivative(activation, z + h) - activate_derivative(activation, z - h)) /
-         (2.0 * h);
+  return (f(activation, z + h) - f(activation, z - h)) / (2.0 * h);
+}
+
+// Arguments whose squares and cubes are far from the end of the range.
+std::vector<double> moderate_arguments() {
+  std::vector<double> values;
+  for (const double value : arguments()) {
+    if (std::abs(value) < 1e5) values.push_back(value);
+  }
+  return values;
+}
+
+TEST(ActivationDefinitions, SecondDerivativeIsTheSlopeOfTheDerivative) {
+  for (const Activation activation : kAllActivations) {
+    double largest = 0.0;
+    for (const double z : moderate_arguments()) {
+      const double value = activate_second_derivative(activation, z);
+      largest = std::max(largest, std::abs(value));
+      if (activation == Activation::kReLU && std::abs(z) < 1e-4) {
+        EXPECT_EQ(value, 0.0) << z;
+        continue;
+      }
+      const double slope = slope_of(activate_derivative<double>, activation, z);
+      if (std::isnan(slope)) {
+        EXPECT_EQ(value, 0.0) << name_of(activation) << " at " << z;
+      } else {
+        ASSERT_NEAR(value, slope, 1e-9) << name_of(activation) << " at " << z;
+      }
+    }
+    const bool is_linear = activation == Activation::kNone || activation == Activation::kReLU;
+    EXPECT_EQ(largest > 0.4, !is_linear) << name_of(activation);
+  }
 }
 
 TEST_P(Activations, OfEveryArgument) {
@@ -92,10 +127,7 @@ TEST_P(Activations, OfEveryArgument) {
 }
 
 TEST_P(Activations, DerivativeOfEveryArgument) {
-  std::vector<double> values;
-  for (const double value : arguments()) {
-    if (std::abs(value) < 1e5) values.push_back(value);
-  }
+  const std::vector<double> values = moderate_arguments();
   for (const Activation activation :
        {Activation::kReLU, Activation::kSiLU, Activation::kGelu, Activation::kGeluTanh}) {
     for (const Layout layout : kBothLayouts) {
@@ -108,8 +140,9 @@ TEST_P(Activations, DerivativeOfEveryArgument) {
         std::vector<double> expected, bound;
         for (const double z : inputs.x.values()) {
           const double value = activate_derivative(activation, z);
-          double curvature =
-              activation == Activation::kReLU ? 0.0 : second_derivative(activation, z);
+          double curvature = activation == Activation::kReLU
+                                 ? 0.0
+                                 : slope_of(activate_derivative<double>, activation, z);
           if (std::isnan(curvature)) curvature = 0.0;
           expected.push_back(std::isnan(value) ? (z > 0.0 ? 1.0 : 0.0) : value);
           bound.push_back(kDerivativeUlps * u * std::abs(value) +
@@ -117,6 +150,65 @@ TEST_P(Activations, DerivativeOfEveryArgument) {
                           half_ulp(x, expected.back()));
         }
         expect_near("derivative", find(out, "grad_residual").values(), expected, bound);
+      }
+    }
+  }
+}
+
+// With q = 1 and grad_y = 1 grad_grad_y and grad_residual are the two derivatives.
+Outputs both_derivatives(const Inputs& inputs) {
+  Cotangents cotangents(inputs.norm_case);
+  for (Tensor* other : {&cotangents.x, &cotangents.scale, &cotangents.residual}) *other = Tensor();
+  cotangents.bias.fill(1.0);
+  const Statistics statistics{0, {0.0}, {1.0}, false};
+  return run_double_backward(inputs, cotangents, statistics, {true, {false, false, false, true}});
+}
+
+TEST_P(Activations, BothDerivativesOfEveryArgument) {
+  const std::vector<double> values = moderate_arguments();
+  for (const Activation activation :
+       {Activation::kReLU, Activation::kSiLU, Activation::kGelu, Activation::kGeluTanh}) {
+    for (const Layout layout : kBothLayouts) {
+      for (const DType x : {DType::kFloat64, DType::kFloat32}) {
+        SCOPED_TRACE(std::string(name_of(activation)) + " " + name_of(x));
+        const double u = unit_roundoff(x);
+        const Inputs inputs = identity_norm(values, activation, layout, x, x);
+        const Outputs out = both_derivatives(inputs);
+        const auto expect = [&](const char* name, auto derivative, double least) {
+          std::vector<double> expected, bound;
+          for (const double z : inputs.x.values()) {
+            double value = derivative(activation, z);
+            if (std::isnan(value)) value = z > 0.0 ? 1.0 : 0.0;
+            double slope =
+                activation == Activation::kReLU ? 0.0 : slope_of(derivative, activation, z);
+            if (std::isnan(slope)) slope = 0.0;
+            expected.push_back(value);
+            bound.push_back(kDerivativeUlps * u * std::abs(value) +
+                            kArgumentUlps * u * std::abs(z * slope) + least + half_ulp(x, value));
+          }
+          expect_near(name, find(out, name).values(), expected, bound);
+        };
+        expect("grad_grad_y", activate_derivative<double>, underflow(x));
+        expect("grad_residual", activate_second_derivative<double>, second_underflow(x));
+      }
+    }
+  }
+}
+
+TEST_P(Activations, DerivativesOfNaN) {
+  for (const Activation activation :
+       {Activation::kSiLU, Activation::kGelu, Activation::kGeluTanh}) {
+    for (const Layout layout : kBothLayouts) {
+      for (const DType x : kAllDTypes) {
+        std::vector<double> values(67, 0.5);
+        values[0] = values[40] = values[66] = std::nan("");
+        const Inputs inputs = identity_norm(values, activation, layout, x, x);
+        for (const Output& output : both_derivatives(inputs)) {
+          for (std::int64_t i = 0; i < 67; ++i) {
+            EXPECT_EQ(std::isnan(output.tensor.get(i)), i == 0 || i == 40 || i == 66)
+                << output.name << "[" << i << "] of " << name_of(activation);
+          }
+        }
       }
     }
   }

@@ -32,6 +32,17 @@ class Random {
   std::uint64_t state_;
 };
 
+std::uint64_t seed_of(const Extent& e) {
+  return static_cast<std::uint64_t>(e.n * 1000003 + e.c * 10007 + e.s * 101);
+}
+
+Tensor draw_tensor(Random& random, DType dtype, std::int64_t count, Placement placement,
+                   double mean, double std) {
+  Tensor tensor(dtype, count, placement);
+  for (std::int64_t i = 0; i < count; ++i) tensor.set(i, mean + std * random.normal());
+  return tensor;
+}
+
 }  // namespace
 
 const std::vector<Shape>& shapes() {
@@ -183,11 +194,9 @@ std::vector<NormCase> variants(const Shape& shape, Layout layout, DType x, bool 
 
 Inputs::Inputs(const NormCase& c) : norm_case(c) {
   const Extent& e = c.extent;
-  Random random(static_cast<std::uint64_t>(e.n * 1000003 + e.c * 10007 + e.s * 101));
+  Random random(seed_of(e));
   const auto draw = [&](DType dtype, std::int64_t count, double mean, double std) {
-    Tensor tensor(dtype, count, c.placement);
-    for (std::int64_t i = 0; i < count; ++i) tensor.set(i, mean + std * random.normal());
-    return tensor;
+    return draw_tensor(random, dtype, count, c.placement, mean, std);
   };
   x = draw(c.x, e.numel(), c.mean, 1.0);
   grad_y = draw(c.y, e.numel(), 0.1, 1.0);
@@ -237,6 +246,28 @@ std::vector<std::pair<std::string, const GuardedBuffer*>> Inputs::buffers() cons
           {"running_mean", &running_mean.buffer()},
           {"running_var", &running_var.buffer()},
           {"mask", &mask}};
+}
+
+Cotangents::Cotangents(const NormCase& c) {
+  Random random(seed_of(c.extent) + 1);
+  const auto draw = [&](DType dtype, std::int64_t count, double mean, double std) {
+    return draw_tensor(random, dtype, count, c.placement, mean, std);
+  };
+  x = draw(c.x, c.extent.numel(), 0.3, 1.0);
+  scale = draw(c.y, c.affine_count(), -0.2, 0.8);
+  bias = draw(c.y, c.affine_count(), 0.4, 0.8);
+  residual = draw(c.y, c.extent.numel(), 0.1, 0.7);
+}
+
+GradientCotangents Cotangents::view() const {
+  return {x.view(), scale.view(), bias.view(), residual.view()};
+}
+
+std::vector<std::pair<std::string, const GuardedBuffer*>> Cotangents::buffers() const {
+  return {{"cotangent of grad_x", &x.buffer()},
+          {"cotangent of grad_scale", &scale.buffer()},
+          {"cotangent of grad_bias", &bias.buffer()},
+          {"cotangent of grad_residual", &residual.buffer()}};
 }
 
 }  // namespace normcore::kernels::testing

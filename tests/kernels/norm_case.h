@@ -39,7 +39,7 @@ struct NormCase {
   Layout layout = Layout::kNCS;
   std::int64_t num_groups = 0;  // 0: batch norm
   DType x = DType::kFloat32;
-  DType y = DType::kFloat32;  // and of every gradient but x's
+  DType y = DType::kFloat32;  // and of every gradient but x's, and of their cotangents
   std::optional<DType> scale = DType::kFloat32;
   std::optional<DType> bias = DType::kFloat32;
   std::optional<DType> residual;
@@ -76,6 +76,17 @@ struct Inputs {
   NormCase norm_case;
   Tensor x, scale, bias, residual, grad_y, running_mean, running_var;
   GuardedBuffer mask;
+};
+
+// What a double backward pass takes beside the inputs: cotangents of what the backward pass gives,
+// in the same dtypes. A default-constructed tensor is absent.
+struct Cotangents {
+  explicit Cotangents(const NormCase& c);
+
+  GradientCotangents view() const;
+  std::vector<std::pair<std::string, const GuardedBuffer*>> buffers() const;
+
+  Tensor x, scale, bias, residual;
 };
 
 }  // namespace normcore::kernels::testing

@@ -28,17 +28,19 @@ void expect_intact(const Outputs& outputs) {
   }
 }
 
+using NamedBuffers = std::vector<std::pair<std::string, const GuardedBuffer*>>;
+
 // A copy of the bytes of the inputs, to be compared after the calls.
 class Snapshot {
  public:
-  explicit Snapshot(const Inputs& inputs) : inputs_(inputs) {
-    for (const auto& [name, buffer] : inputs.buffers()) {
+  explicit Snapshot(NamedBuffers inputs) : inputs_(std::move(inputs)) {
+    for (const auto& [name, buffer] : inputs_) {
       bytes_.emplace_back(buffer->data(), buffer->data() + buffer->bytes());
     }
   }
   void check() const {
     std::size_t i = 0;
-    for (const auto& [name, buffer] : inputs_.buffers()) {
+    for (const auto& [name, buffer] : inputs_) {
       EXPECT_TRUE(buffer->intact()) << "written outside of " << name;
       EXPECT_TRUE(std::equal(bytes_[i].begin(), bytes_[i].end(), buffer->data()))
           << name << " was changed";
@@ -47,14 +49,17 @@ class Snapshot {
   }
 
  private:
-  const Inputs& inputs_;
+  NamedBuffers inputs_;
   std::vector<std::vector<unsigned char>> bytes_;
 };
 
 // The same call with every runner: what those of each kind agree on.
 template <class Run>
-std::vector<Outputs> run_everywhere(const Inputs& inputs, Run run) {
-  const Snapshot snapshot(inputs);
+std::vector<Outputs> run_everywhere(const Inputs& inputs, Run run,
+                                    const NamedBuffers& others = {}) {
+  NamedBuffers buffers = inputs.buffers();
+  buffers.insert(buffers.end(), others.begin(), others.end());
+  const Snapshot snapshot(std::move(buffers));
   std::vector<Outputs> results;
   for (const EqualRunners& runners : all_runners()) {
     Outputs first = run(*runners.front());
@@ -62,9 +67,9 @@ std::vector<Outputs> run_everywhere(const Inputs& inputs, Run run) {
     SCOPED_TRACE(runners.front()->name());
     expect_intact(first);
     for (std::size_t i = 1; inputs.norm_case.many_runners && i < runners.size(); ++i) {
-      const Outputs others = run(*runners[i]);
-      expect_intact(others);
-      expect_same_bits(runners[i]->name(), others, first);
+      const Outputs other = run(*runners[i]);
+      expect_intact(other);
+      expect_same_bits(runners[i]->name(), other, first);
     }
     results.push_back(std::move(first));
   }
@@ -180,6 +185,12 @@ Outputs run_inference(const Inputs& inputs, const Runner& runner) {
 
 namespace {
 
+// Without an activation the backward pass does not give the gradient of the residual.
+Wanted wanted_of_backward(const NormCase& c, Wanted wanted) {
+  wanted.residual = wanted.residual && c.activation != Activation::kNone;
+  return wanted;
+}
+
 // Buffers of the gradients that are wanted, with the given dtypes.
 NormGradients make_gradients(const NormCase& c, const Wanted& wanted, DType x, DType others,
                              Outputs& out) {
@@ -192,10 +203,22 @@ NormGradients make_gradients(const NormCase& c, const Wanted& wanted, DType x, D
   grad.x = make(wanted.x, "grad_x", x, c.extent.numel());
   grad.scale = make(wanted.scale, "grad_scale", others, c.affine_count());
   grad.bias = make(wanted.bias, "grad_bias", others, c.affine_count());
-  const bool residual = wanted.residual && c.activation != Activation::kNone;
-  grad.residual = make(residual, "grad_residual", others, c.extent.numel());
+  grad.residual = make(wanted.residual, "grad_residual", others, c.extent.numel());
   return grad;
 }
+
+// Those and the gradient of grad_y.
+struct DoubleBackwardTensors {
+  DoubleBackwardTensors(const NormCase& c, const WantedOfDoubleBackward& wanted, DType x,
+                        DType others, Outputs& out)
+      : grad(make_gradients(c, wanted.grad, x, others, out)) {
+    if (!wanted.grad_y) return;
+    out.push_back({"grad_grad_y", Tensor(others, c.extent.numel(), c.placement)});
+    grad_grad_y = out.back().tensor.view();
+  }
+  NormGradients grad;
+  MutableTensor grad_grad_y;
+};
 
 // The statistics as the tensors that a backward call takes.
 struct SavedStatistics {
@@ -210,6 +233,33 @@ struct SavedStatistics {
   Tensor mean, rstd;
 };
 
+// Calls call(args) with what the case's norm takes.
+template <class Call>
+auto call_double_backward(const Inputs& inputs, const Cotangents& cotangents,
+                          const Statistics& statistics, const SavedStatistics& saved,
+                          const DoubleBackwardTensors& out, Call call) {
+  const NormCase& c = inputs.norm_case;
+  if (c.num_groups != 0) {
+    return call(GroupNormDoubleBackwardArgs{inputs.norm_input(), c.num_groups, inputs.grad_y.view(),
+                                            static_cast<double*>(saved.mean.data()),
+                                            saved.rstd.view(), cotangents.view(), out.grad_grad_y,
+                                            out.grad});
+  }
+  // Running statistics come in the dtype of their buffer, saved ones as float64.
+  const ConstTensor mean = statistics.from_batch ? saved.mean.view() : inputs.running_mean.view();
+  return call(BatchNormDoubleBackwardArgs{inputs.norm_input(), inputs.grad_y.view(), mean,
+                                          saved.rstd.view(), statistics.from_batch,
+                                          cotangents.view(), out.grad_grad_y, out.grad});
+}
+
+// The reference under the name of the kernels' entry.
+void reference_call(const BatchNormDoubleBackwardArgs& args) {
+  reference::batch_norm_double_backward(args);
+}
+void reference_call(const GroupNormDoubleBackwardArgs& args) {
+  reference::group_norm_double_backward(args);
+}
+
 }  // namespace
 
 Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const Wanted& wanted,
@@ -217,7 +267,7 @@ Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const W
   const NormCase& c = inputs.norm_case;
   const SavedStatistics saved(inputs, statistics);
   Outputs out;
-  const NormGradients grad = make_gradients(c, wanted, c.x, c.y, out);
+  const NormGradients grad = make_gradients(c, wanted_of_backward(c, wanted), c.x, c.y, out);
   if (c.num_groups == 0) {
     // Running statistics come in the dtype of their buffer, saved ones as float64.
     const ConstTensor mean = statistics.from_batch ? saved.mean.view() : inputs.running_mean.view();
@@ -231,6 +281,18 @@ Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const W
     if (!runner.run(args)) return {};
   }
   return out;
+}
+
+Outputs run_double_backward(const Inputs& inputs, const Cotangents& cotangents,
+                            const Statistics& statistics, const WantedOfDoubleBackward& wanted,
+                            const Runner& runner) {
+  const SavedStatistics saved(inputs, statistics);
+  Outputs out;
+  const DoubleBackwardTensors tensors(inputs.norm_case, wanted, inputs.norm_case.x,
+                                      inputs.norm_case.y, out);
+  const bool ran = call_double_backward(inputs, cotangents, statistics, saved, tensors,
+                                        [&](const auto& args) { return runner.run(args); });
+  return ran ? std::move(out) : Outputs();
 }
 
 Outputs reference_forward(const Inputs& inputs) {
@@ -261,7 +323,7 @@ Outputs reference_backward(const Inputs& inputs, const Statistics& statistics,
   const DType f64 = DType::kFloat64;
   const SavedStatistics saved(inputs, statistics);
   Outputs out;
-  const NormGradients grad = make_gradients(c, wanted, f64, f64, out);
+  const NormGradients grad = make_gradients(c, wanted_of_backward(c, wanted), f64, f64, out);
   if (c.num_groups == 0) {
     reference::batch_norm_backward({inputs.norm_input(), inputs.grad_y.view(), saved.mean.view(),
                                     saved.rstd.view(), statistics.from_batch, grad});
@@ -270,6 +332,18 @@ Outputs reference_backward(const Inputs& inputs, const Statistics& statistics,
                                     static_cast<double*>(saved.mean.data()), saved.rstd.view(),
                                     grad});
   }
+  return out;
+}
+
+Outputs reference_double_backward(const Inputs& inputs, const Cotangents& cotangents,
+                                  const Statistics& statistics,
+                                  const WantedOfDoubleBackward& wanted) {
+  const SavedStatistics saved(inputs, statistics);
+  Outputs out;
+  const DType f64 = DType::kFloat64;
+  const DoubleBackwardTensors tensors(inputs.norm_case, wanted, f64, f64, out);
+  call_double_backward(inputs, cotangents, statistics, saved, tensors,
+                       [](const auto& args) { reference_call(args); });
   return out;
 }
 
@@ -291,6 +365,25 @@ Statistics running_statistics(const Inputs& inputs, bool rounded) {
   }
   return statistics;
 }
+
+namespace {
+
+// Zeroes grad_y where it would make a gradient undetermined or NaN.
+void zero_undetermined_gradients(Inputs& inputs, const Statistics& statistics) {
+  const NormCase& c = inputs.norm_case;
+  const NormInput input = inputs.norm_input();
+  if (c.activation == Activation::kReLU) {
+    for (const std::int64_t i : kink_positions(input, statistics)) inputs.grad_y.set(i, 0.0);
+  }
+  // Without a valid value the statistics are NaN; upstream gradients of 0 keep that out of scale
+  // and bias.
+  const std::vector<bool> is_empty = in_empty_slice(input, c.num_groups);
+  for (std::size_t i = 0; statistics.from_batch && i < is_empty.size(); ++i) {
+    if (is_empty[i]) inputs.grad_y.set(static_cast<std::int64_t>(i), 0.0);
+  }
+}
+
+}  // namespace
 
 void check_forward(const Inputs& inputs) {
   const NormCase& c = inputs.norm_case;
@@ -344,15 +437,7 @@ void check_backward(Inputs& inputs, bool from_batch, const Wanted& wanted) {
   const Statistics statistics =
       from_batch ? batch_statistics(inputs, true) : running_statistics(inputs, true);
   const NormInput input = inputs.norm_input();
-  if (c.activation == Activation::kReLU) {
-    for (const std::int64_t i : kink_positions(input, statistics)) inputs.grad_y.set(i, 0.0);
-  }
-  // Without a valid value the statistics are NaN; upstream gradients of 0 keep that out of scale
-  // and bias.
-  const std::vector<bool> is_empty = in_empty_slice(input, c.num_groups);
-  for (std::size_t i = 0; from_batch && i < is_empty.size(); ++i) {
-    if (is_empty[i]) inputs.grad_y.set(static_cast<std::int64_t>(i), 0.0);
-  }
+  zero_undetermined_gradients(inputs, statistics);
   const std::vector<Outputs> results = run_everywhere(inputs, [&](const Runner& runner) {
     return run_backward(inputs, statistics, wanted, runner);
   });
@@ -364,6 +449,40 @@ void check_backward(Inputs& inputs, bool from_batch, const Wanted& wanted) {
   const BackwardBounds bounds = backward_bounds(input, statistics, inputs.grad_y.view(), stored);
   for (const Output& output : expected) {
     const std::vector<double>& bound = output.name == "grad_x"       ? bounds.x
+                                       : output.name == "grad_scale" ? bounds.scale
+                                       : output.name == "grad_bias"  ? bounds.bias
+                                                                     : bounds.residual;
+    for (const Outputs& actual : results) {
+      expect_near(output.name, find(actual, output.name).values(), output.tensor.values(), bound);
+    }
+  }
+}
+
+void check_double_backward(Inputs& inputs, const Cotangents& cotangents, bool from_batch,
+                           const WantedOfDoubleBackward& wanted) {
+  const NormCase& c = inputs.norm_case;
+  SCOPED_TRACE((from_batch ? "double backward " : "double backward, running statistics, ") +
+               to_string(c));
+  const Statistics statistics =
+      from_batch ? batch_statistics(inputs, true) : running_statistics(inputs, true);
+  zero_undetermined_gradients(inputs, statistics);
+  const std::vector<Outputs> results = run_everywhere(
+      inputs,
+      [&](const Runner& runner) {
+        return run_double_backward(inputs, cotangents, statistics, wanted, runner);
+      },
+      cotangents.buffers());
+
+  const Outputs expected = reference_double_backward(inputs, cotangents, statistics, wanted);
+  ASSERT_FALSE(results.empty() && !expected.empty()) << "no runner";
+  NormGradients stored;
+  stored.x.dtype = c.x;
+  stored.scale.dtype = stored.bias.dtype = stored.residual.dtype = c.y;
+  const DoubleBackwardBounds bounds = double_backward_bounds(
+      inputs.norm_input(), statistics, inputs.grad_y.view(), cotangents.view(), c.y, stored);
+  for (const Output& output : expected) {
+    const std::vector<double>& bound = output.name == "grad_grad_y"  ? bounds.grad_y
+                                       : output.name == "grad_x"     ? bounds.x
                                        : output.name == "grad_scale" ? bounds.scale
                                        : output.name == "grad_bias"  ? bounds.bias
                                                                      : bounds.residual;

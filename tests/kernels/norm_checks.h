@@ -25,18 +25,30 @@ const Tensor& find(const Outputs& outputs, const std::string& name);
 struct Wanted {
   bool x = true, scale = true, bias = true, residual = true;
 };
+struct WantedOfDoubleBackward {
+  bool grad_y = true;
+  Wanted grad;
+};
 
 // The kernels, with NaN-filled outputs; none if the runner cannot run the call. Forward: y, mean,
-// rstd and, for batch norm, running_mean, running_var. Inference: y, rstd.
+// rstd and, for batch norm, running_mean, running_var. Inference: y, rstd. Backward: grad_x,
+// grad_scale, grad_bias and, with an activation, grad_residual. Double backward: those and
+// grad_grad_y.
 Outputs run_forward(const Inputs& inputs, const Runner& runner = default_runner());
 Outputs run_inference(const Inputs& inputs, const Runner& runner = default_runner());
 Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const Wanted& wanted = {},
                      const Runner& runner = default_runner());
+Outputs run_double_backward(const Inputs& inputs, const Cotangents& cotangents,
+                            const Statistics& statistics, const WantedOfDoubleBackward& wanted = {},
+                            const Runner& runner = default_runner());
 
 // The reference on the same tensors, with every output in float64.
 Outputs reference_forward(const Inputs& inputs);
 Outputs reference_backward(const Inputs& inputs, const Statistics& statistics,
                            const Wanted& wanted);
+Outputs reference_double_backward(const Inputs& inputs, const Cotangents& cotangents,
+                                  const Statistics& statistics,
+                                  const WantedOfDoubleBackward& wanted = {});
 
 // Statistics that the reference finds; rstd rounded as the kernels save it when `rounded`.
 Statistics batch_statistics(const Inputs& inputs, bool rounded);
@@ -46,6 +58,8 @@ void check_forward(const Inputs& inputs);
 void check_inference(const Inputs& inputs);
 // Not const: zeroes grad_y where the derivative of the activation is undetermined.
 void check_backward(Inputs& inputs, bool from_batch = true, const Wanted& wanted = {});
+void check_double_backward(Inputs& inputs, const Cotangents& cotangents, bool from_batch = true,
+                           const WantedOfDoubleBackward& wanted = {});
 
 // |actual - expected| <= bound for every element.
 void expect_near(const std::string& name, const std::vector<double>& actual,

@@ -1,14 +1,20 @@
 // The reference itself: its conversions against their definition, its forward pass against worked
-// numbers, its backward pass against central differences of the forward pass.
+// numbers, its backward pass against central differences of the forward pass, its double backward
+// pass against those of the backward pass.
 #include "cpu/reference.h"
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
+#include <vector>
 
 #include "norm_checks.h"
+#include "positions.h"
 
 namespace normcore::kernels::testing {
 namespace {
@@ -233,6 +239,216 @@ TEST(Reference, GradientsAgreeWithCentralDifferences) {
         check_gradients(c, true);
         c.affine_per_sample = true;
         check_gradients(c, true);
+      }
+    }
+  }
+}
+
+// <cotangent, gradient> for each gradient of the backward pass, with the statistics of the inputs.
+constexpr std::size_t kGradients = 4;
+using Pairings = std::array<double, kGradients>;
+
+Pairings pairings(const Inputs& inputs, const Cotangents& cotangents, bool from_batch) {
+  const Statistics statistics =
+      from_batch ? batch_statistics(inputs, false) : running_statistics(inputs, false);
+  const Outputs gradients = reference_backward(inputs, statistics, {});
+  const auto pairing = [](const Tensor& gradient, const Tensor& cotangent) {
+    double sum = 0.0;
+    for (std::int64_t i = 0; i < cotangent.count(); ++i) sum += cotangent.get(i) * gradient.get(i);
+    return sum;
+  };
+  const bool is_plain = inputs.norm_case.activation == Activation::kNone;
+  const Tensor& grad_residual = is_plain ? inputs.grad_y : find(gradients, "grad_residual");
+  return {pairing(find(gradients, "grad_x"), cotangents.x),
+          pairing(find(gradients, "grad_scale"), cotangents.scale),
+          pairing(find(gradients, "grad_bias"), cotangents.bias),
+          pairing(grad_residual, cotangents.residual)};
+}
+
+// The cotangents with one of them alone.
+Cotangents only(const NormCase& c, std::size_t gradient) {
+  Cotangents cotangents(c);
+  Tensor* const tensors[kGradients] = {&cotangents.x, &cotangents.scale, &cotangents.bias,
+                                       &cotangents.residual};
+  for (std::size_t i = 0; i < kGradients; ++i) {
+    if (i != gradient) *tensors[i] = Tensor();
+  }
+  return cotangents;
+}
+
+// z of every position.
+std::vector<double> arguments(const Inputs& inputs, const Statistics& statistics) {
+  const NormCase& c = inputs.norm_case;
+  std::vector<double> z(static_cast<std::size_t>(c.extent.numel()));
+  for_each_position(c.extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
+    const std::int64_t i = index_of(c.extent, c.layout, n, channel, s);
+    const auto slice = static_cast<std::size_t>(slice_of(c.extent, c.num_groups, n, channel));
+    const std::int64_t affine = c.affine_per_sample ? n * c.extent.c + channel : channel;
+    const double xhat = (inputs.x.get(i) - statistics.mean[slice]) * statistics.rstd[slice];
+    z[static_cast<std::size_t>(i)] =
+        xhat * inputs.scale.get(affine) + inputs.bias.get(affine) + inputs.residual.get(i);
+  });
+  return z;
+}
+
+// Compares the gradients of the double backward pass with central differences of the pairings. What
+// counts as xhat = 0 where it is not finite has the differences of x = mean and a residual of 0.
+void check_double_gradients(const NormCase& norm_case, bool from_batch = true) {
+  SCOPED_TRACE((from_batch ? "batch statistics " : "running statistics ") + to_string(norm_case));
+  const NormCase& c = norm_case;
+  Inputs inputs(c), finite(c);
+  const Statistics statistics =
+      from_batch ? batch_statistics(inputs, true) : running_statistics(inputs, true);
+  constexpr double kNotFinite[] = {kInfinity, std::numeric_limits<double>::quiet_NaN(), -kInfinity};
+  std::int64_t replaced = 0;
+  for_each_position(c.extent, [&](std::int64_t n, std::int64_t channel, std::int64_t s) {
+    const std::int64_t i = index_of(c.extent, c.layout, n, channel, s);
+    if (!std::isnan(inputs.x.get(i))) return;
+    const auto slice = static_cast<std::size_t>(slice_of(c.extent, c.num_groups, n, channel));
+    finite.x.set(i, statistics.mean[slice]);
+    finite.residual.set(i, 0.0);
+    inputs.x.set(i, kNotFinite[replaced % 3]);
+    inputs.residual.set(i, kNotFinite[replaced / 3 % 3]);
+    ++replaced;
+  });
+  EXPECT_EQ(replaced > 0, c.mask != MaskKind::kNone && c.garbage_under_mask);
+  if (c.activation == Activation::kReLU) {
+    std::vector<double> z = arguments(finite, statistics);
+    for (std::size_t i = 0; i < z.size(); ++i) {
+      const auto index = static_cast<std::int64_t>(i);
+      if (std::abs(z[i]) > 1e-2 || finite.residual.get(index) == 0.0) continue;
+      for (Inputs* both : {&inputs, &finite}) {
+        both->residual.set(index, both->residual.get(index) + 0.1);
+      }
+    }
+    z = arguments(finite, statistics);
+    const auto closest = std::min_element(
+        z.begin(), z.end(), [](double a, double b) { return std::abs(a) < std::abs(b); });
+    ASSERT_GT(std::abs(*closest), 1e-3) << "at a kink";
+  }
+
+  const Cotangents cotangents(c);
+  std::vector<Outputs> alone;
+  for (std::size_t k = 0; k < kGradients; ++k) {
+    alone.push_back(reference_double_backward(inputs, only(c, k), statistics));
+  }
+  const Outputs together = reference_double_backward(inputs, cotangents, statistics);
+  double largest = 0.0;
+  const auto check = [&](const std::string& name, Tensor& tensor) {
+    for (std::int64_t i = 0; i < tensor.count(); ++i) {
+      const double value = tensor.get(i), h = 1e-5;
+      tensor.set(i, value + h);
+      const Pairings above = pairings(finite, cotangents, from_batch);
+      tensor.set(i, value - h);
+      const Pairings below = pairings(finite, cotangents, from_batch);
+      tensor.set(i, value);
+      const auto expect = [&](const Outputs& gradients, double difference) {
+        EXPECT_NEAR(find(gradients, name).get(i), difference, 1e-6 * (1.0 + std::abs(difference)))
+            << name << "[" << i << "]";
+      };
+      double sum = 0.0;
+      for (std::size_t k = 0; k < kGradients; ++k) {
+        const double difference = (above[k] - below[k]) / (2.0 * h);
+        expect(alone[k], difference);
+        sum += difference;
+      }
+      expect(together, sum);
+      largest = std::max(largest, std::abs(sum));
+    }
+  };
+  check("grad_grad_y", finite.grad_y);
+  check("grad_x", finite.x);
+  check("grad_scale", finite.scale);
+  check("grad_bias", finite.bias);
+  check("grad_residual", finite.residual);
+  EXPECT_GT(largest, 0.1) << "nothing to compare";
+}
+
+NormCase float64_case(const Extent& extent, Layout layout) {
+  NormCase c;
+  c.extent = extent;
+  c.layout = layout;
+  c.x = c.y = c.running = DType::kFloat64;
+  c.scale = c.bias = c.residual = DType::kFloat64;
+  return c;
+}
+
+TEST(Reference, DoubleBackwardAgreesWithCentralDifferences) {
+  for (const Layout layout : kBothLayouts) {
+    for (const Activation activation : kAllActivations) {
+      for (const MaskKind mask : {MaskKind::kNone, MaskKind::kRow, MaskKind::kElement}) {
+        NormCase c = float64_case({3, 4, 5}, layout);
+        c.activation = activation;
+        c.mask = mask;
+        check_double_gradients(c);
+        NormCase given = c;
+        given.garbage_under_mask = false;  // there is no mask for given statistics
+        check_double_gradients(given, false);
+        c.num_groups = 2;
+        check_double_gradients(c);
+        c.affine_per_sample = true;
+        check_double_gradients(c);
+      }
+    }
+  }
+}
+
+// There the gradients do not depend on x.
+TEST(Reference, DoubleBackwardOfSlicesOfOneValue) {
+  for (const std::int64_t num_groups : {0, 6}) {
+    NormCase c = float64_case({num_groups == 0 ? 1 : 2, 6, 1}, Layout::kNCS);
+    c.num_groups = num_groups;
+    c.activation = Activation::kSiLU;
+    check_double_gradients(c);
+    const Inputs inputs(c);
+    const Outputs out =
+        reference_double_backward(inputs, Cotangents(c), batch_statistics(inputs, true));
+    for (const char* name : {"grad_x", "grad_scale"}) {
+      for (const double value : find(out, name).values()) EXPECT_EQ(value, 0.0) << name;
+    }
+  }
+}
+
+// One sample of two has nothing that counts. There xhat = 0 and no other position is seen; where
+// grad_y is not 0, NaN.
+TEST(Reference, DoubleBackwardWithoutValidValue) {
+  for (const Activation activation : kAllActivations) {
+    NormCase c = float64_case({2, 2, 3}, Layout::kNCS);
+    c.num_groups = 1;
+    c.activation = activation;
+    c.mask = MaskKind::kRow;
+    Inputs inputs(c);
+    std::fill_n(inputs.mask.data(), 3, std::uint8_t{1});
+    std::fill_n(inputs.mask.data() + 3, 3, std::uint8_t{0});
+    inputs.x.fill(0.5);
+    inputs.x.set(1, 1.5);
+    for (std::int64_t i = 6; i < 12; ++i) inputs.grad_y.set(i, 0.0);
+    const Statistics statistics = batch_statistics(inputs, true);
+    const Cotangents cotangents(c);
+    const Outputs clean = reference_double_backward(inputs, cotangents, statistics);
+    for (std::int64_t i = 6; i < 12; ++i) {
+      const std::int64_t channel = i < 9 ? 0 : 1;
+      const double z = inputs.bias.get(channel) + inputs.residual.get(i);
+      const double q = cotangents.bias.get(channel) + cotangents.residual.get(i);
+      EXPECT_DOUBLE_EQ(find(clean, "grad_grad_y").get(i), activate_derivative(activation, z) * q);
+      EXPECT_EQ(find(clean, "grad_x").get(i), 0.0);
+      EXPECT_EQ(find(clean, "grad_residual").get(i), 0.0);
+    }
+    for (const char* name : {"grad_scale", "grad_bias"}) {
+      for (const double value : find(clean, name).values()) EXPECT_FALSE(std::isnan(value)) << name;
+    }
+
+    inputs.grad_y.set(8, 1.0);
+    const Outputs dirty = reference_double_backward(inputs, cotangents, statistics);
+    const bool is_smooth = activation != Activation::kNone && activation != Activation::kReLU;
+    for (const auto& [name, is_nan] :
+         {std::pair{"grad_grad_y", true}, {"grad_x", true}, {"grad_residual", is_smooth}}) {
+      for (std::int64_t i = 0; i < 12; ++i) {
+        const double value = find(dirty, name).get(i);
+        EXPECT_EQ(std::isnan(value), i == 8 && is_nan) << name << "[" << i << "]";
+        if (i != 8) {
+          EXPECT_EQ(value, find(clean, name).get(i)) << name << "[" << i << "]";
+        }
       }
     }
   }

@@ -22,15 +22,18 @@ class Runner {
   virtual bool run(const BatchNormForwardArgs& args) const = 0;
   virtual bool run(const BatchNormInferenceArgs& args) const = 0;
   virtual bool run(const BatchNormBackwardArgs& args) const = 0;
+  virtual bool run(const BatchNormDoubleBackwardArgs& args) const = 0;
   virtual bool run(const GroupNormForwardArgs& args) const = 0;
   virtual bool run(const GroupNormBackwardArgs& args) const = 0;
+  virtual bool run(const GroupNormDoubleBackwardArgs& args) const = 0;
 };
 
 // Runners that give the same bits for every call.
 using EqualRunners = std::vector<std::shared_ptr<const Runner>>;
 
 const std::vector<EqualRunners>& all_runners();
-// One that runs every call, and one that shares the work out in another way with the same bits.
+// One that runs every call that has a kernel, and one that shares the work out in another way with
+// the same bits.
 const Runner& default_runner();
 const Runner& other_runner();
 
@@ -43,8 +46,14 @@ class RunnerOf : public Runner {
   bool run(const BatchNormForwardArgs& args) const override { return derived().run_any(args); }
   bool run(const BatchNormInferenceArgs& args) const override { return derived().run_any(args); }
   bool run(const BatchNormBackwardArgs& args) const override { return derived().run_any(args); }
+  bool run(const BatchNormDoubleBackwardArgs& args) const override {
+    return derived().run_any(args);
+  }
   bool run(const GroupNormForwardArgs& args) const override { return derived().run_any(args); }
   bool run(const GroupNormBackwardArgs& args) const override { return derived().run_any(args); }
+  bool run(const GroupNormDoubleBackwardArgs& args) const override {
+    return derived().run_any(args);
+  }
 
  private:
   const Derived& derived() const { return static_cast<const Derived&>(*this); }

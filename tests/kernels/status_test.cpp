@@ -46,6 +46,28 @@ class StatusTest : public ::testing::Test {
     return args;
   }
 
+  BatchNormDoubleBackwardArgs batch_norm_double_backward_args() {
+    BatchNormDoubleBackwardArgs args;
+    args.input = inputs_.norm_input();
+    args.grad_y = inputs_.grad_y.view();
+    args.mean = {mean_, DType::kFloat64};
+    args.rstd = rstd_.view();
+    args.cotangents = cotangents_.view();
+    args.grad_grad_y = y_.view();
+    return args;
+  }
+  GroupNormDoubleBackwardArgs group_norm_double_backward_args() {
+    GroupNormDoubleBackwardArgs args;
+    args.input = inputs_.norm_input();
+    args.num_groups = 2;
+    args.grad_y = inputs_.grad_y.view();
+    args.mean = mean_;
+    args.rstd = rstd_.view();
+    args.cotangents = cotangents_.view();
+    args.grad.x = y_.view();
+    return args;
+  }
+
   template <class Args>
   Status run(const Args& args) {
     const CpuPlan plan = plan_cpu(problem_of(args), 1);
@@ -64,6 +86,7 @@ class StatusTest : public ::testing::Test {
   }
 
   Inputs inputs_{small_case()};
+  Cotangents cotangents_{small_case()};
   Tensor y_ = make(24), rstd_ = make(4), running_mean_ = make(4), running_var_ = make(4);
   double mean_[4] = {};
   std::int64_t counter_ = 7;
@@ -74,6 +97,8 @@ TEST_F(StatusTest, ValidCallsSucceed) {
   EXPECT_TRUE(run(batch_norm_args()).ok());
   EXPECT_TRUE(run(group_norm_args()).ok());
   EXPECT_TRUE(run(backward_args()).ok());
+  EXPECT_TRUE(run(batch_norm_double_backward_args()).ok());
+  EXPECT_TRUE(run(group_norm_double_backward_args()).ok());
   EXPECT_EQ(counter_, 8);
 }
 
@@ -147,6 +172,34 @@ TEST_F(StatusTest, Backward) {
   batch_args.rstd = rstd_.view();
   batch_args.grad.x = y_.view();
   expect_invalid(batch_args, "mean");
+}
+
+TEST_F(StatusTest, DoubleBackward) {
+  // One rule after the other, for both norms.
+  const auto expect_both = [&](auto change, const char* word) {
+    BatchNormDoubleBackwardArgs batch_norm = batch_norm_double_backward_args();
+    change(batch_norm);
+    expect_invalid(batch_norm, word);
+    GroupNormDoubleBackwardArgs group_norm = group_norm_double_backward_args();
+    change(group_norm);
+    expect_invalid(group_norm, word);
+  };
+  expect_both([](auto& args) { args.input.x.data = nullptr; }, "x must");
+  expect_both([](auto& args) { args.grad_y.data = nullptr; }, "grad_y");
+  expect_both([](auto& args) { args.mean = {}; }, "mean");
+  expect_both([](auto& args) { args.rstd.data = nullptr; }, "rstd");
+  expect_both([](auto& args) { args.input.mask.kind = MaskKind::kRow; }, "mask");
+  expect_both([](auto& args) { args.grad_y.dtype = DType::kFloat64; }, "float64");
+  expect_both([](auto& args) { args.input.residual.dtype = DType::kFloat64; }, "float64");
+  expect_both([](auto& args) { args.cotangents.x.dtype = DType::kFloat64; }, "float64");
+  expect_both([](auto& args) { args.cotangents.residual.dtype = DType::kFloat64; }, "float64");
+  const MutableTensor y = y_.view();
+  expect_both([&](auto& args) { args.grad_grad_y = {y.data, DType::kFloat64}; }, "float64");
+  expect_both([&](auto& args) { args.grad.residual = {y.data, DType::kFloat64}; }, "float64");
+  expect_both([&](auto& args) { args.grad.x = {y.data, DType::kBFloat16}; }, "grad_x");
+  GroupNormDoubleBackwardArgs args = group_norm_double_backward_args();
+  args.num_groups = 3;
+  expect_invalid(args, "num_groups");
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ TEST_P(Target, BatchNorm) {
           check_forward(inputs);
           check_inference(inputs);
           check_backward(inputs);
+          check_double_backward(inputs, Cotangents(c));
         }
       }
     }
@@ -36,6 +37,7 @@ TEST_P(Target, GroupNorm) {
           Inputs inputs(c);
           check_forward(inputs);
           check_backward(inputs);
+          check_double_backward(inputs, Cotangents(c));
         }
       }
     }

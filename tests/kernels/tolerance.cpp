@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
+#include <limits>
 
 #include "cpu/reference.h"
 #include "positions.h"
@@ -19,9 +21,17 @@ double unit_roundoff(DType x) { return x == DType::kFloat64 ? 0x1p-52 : 0x1p-24;
 struct Element {
   std::int64_t index = 0, slice = 0, affine = 0;
   bool counts = true;
-  double scale = 1.0;
+  double scale = 1.0, bias = 0.0, residual = 0.0;
   double xhat = 0.0, xhat_error = 0.0;
   double z = 0.0, z_error = 0.0;
+
+  void set_xhat(double value, double error, double u) {
+    xhat = value;
+    xhat_error = error;
+    z = xhat * scale + bias + residual;
+    z_error = xhat_error * std::abs(scale) +
+              u * (2.0 * std::abs(xhat * scale) + 2.0 * std::abs(bias) + 2.0 * std::abs(residual));
+  }
 };
 
 class Model {
@@ -73,18 +83,15 @@ class Model {
     e.affine = in_.affine_per_sample ? n * in_.extent.c + c : c;
     e.counts = counts(in_, n, c, s);
     e.scale = in_.scale ? load(in_.scale, e.affine) : 1.0;
-    const double bias = in_.bias ? load(in_.bias, e.affine) : 0.0;
-    const double residual = in_.residual ? load(in_.residual, e.index) : 0.0;
+    e.bias = in_.bias ? load(in_.bias, e.affine) : 0.0;
+    e.residual = in_.residual ? load(in_.residual, e.index) : 0.0;
     const double x = load(in_.x, e.index);
     const double r = rstd(e.slice);
-    e.xhat = (x - mean(e.slice)) * r;
-    e.xhat_error = r * mean_error(e.slice) +
-                   std::abs(e.xhat) * (4.0 * u_ + relative_rstd_error(e.slice)) +
-                   mean_rounding(x, mean(e.slice)) * r;
-    e.z = e.xhat * e.scale + bias + residual;
-    e.z_error =
-        e.xhat_error * std::abs(e.scale) +
-        u_ * (2.0 * std::abs(e.xhat * e.scale) + 2.0 * std::abs(bias) + 2.0 * std::abs(residual));
+    const double xhat = (x - mean(e.slice)) * r;
+    const double error = r * mean_error(e.slice) +
+                         std::abs(xhat) * (4.0 * u_ + relative_rstd_error(e.slice)) +
+                         mean_rounding(x, mean(e.slice)) * r;
+    e.set_xhat(xhat, error, u_);
     return e;
   }
 
@@ -108,21 +115,36 @@ class Model {
   std::vector<double> counts_;
 };
 
-double activation_error(Activation activation, double value, double u) {
-  const bool smooth = activation != Activation::kNone && activation != Activation::kReLU;
-  return smooth ? kActivationUlps * u * std::abs(value) : 0.0;
+bool is_smooth(Activation activation) {
+  return activation != Activation::kNone && activation != Activation::kReLU;
 }
+
+double activation_error(Activation activation, double value, double u) {
+  return is_smooth(activation) ? kActivationUlps * u * std::abs(value) : 0.0;
+}
+
+// A value and how far a kernel's may be from it.
+struct Estimate {
+  double value = 0.0, error = 0.0;
+
+  Estimate operator-() const { return {-value, error}; }
+};
 
 struct Sum {
   double value = 0.0, magnitude = 0.0, error = 0.0, count = 0.0;
 
-  void add(double term, double term_error) {
-    value += term;
-    magnitude += std::abs(term);
-    error += term_error;
+  void add(double term, double term_error) { add_terms({{term, term_error}}); }
+  // All of one position.
+  void add_terms(std::initializer_list<Estimate> terms) {
+    for (const Estimate& term : terms) {
+      value += term.value;
+      magnitude += std::abs(term.value);
+      error += term.error;
+    }
     count += 1.0;
   }
   double bound(DType x) const { return error + sum_error(x, count) * magnitude; }
+  Estimate estimate(DType x) const { return {value, bound(x)}; }
 };
 
 // g = grad_y * act'(z) with its error.
@@ -133,10 +155,80 @@ struct OutputGradient {
 OutputGradient output_gradient(const NormInput& input, const Element& e, double grad_y, double u) {
   if (grad_y == 0.0) return {};
   const double derivative = activate_derivative(input.activation, e.z);
-  const bool smooth =
-      input.activation != Activation::kNone && input.activation != Activation::kReLU;
-  const double derivative_error = smooth ? e.z_error + kDerivativeUlps * u : 0.0;
+  const double derivative_error =
+      is_smooth(input.activation) ? e.z_error + kDerivativeUlps * u : 0.0;
   return {grad_y * derivative, std::abs(grad_y) * (derivative_error + u * std::abs(derivative))};
+}
+
+// Rounded operations on estimates.
+struct Arithmetic {
+  double u;
+
+  Estimate product(Estimate a, Estimate b) const {
+    const double value = a.value * b.value;
+    return {value, std::abs(a.value) * b.error + a.error * std::abs(b.value) + a.error * b.error +
+                       u * std::abs(value)};
+  }
+  Estimate product(Estimate a, Estimate b, Estimate c) const { return product(a, product(b, c)); }
+
+  // Whatever the order of the terms.
+  Estimate sum(std::initializer_list<Estimate> terms) const {
+    Estimate result;
+    for (const Estimate& term : terms) {
+      result.value += term.value;
+      result.error += term.error + 2.0 * u * std::abs(term.value);
+    }
+    return result;
+  }
+};
+
+double largest(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return std::numeric_limits<double>::max();
+    case DType::kFloat32:
+      return std::numeric_limits<float>::max();
+    case DType::kBFloat16:
+      return 0x1.fep127;
+    case DType::kFloat16:
+      return 65504.0;
+  }
+  return 0.0;
+}
+
+// With the rounding of the store.
+double stored_bound(DType dtype, Estimate e) {
+  const double farthest = std::abs(e.value) + e.error;
+  return farthest > largest(dtype) ? std::numeric_limits<double>::infinity()
+                                   : e.error + half_ulp(dtype, farthest);
+}
+
+// The terms of the double backward pass at one position.
+struct DoubleTerms {
+  Element e;
+  bool in_statistics = false;
+  double rstd = 0.0;
+  Estimate xhat, scale, u, v, s, t, slope, q, g, k;
+};
+
+// Statistics as they count for the double backward pass: without a valid value, or without another
+// value, nothing depends on x.
+Statistics without_constant_slices(const NormInput& input, const Statistics& statistics) {
+  Statistics result = statistics;
+  result.from_batch = false;
+  if (!statistics.from_batch) return result;
+  std::vector<std::int64_t> size(result.mean.size()), count(result.mean.size());
+  for_each_position(input.extent, [&](std::int64_t n, std::int64_t c, std::int64_t s) {
+    const auto slice =
+        static_cast<std::size_t>(slice_of(input.extent, statistics.num_groups, n, c));
+    ++size[slice];
+    if (counts(input, n, c, s)) ++count[slice];
+  });
+  for (std::size_t i = 0; i < size.size(); ++i) {
+    if (count[i] == 0) result.mean[i] = 0.0;
+    if (count[i] == 0 || size[i] == 1) result.rstd[i] = 0.0;
+  }
+  return result;
 }
 
 }  // namespace
@@ -241,6 +333,140 @@ BackwardBounds backward_bounds(const NormInput& input, const Statistics& statist
   for (const Sum& sum : bias) {
     const double error = sum.bound(x);
     bounds.bias.push_back(error + half_ulp(grad.bias.dtype, std::abs(sum.value) + error));
+  }
+  return bounds;
+}
+
+DoubleBackwardBounds double_backward_bounds(const NormInput& input, const Statistics& statistics,
+                                            ConstTensor grad_y,
+                                            const GradientCotangents& cotangents, DType grad_grad_y,
+                                            const NormGradients& grad) {
+  const Statistics given = without_constant_slices(input, statistics);
+  const Model model(input, given);
+  const DType x = input.x.dtype;
+  const double u = model.u();
+  const Arithmetic a{u};
+  const auto exact = [](ConstTensor tensor, std::int64_t i) {
+    return Estimate{tensor ? load(tensor, i) : 0.0, 0.0};
+  };
+  const auto at = [](auto& values, std::int64_t i) -> auto& {
+    return values[static_cast<std::size_t>(i)];
+  };
+  const auto numel = static_cast<std::size_t>(input.extent.numel());
+  const auto affine_count = static_cast<std::size_t>(
+      input.affine_per_sample ? input.extent.n * input.extent.c : input.extent.c);
+  const std::size_t slices = given.mean.size();
+
+  // xhat, the cotangents, p0 and p1.
+  std::vector<DoubleTerms> positions;
+  positions.reserve(numel);
+  std::vector<Sum> u_sum(slices), ux_sum(slices);
+  model.for_each([&](const Element& element) {
+    DoubleTerms p;
+    p.e = element;
+    p.in_statistics = statistics.from_batch && element.counts;
+    p.rstd = model.rstd(element.slice);
+    const bool unused =
+        statistics.from_batch && !element.counts && load(grad_y, element.index) == 0.0;
+    if (unused && !std::isfinite(p.e.residual)) p.e.residual = 0.0;
+    if (unused && !std::isfinite(p.e.xhat)) {  // it counts as the mean, which may be rounded
+      p.e.set_xhat(0.0, p.rstd * u * std::abs(model.mean(element.slice)), u);
+    } else {
+      p.e.set_xhat(p.e.xhat, p.e.xhat_error, u);
+    }
+    p.xhat = {p.e.xhat, p.e.xhat_error};
+    p.scale = {p.e.scale, 0.0};
+    p.u = exact(cotangents.x, p.e.index);
+    p.v = exact(cotangents.scale, p.e.affine);
+    p.s = exact(cotangents.bias, p.e.affine);
+    p.t = exact(cotangents.residual, p.e.index);
+    if (p.in_statistics) {
+      at(u_sum, p.e.slice).add_terms({p.u});
+      at(ux_sum, p.e.slice).add_terms({a.product(p.u, p.xhat)});
+    }
+    positions.push_back(p);
+  });
+  std::vector<Estimate> p0(slices), p1(slices);
+  for (std::int64_t i = 0; statistics.from_batch && i < static_cast<std::int64_t>(slices); ++i) {
+    if (model.count(i) == 0.0) continue;
+    const Estimate w{1.0 / model.count(i), 0.0};
+    at(p0, i) = a.product(w, at(u_sum, i).estimate(x));
+    at(p1, i) = a.product(w, at(ux_sum, i).estimate(x));
+  }
+
+  // q, g, k and the other sums.
+  DoubleBackwardBounds bounds;
+  bounds.grad_y.resize(numel);
+  bounds.x.resize(numel);
+  bounds.residual.resize(numel);
+  std::vector<Sum> h(slices), hx(slices), hu(slices), e(slices), ex(slices);
+  std::vector<Sum> scale(affine_count), bias(affine_count);
+  for (DoubleTerms& p : positions) {
+    const Estimate rstd{p.rstd, 0.0};
+    const Estimate &mean_u = at(p0, p.e.slice), &slope_u = at(p1, p.e.slice);
+    const Estimate scaled = a.product(p.scale, rstd);
+    p.q = a.sum({a.product(scaled, p.u), -a.product(scaled, mean_u),
+                 -a.product(scaled, p.xhat, slope_u), a.product(p.v, p.xhat), p.s, p.t});
+    const double dy = load(grad_y, p.e.index);
+    const OutputGradient g = output_gradient(input, p.e, dy, u);
+    p.g = {g.g, g.error};
+    const double z_error = p.e.z_error + kDerivativeUlps * u;
+    p.slope = {activate_derivative(input.activation, p.e.z), 0.0};
+    if (is_smooth(input.activation)) {
+      p.slope.error = z_error;
+      const Estimate curvature{activate_second_derivative(input.activation, p.e.z), z_error};
+      p.k = a.product({dy, 0.0}, curvature, p.q);
+    }
+    const bool is_kink =
+        input.activation == Activation::kReLU && std::abs(p.e.z) <= 2.0 * p.e.z_error;
+    if (is_kink) p.slope.error = 1.0;
+    at(bounds.grad_y, p.e.index) = stored_bound(grad_grad_y, a.product(p.slope, p.q));
+    at(bounds.residual, p.e.index) = stored_bound(grad.residual.dtype, p.k);
+
+    const Estimate sg = a.product(p.scale, p.g), vg = a.product(p.v, p.g),
+                   sk = a.product(p.scale, p.k);
+    at(h, p.e.slice).add_terms({sg});
+    at(hx, p.e.slice).add_terms({a.product(sg, p.xhat)});
+    at(hu, p.e.slice).add_terms({a.product(sg, p.u)});
+    at(e, p.e.slice).add_terms({sk, vg});
+    at(ex, p.e.slice).add_terms({a.product(sk, p.xhat), a.product(vg, p.xhat)});
+    const Estimate rg = a.product(rstd, p.g);
+    at(scale, p.e.affine)
+        .add_terms({a.product(rg, p.u), -a.product(rg, mean_u), -a.product(rg, slope_u, p.xhat),
+                    a.product(p.k, p.xhat)});
+    at(bias, p.e.affine).add_terms({p.k});
+  }
+  for (const Sum& sum : scale) {
+    bounds.scale.push_back(stored_bound(grad.scale.dtype, sum.estimate(x)));
+  }
+  for (const Sum& sum : bias) {
+    bounds.bias.push_back(stored_bound(grad.bias.dtype, sum.estimate(x)));
+  }
+
+  for (const DoubleTerms& p : positions) {
+    const auto sum_of = [&](const std::vector<Sum>& sums) {
+      return at(sums, p.e.slice).estimate(x);
+    };
+    const Estimate rstd{p.rstd, 0.0};
+    const Estimate &mean_u = at(p0, p.e.slice), &slope_u = at(p1, p.e.slice);
+    const Estimate scaled = a.product(p.scale, rstd);
+    Estimate value =
+        a.sum({a.product(rstd, p.v, p.g), -a.product(rstd, slope_u, a.product(scaled, p.g)),
+               a.product(scaled, p.k)});
+    if (p.in_statistics) {
+      const Estimate h_sum = sum_of(h), hx_sum = sum_of(hx);
+      const Estimate l = a.product(
+          rstd, a.sum({sum_of(hu), -a.product(mean_u, h_sum), -a.product(slope_u, hx_sum)}));
+      const Estimate slope =
+          a.sum({a.product({2.0 * p.rstd, 0.0}, slope_u, hx_sum), -sum_of(ex), -l});
+      const Estimate offset =
+          a.product(rstd, a.sum({a.product(mean_u, hx_sum), a.product(slope_u, h_sum)}));
+      const Estimate term =
+          a.sum({-a.product(rstd, hx_sum, p.u), a.product(p.xhat, slope), -sum_of(e), offset});
+      const Estimate w{p.rstd / model.count(p.e.slice), 0.0};
+      value = a.sum({value, a.product(w, term)});
+    }
+    at(bounds.x, p.e.index) = stored_bound(grad.x.dtype, value);
   }
   return bounds;
 }

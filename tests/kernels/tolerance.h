@@ -17,6 +17,9 @@
 //   backward  mean and rstd are given; |act''| <= 1. Sums S1 = sum g, S2 = sum g xhat have error f
 //             against the sum of magnitudes plus the sum of the terms' own errors; grad_x adds a
 //             few u of each of its three terms
+//   double    likewise for the formula of norm_input.h: a product or a sum of terms adds to their
+//   backward  errors a few u of their magnitudes, a sum over positions f times the sum of
+//             magnitudes; |act'''| <= 1. What a dtype cannot hold may become infinite
 //
 // Inputs of the tests are drawn so that the random walk and the pivot are what they are for
 // independent values.
@@ -52,6 +55,11 @@ struct BackwardBounds {
   std::vector<double> scale, bias;  // per parameter
 };
 
+struct DoubleBackwardBounds {
+  std::vector<double> grad_y, x, residual;  // per element
+  std::vector<double> scale, bias;          // per parameter
+};
+
 // Half the distance between neighbouring values of `dtype` at `value`.
 double half_ulp(DType dtype, double value);
 
@@ -62,6 +70,12 @@ ForwardBounds forward_bounds(const NormInput& input, const Statistics& statistic
 
 BackwardBounds backward_bounds(const NormInput& input, const Statistics& statistics,
                                ConstTensor grad_y, const NormGradients& grad);
+
+// Where the derivative of kReLU is not determined, any value it may have is within the bound.
+DoubleBackwardBounds double_backward_bounds(const NormInput& input, const Statistics& statistics,
+                                            ConstTensor grad_y,
+                                            const GradientCotangents& cotangents, DType grad_grad_y,
+                                            const NormGradients& grad);
 
 // Positions whose z is within its error of 0: there the derivative of kReLU is not determined.
 std::vector<std::int64_t> kink_positions(const NormInput& input, const Statistics& statistics);
