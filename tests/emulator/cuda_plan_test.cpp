@@ -24,7 +24,7 @@ bool is_beyond_memory(const Problem& p) { return p.extent.numel() > std::int64_t
 // Calls body(problem, plan) for every problem, device, kind of alignment and wanted gradients.
 template <class Body>
 void for_each_plan(const CudaOptions& options, Body body) {
-  for_each_problem([&](Problem problem) {
+  for_each_problem(kForwardAndBackward, [&](Problem problem) {
     for (const CudaDevice& device : kDevices) {
       for (int bits = 0; bits < (problem.pass == Pass::kBackward ? 8 : 2); ++bits) {
         problem.aligned = (bits & 1) == 0;
@@ -148,7 +148,7 @@ TEST(CudaPlan, ForcedPathsAreLegal) {
 TEST(CudaPlan, BatchInvariantPlansDoNotDependOnTheBatchSize) {
   CudaOptions options;
   options.batch_invariant = true;
-  for_each_problem([&](const Problem& problem) {
+  for_each_problem(kForwardAndBackward, [&](const Problem& problem) {
     if (problem.num_groups == 0 && problem.pass != Pass::kInference) return;
     if (is_beyond_memory(problem)) return;
     Problem one = problem;
