@@ -120,9 +120,8 @@ DoubleGradients batch_norm_double_backward(
   const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
   const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
                               grad_grad_residual};
-  const auto norm = Check<Int>::batch_norm_backward(grad_output, operands, mean, rstd, axis,
-                                                    batch_statistics, eps, activation);
-  check_cotangents<Int>("batch_norm", cotangents, operands);
+  const auto norm = Check<Int>::batch_norm_double_backward(
+      cotangents, grad_output, operands, mean, rstd, axis, batch_statistics, eps, activation);
   const auto gradients = empty_double_gradients<Int>(grad_output, operands, output_mask);
   if constexpr (is_concrete<Int>) {
     if (fill_if_empty(gradients, input)) return gradients;
@@ -154,9 +153,8 @@ DoubleGradients batch_norm_double_backward_formula(
   const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
   const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
                               grad_grad_residual};
-  const auto norm = Check<c10::SymInt>::batch_norm_backward(grad_output, operands, mean, rstd, axis,
-                                                            batch_statistics, eps, activation);
-  check_cotangents<c10::SymInt>("batch_norm", cotangents, operands);
+  const auto norm = Check<c10::SymInt>::batch_norm_double_backward(
+      cotangents, grad_output, operands, mean, rstd, axis, batch_statistics, eps, activation);
   return norm_double_backward_formula(cotangents, grad_output, operands, norm,
                                       {mean, rstd, !batch_statistics}, output_mask);
 }

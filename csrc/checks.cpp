@@ -239,6 +239,21 @@ void check_grad_output(const char* op, const Tensor& grad_output, const Tensor& 
 }
 
 template <class Int>
+void check_cotangents(const char* op, const Cotangents& cotangents, const Operands& operands) {
+  const auto check = [&](const char* name, const OptionalTensor& t, const char* of,
+                         const OptionalTensor& operand) {
+    if (!has(t)) return;
+    TORCH_CHECK_VALUE(has(operand), op, ": expected no ", name, " without ", of);
+    check_vector(op, name, *t, operands.input, sizes_of<Int>(*operand));
+    check_not_wider(op, name, t->scalar_type(), operands.input);
+  };
+  check("grad_grad_input", cotangents.input, "input", operands.input);
+  check("grad_grad_weight", cotangents.weight, "weight", operands.weight);
+  check("grad_grad_bias", cotangents.bias, "bias", operands.bias);
+  check("grad_grad_residual", cotangents.residual, "residual", operands.residual);
+}
+
+template <class Int>
 void check_running(const Tensor& running_mean, const Tensor& running_var, const Tensor& input,
                    const Axes& axes) {
   const auto shape = select(sizes_of<Int>(input), axes.feature);
@@ -363,18 +378,27 @@ CheckedNorm<Int> Check<Int>::group_norm_backward(const Tensor& grad_output,
 }
 
 template <class Int>
-void check_cotangents(const char* op, const Cotangents& cotangents, const Operands& operands) {
-  const auto check = [&](const char* name, const OptionalTensor& t, const char* of,
-                         const OptionalTensor& operand) {
-    if (!has(t)) return;
-    TORCH_CHECK_VALUE(has(operand), op, ": expected no ", name, " without ", of);
-    check_vector(op, name, *t, operands.input, sizes_of<Int>(*operand));
-    check_not_wider(op, name, t->scalar_type(), operands.input);
-  };
-  check("grad_grad_input", cotangents.input, "input", operands.input);
-  check("grad_grad_weight", cotangents.weight, "weight", operands.weight);
-  check("grad_grad_bias", cotangents.bias, "bias", operands.bias);
-  check("grad_grad_residual", cotangents.residual, "residual", operands.residual);
+CheckedNorm<Int> Check<Int>::batch_norm_double_backward(const Cotangents& cotangents,
+                                                        const Tensor& grad_output,
+                                                        const Operands& operands,
+                                                        const Tensor& mean, const Tensor& rstd,
+                                                        at::IntArrayRef axis, bool batch_statistics,
+                                                        double eps, OptionalString activation) {
+  auto norm = batch_norm_backward(grad_output, operands, mean, rstd, axis, batch_statistics, eps,
+                                  activation);
+  check_cotangents<Int>(kBatchNorm, cotangents, operands);
+  return norm;
+}
+
+template <class Int>
+CheckedNorm<Int> Check<Int>::group_norm_double_backward(
+    const Cotangents& cotangents, const Tensor& grad_output, const Operands& operands,
+    const Tensor& mean, const Tensor& rstd, std::int64_t num_groups, at::IntArrayRef axis,
+    at::OptionalIntArrayRef reduction_axes, double eps, OptionalString activation) {
+  auto norm = group_norm_backward(grad_output, operands, mean, rstd, num_groups, axis,
+                                  reduction_axes, eps, activation);
+  check_cotangents<Int>(kGroupNorm, cotangents, operands);
+  return norm;
 }
 
 void check_ignored_mask(const OptionalTensor& mask, const Tensor& input) {
@@ -434,7 +458,5 @@ OptionalString activation_name(kernels::Activation activation) {
 
 template struct Check<std::int64_t>;
 template struct Check<c10::SymInt>;
-template void check_cotangents<std::int64_t>(const char*, const Cotangents&, const Operands&);
-template void check_cotangents<c10::SymInt>(const char*, const Cotangents&, const Operands&);
 
 }  // namespace normcore

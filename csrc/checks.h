@@ -88,6 +88,13 @@ struct Check {
                                               at::IntArrayRef axis, bool batch_statistics,
                                               double eps, OptionalString activation);
 
+  static CheckedNorm<Int> batch_norm_double_backward(const Cotangents& cotangents,
+                                                     const Tensor& grad_output,
+                                                     const Operands& operands, const Tensor& mean,
+                                                     const Tensor& rstd, at::IntArrayRef axis,
+                                                     bool batch_statistics, double eps,
+                                                     OptionalString activation);
+
   static CheckedNorm<Int> group_norm(const Operands& operands, std::int64_t num_groups,
                                      at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
                                      double eps, OptionalString activation, OptionalDType dtype);
@@ -97,11 +104,12 @@ struct Check {
                                               std::int64_t num_groups, at::IntArrayRef axis,
                                               at::OptionalIntArrayRef reduction_axes, double eps,
                                               OptionalString activation);
-};
 
-// What a double backward operator takes beside the arguments of the backward operator.
-template <class Int>
-void check_cotangents(const char* op, const Cotangents& cotangents, const Operands& operands);
+  static CheckedNorm<Int> group_norm_double_backward(
+      const Cotangents& cotangents, const Tensor& grad_output, const Operands& operands,
+      const Tensor& mean, const Tensor& rstd, std::int64_t num_groups, at::IntArrayRef axis,
+      at::OptionalIntArrayRef reduction_axes, double eps, OptionalString activation);
+};
 
 // The mask of a batch norm with running statistics: it has no effect, but has to fit.
 void check_ignored_mask(const OptionalTensor& mask, const Tensor& input);

@@ -238,6 +238,9 @@ class Formula {
     return has_activation() ? activation_backward(t, z(), norm_.activation) : t;
   }
 
+  bool is_curved() const {
+    return has_activation() && norm_.activation != kernels::Activation::kReLU;
+  }
   // t * activation''(z)
   Tensor times_curvature(const Tensor& t) const {
     return t * activation_curvature(z(), norm_.activation);
@@ -446,7 +449,9 @@ DoubleGradients norm_double_backward_formula(const Cotangents& cotangents,
   const auto q = formula.tangent(
       {value_or_undefined(cotangents.input), value_or_undefined(cotangents.weight),
        value_or_undefined(cotangents.bias), value_or_undefined(cotangents.residual)});
-  const auto g = formula.through_activation(grad_y), k = formula.times_curvature(grad_y * q);
+  const auto g = formula.through_activation(grad_y);
+  const auto k = formula.is_curved() ? formula.times_curvature(grad_y * q) : at::zeros_like(grad_y);
+  const auto grad_z = formula.is_curved() ? poisoned(k) : k;
 
   DoubleGradients result;
   auto& [grad_grad_output, grad_input, grad_weight, grad_bias, grad_residual] = result;
@@ -471,10 +476,10 @@ DoubleGradients norm_double_backward_formula(const Cotangents& cotangents,
     grad_weight = view.sum_to_parameter(poisoned(sum), *weight).to(weight->scalar_type());
   }
   if (output_mask[3] && has(bias)) {
-    grad_bias = view.sum_to_parameter(poisoned(k), *bias).to(bias->scalar_type());
+    grad_bias = view.sum_to_parameter(grad_z, *bias).to(bias->scalar_type());
   }
   if (output_mask[4] && has(residual)) {
-    grad_residual = view.to_elements(poisoned(k)).to(residual->scalar_type());
+    grad_residual = view.to_elements(grad_z).to(residual->scalar_type());
   }
   return result;
 }

@@ -79,9 +79,9 @@ DoubleGradients group_norm_double_backward(
   const Operands operands{input, weight, bias, residual, mask};
   const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
                               grad_grad_residual};
-  const auto norm = Check<Int>::group_norm_backward(grad_output, operands, mean, rstd, num_groups,
-                                                    axis, reduction_axes, eps, activation);
-  check_cotangents<Int>("group_norm", cotangents, operands);
+  const auto norm =
+      Check<Int>::group_norm_double_backward(cotangents, grad_output, operands, mean, rstd,
+                                             num_groups, axis, reduction_axes, eps, activation);
   const auto gradients = empty_double_gradients<Int>(grad_output, operands, output_mask);
   if constexpr (is_concrete<Int>) {
     if (fill_if_empty(gradients, input)) return gradients;
@@ -113,9 +113,9 @@ DoubleGradients group_norm_double_backward_formula(
   const Operands operands{input, weight, bias, residual, mask};
   const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
                               grad_grad_residual};
-  const auto norm = Check<c10::SymInt>::group_norm_backward(
-      grad_output, operands, mean, rstd, num_groups, axis, reduction_axes, eps, activation);
-  check_cotangents<c10::SymInt>("group_norm", cotangents, operands);
+  const auto norm = Check<c10::SymInt>::group_norm_double_backward(
+      cotangents, grad_output, operands, mean, rstd, num_groups, axis, reduction_axes, eps,
+      activation);
   return norm_double_backward_formula(cotangents, grad_output, operands, norm, {mean, rstd},
                                       output_mask);
 }

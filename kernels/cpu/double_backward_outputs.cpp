@@ -38,7 +38,10 @@ HWY_INLINE void gradient_of_run(const DoubleBackwardArgs<A>& args, std::int64_t 
   const auto body = [&](const auto& unit, auto options) HWY_ATTR {
     const auto& c = source.at(unit);
     const auto t = terms_of_unit<kSame, kActivation, A>(unit, in, args.activation, c);
-    const auto k = map_pair<A>([](auto h, auto q) HWY_ATTR { return hn::Mul(h, q); }, t.h, t.q);
+    auto k = broadcast(A{0});  // and not 0 * q, which may be NaN
+    if (kSame ? is_curved(kActivation) : is_curved(args.activation)) {
+      k = {hn::Mul(t.h.lo, t.q.lo), hn::Mul(t.h.hi, t.q.hi)};
+    }
     if (grad_grad_y) {
       const auto v =
           map_pair<A>([](auto a, auto q) HWY_ATTR { return hn::Mul(a, q); }, t.derivative, t.q);

@@ -1,7 +1,7 @@
 """Batch and group normalization for PyTorch: C++ operators with the semantics of treex and Flax.
 
-``normcore.BatchNorm`` and ``normcore.GroupNorm`` are the modules, ``normcore.functional`` holds the
-functions and ``torch.ops.normcore`` the operators below them.
+``normcore.BatchNorm`` and ``normcore.GroupNorm`` are the modules, ``normcore.nn`` holds those of
+torch.nn, ``normcore.functional`` the functions and ``torch.ops.normcore`` the operators below them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _require_torch_version(built_for: str, found: str) -> None:
 
 _require_torch_version(_built_for, torch.__version__)
 
-from . import _C, functional  # noqa: E402  (the native library needs the right torch)
+from . import _C, functional, nn  # noqa: E402  (the native library needs the right torch)
 from .functional import explain  # noqa: E402
 from .modules import BatchNorm, GroupNorm, freeze, unfreeze  # noqa: E402
 from .override import override_aten  # noqa: E402
@@ -45,6 +45,7 @@ __all__ = [
     "explain",
     "freeze",
     "functional",
+    "nn",
     "override_aten",
     "set_batch_invariant",
     "unfreeze",

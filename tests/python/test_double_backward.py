@@ -27,6 +27,10 @@ NAN, INF = float("nan"), float("inf")
 CLOSE: Any = {"rtol": 1e-10, "atol": 1e-10, "equal_nan": True}
 
 
+def double(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
 # ---- calls of the operators themselves
 
 
@@ -75,9 +79,13 @@ class Call:
 
     def check(self) -> list[Tensor | None]:
         """Runs the kernel, which has to agree with the formula."""
-        got = self()
-        torch.testing.assert_close(got, self(by_formula=True), **CLOSE)
-        return got
+        results, formula = self(), self(by_formula=True)
+        for name, got, want in zip(("grad_output", *OPERANDS), results, formula, strict=True):
+            limits = dict(CLOSE)
+            if want is not None and want.numel():  # sums of a slice may be far smaller than terms
+                limits["atol"] *= want.nan_to_num().abs().max().clamp_min(1).item()
+            torch.testing.assert_close(got, want, msg=lambda m, n=name: f"{n}: {m}", **limits)
+        return results
 
 
 def make_call(
@@ -91,7 +99,10 @@ def make_call(
     """Random tensors for an input; contiguous, whatever the layout of `x`."""
     features = [x.shape[a] for a in reference.axes_of(options.get("axis", 1), x.dim())]
     shape = [x.shape[0], *features] if per_sample else features
-    random = lambda *size: torch.randn(*size, dtype=torch.float64).to(x.dtype)  # noqa: E731
+
+    def random(size: Sequence[int]) -> Tensor:
+        return double(*size).to(x.dtype)
+
     made = {
         "input": x,
         "weight": random(shape).abs() + 0.5,
@@ -117,10 +128,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "some axes": {"num_groups": 2, "reduction_axes": [0, 1]},
     "whole batch": {"num_groups": 2, "reduction_axes": [0, 1, 2, 3]},
 }
-
-
-def double(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
 
 
 def image(layout: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -165,7 +172,7 @@ def test_masked_out_values_without_a_gradient(activation: str | None, kind: str)
     for layout in (torch.contiguous_format, torch.channels_last):
         for mask in list(masks(image(), [1]))[1:]:
             mask = mask.expand(3, 4, 5, 2).clone()
-            mask[:, :, 0] = True
+            mask[0] = mask[:, :, 0] = True
             clean = make_call(image(layout), activation=activation, mask=mask, **KINDS[kind])
             lost = ~mask
             t = clean.tensors
@@ -234,21 +241,24 @@ def test_absent_cotangents_are_zeros(activation: str | None, kind: str) -> None:
 
 
 @on_devices
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [(torch.float32, "silu"), (torch.bfloat16, None)], ids=str
+)
 @pytest.mark.parametrize(
     "name", ["image_nchw", "image_channels_last", "many_small_samples", "slice_over_one_chunk"]
 )
 @pytest.mark.parametrize("mode", ["train", "eval", "group"])
-def test_computes_what_is_asked_for(mode: str, name: str, dtype: torch.dtype) -> None:
+def test_computes_what_is_asked_for(
+    mode: str, name: str, dtype: torch.dtype, activation: str | None
+) -> None:
     shape = shape_named(name)
     options = {"eval": {"running": True}, "group": {"num_groups": shape.groups}}.get(mode, {})
-    for activation in (None, "silu"):
-        call = make_call(shape.randn(dtype), activation=activation, **options)
-        everything = call()
-        for wanted in itertools.product([False, True], repeat=5):
-            if sum(wanted) in (0, 1, 4):
-                for got, expected, want in zip(call(wanted), everything, wanted, strict=True):
-                    assert torch.equal(got, expected) if want else got is None
+    call = make_call(shape.randn(dtype), activation=activation, **options)
+    everything = call()
+    for wanted in itertools.product([False, True], repeat=5):
+        if sum(wanted) in (0, 1, 4):
+            for got, expected, want in zip(call(wanted), everything, wanted, strict=True):
+                assert torch.equal(got, expected) if want else got is None
 
 
 # ---- accuracy
@@ -266,15 +276,14 @@ def test_accuracy(kind: str, dtype: torch.dtype, mean: float) -> None:
         (torch.contiguous_format, torch.channels_last), (None, "gelu")
     ):
         x = (double(8, 16, 12, 10) + mean).to(dtype).contiguous(memory_format=layout)
-        wide = make_call(x, activation=activation, **KINDS[kind])
+        call = make_call(x, activation=activation, **KINDS[kind])
         parameters = ("weight", "bias", "grad_grad_weight", "grad_grad_bias")
-        wide = wide.with_tensors(**{name: wide.tensors[name].float() for name in parameters})
-        if wide.running:
-            wide.running = wide.running[0].float() + mean, wide.running[1].float()
-        got = wide()
-        exact = wide.with_tensors(**{name: t.double() for name, t in wide.tensors.items()})
-        if exact.running:
-            exact.running = wide.running[0].double(), wide.running[1].double()
+        call = call.with_tensors(**{name: call.tensors[name].float() for name in parameters})
+        exact = call.with_tensors(**{name: t.double() for name, t in call.tensors.items()})
+        if call.running:
+            call.running = call.running[0].float() + mean, call.running[1].float()
+            exact.running = call.running[0].double(), call.running[1].double()
+        got = call()
         assert [t.dtype for t in got] == [dtype, dtype, torch.float32, torch.float32, dtype]
         for result, want in zip(got, exact(), strict=True):
             limit = 1e-6 if result.dtype == torch.float32 else torch.finfo(result.dtype).eps / 2
@@ -382,8 +391,16 @@ def test_numerically_with_an_empty_slice_and_values_that_do_not_count(
 
 
 @on_devices
-@pytest.mark.parametrize("activation", [None, "silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "activation"),
+    [
+        *(("eval", activation) for activation in ("silu", "gelu", "gelu_tanh")),
+        ("train", None),
+        ("train", "silu"),
+        ("group", "gelu"),
+        ("group of some axes", "gelu_tanh"),
+    ],
+)
 def test_third_derivative(mode: str, activation: str | None) -> None:
     mask = torch.rand(2, 4, 3) < 0.8
     mask[..., 0] = True
@@ -559,11 +576,15 @@ def test_one_operator_per_layer() -> None:
     model = Critic(ours=True)
     with profile(activities=[ProfilerActivity.CPU]) as steps:
         model.loss(double(4, 3, 8, 8), double(4, 3, 8, 8)).backward()
-    events = [event for event in steps.events() if event.name.startswith("normcore::")]
-    names = [event.name for event in events]
-    for norm_name in ("batch_norm", "group_norm"):
-        assert names.count(f"normcore::_{norm_name}_double_backward") == 1
-        assert names.count(f"normcore::_{norm_name}_backward") == 3
-    for event, following in itertools.pairwise([*events, None]):
-        below = [] if event.name.startswith("normcore::_") else [following.name]
-        assert [child.name for child in event.cpu_children] == below
+    ran: list[str] = []
+    for event in steps.events():
+        inner = [child.name for child in event.cpu_children]
+        if event.name.startswith("normcore::_"):
+            assert not inner
+            ran.append(event.name)
+        elif event.name.startswith("Normcore"):
+            kind = "batch" if "Batch" in event.name else "group"
+            order = "double_backward" if event.name.endswith("BackwardBackward") else "backward"
+            assert inner == [f"normcore::_{kind}_norm_{order}"]
+    for kind in ("batch", "group"):
+        assert ran.count(f"normcore::_{kind}_norm_double_backward") == 1

@@ -46,12 +46,20 @@ def group(input: Tensor | None = None, num_groups: int = 2, **arguments: Any) ->
     return call
 
 
+def gradient_arguments(op: str) -> dict[str, Any]:
+    """What the backward and the double backward operator of a norm have in common."""
+    arguments: dict[str, Any] = {"grad_output": x(), "input": x(), "axis": [1], "eps": 1e-5}
+    arguments |= dict.fromkeys(("weight", "bias", "residual", "mask", "activation"))
+    if op == "batch_norm":
+        size, arguments["batch_statistics"] = (4,), True
+    else:
+        size, arguments["num_groups"], arguments["reduction_axes"] = (3, 2), 2, None
+    return arguments | {"mean": torch.zeros(size, dtype=torch.float64), "rstd": torch.ones(size)}
+
+
 def batch_backward(**changes: Any) -> Callable[[], Any]:
     def call() -> Any:
-        arguments = {"grad_output": x(), "input": x(), "weight": None, "bias": None}
-        arguments |= {"residual": None, "mask": None, "mean": torch.zeros(4, dtype=torch.float64)}
-        arguments |= {"rstd": torch.ones(4), "axis": [1], "batch_statistics": True, "eps": 1e-5}
-        arguments |= {"activation": None, "output_mask": [True, True, True, False]}
+        arguments = gradient_arguments("batch_norm") | {"output_mask": [True, True, True, False]}
         return ops._batch_norm_backward(**(arguments | place(changes)))
 
     return call
@@ -59,13 +67,16 @@ def batch_backward(**changes: Any) -> Callable[[], Any]:
 
 def group_backward(**changes: Any) -> Callable[[], Any]:
     def call() -> Any:
-        arguments = {"grad_output": x(), "input": x(), "weight": None, "bias": None}
-        arguments |= {"residual": None, "mask": None, "rstd": torch.ones(3, 2), "num_groups": 2}
-        arguments |= {"mean": torch.zeros(3, 2, dtype=torch.float64), "axis": [1], "eps": 1e-5}
-        arguments |= {"reduction_axes": None, "activation": None, "output_mask": [True] * 4}
+        arguments = gradient_arguments("group_norm") | {"output_mask": [True] * 4}
         return ops._group_norm_backward(**(arguments | place(changes)))
 
     return call
+
+
+def double_backward(op: str, **changes: Any) -> Any:
+    names = ("grad_grad_input", "grad_grad_weight", "grad_grad_bias", "grad_grad_residual")
+    arguments = gradient_arguments(op) | dict.fromkeys(names) | {"output_mask": [True] * 5}
+    return getattr(ops, f"_{op}_double_backward")(**(arguments | place(changes)))
 
 
 def low_level_train(**changes: Any) -> Callable[[], Any]:
@@ -357,6 +368,86 @@ def test_error(index: int, device: torch.device) -> None:
     assert type(caught.value) is kind
 
 
+DOUBLE_BACKWARD_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"grad_grad_input": torch.ones(3, 4, 1)},
+        ValueError,
+        "expected grad_grad_input to have shape [3, 4, 5], got [3, 4, 1]",
+    ),
+    (
+        {"grad_grad_weight": torch.ones(3, 4), "weight": torch.ones(4)},
+        ValueError,
+        "expected grad_grad_weight to have shape [4], got [3, 4]",
+    ),
+    (
+        {"grad_grad_bias": torch.ones(1), "bias": torch.ones(4)},
+        ValueError,
+        "expected grad_grad_bias to have shape [4], got [1]",
+    ),
+    (
+        {"grad_grad_residual": torch.ones(4, 5), "residual": torch.ones(3, 4, 5)},
+        ValueError,
+        "expected grad_grad_residual to have shape [3, 4, 5], got [4, 5]",
+    ),
+    *(
+        (
+            {f"grad_grad_{operand}": torch.ones(shape)},
+            ValueError,
+            f"expected no grad_grad_{operand} without {operand}",
+        )
+        for operand, shape in (("weight", 4), ("bias", 4), ("residual", (3, 4, 5)))
+    ),
+    (
+        {"grad_grad_input": torch.ones(3, 4, 5, dtype=i64)},
+        TypeError,
+        f"expected grad_grad_input to have dtype {FLOATS}, got int64",
+    ),
+    (
+        {"grad_grad_weight": torch.ones(4, dtype=f64), "weight": torch.ones(4)},
+        TypeError,
+        "expected a float64 input with grad_grad_weight of dtype float64, got float32",
+    ),
+    (
+        {"grad_grad_input": torch.ones(3, 4, 5, device="meta")},
+        ValueError,
+        "expected grad_grad_input on device {device}, got meta",
+    ),
+    # those of the backward operator
+    (
+        {"grad_output": torch.ones(3, 4, 1)},
+        ValueError,
+        "expected grad_output to have shape [3, 4, 5], got [3, 4, 1]",
+    ),
+    (
+        {"rstd": torch.ones(4, dtype=f64)},
+        TypeError,
+        "expected rstd to have dtype float32, got float64",
+    ),
+    ({"weight": torch.ones(5)}, ValueError, "expected weight to have shape [4], got [5]"),
+    (
+        {"activation": "tanh"},
+        ValueError,
+        "expected activation to be None, relu, silu, gelu or gelu_tanh, got tanh",
+    ),
+    ({"eps": -1.0}, ValueError, "expected eps to be finite and not negative, got -1"),
+]
+
+
+@pytest.mark.parametrize("by_formula", [False, True], ids=["kernel", "formula"])
+@pytest.mark.parametrize("op", ["batch_norm", "group_norm"])
+@pytest.mark.parametrize(
+    "index", range(len(DOUBLE_BACKWARD_ERRORS)), ids=lambda i: DOUBLE_BACKWARD_ERRORS[i][2][:60]
+)
+def test_error_of_double_backward(
+    index: int, op: str, by_formula: bool, device: torch.device
+) -> None:
+    changes, kind, text = DOUBLE_BACKWARD_ERRORS[index]
+    with pytest.raises(kind) as caught:  # what requires grad takes the formula
+        double_backward(op, **{"input": x().requires_grad_(by_formula), **changes})
+    assert text_of(caught.value) == f"{op}: {text}".replace("{device}", str(device))
+    assert type(caught.value) is kind
+
+
 def test_rules_hold_for_symbolic_shapes() -> None:
     """Shape inference runs the same rules on sizes that are not known."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -370,6 +461,10 @@ def test_rules_hold_for_symbolic_shapes() -> None:
         (
             lambda t: ops.batch_norm(t, torch.ones(5), torch.ones(5)),
             "expected running_mean to have",
+        ),
+        (
+            lambda t: double_backward("batch_norm", input=t, grad_output=t, grad_grad_input=t[:1]),
+            "expected grad_grad_input to have shape",
         ),
     ]
     for call, text in cases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -135,8 +136,10 @@ def test_hessians(mode: str) -> None:
     def loss(x: Tensor) -> Tensor:
         return function(x, w, b).pow(3).sum()
 
-    want = torch.autograd.functional.hessian(loss, x)
+    hessian_of = torch.autograd.functional.hessian
+    want = hessian_of(loss, x)
     for hessian in (
+        partial(hessian_of, loss, vectorize=True),
         torch.func.hessian(loss),
         torch.func.jacrev(torch.func.jacrev(loss)),
         torch.func.jacrev(torch.func.jacfwd(loss)),

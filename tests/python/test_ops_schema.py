@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,11 @@ SCHEMAS = [
     "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int[] axis, "
     "bool batch_statistics, float eps, str? activation, bool[4] output_mask) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "_batch_norm_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, "
+    "Tensor? grad_grad_bias, Tensor? grad_grad_residual, Tensor grad_output, Tensor input, "
+    "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, "
+    "int[] axis, bool batch_statistics, float eps, str? activation, bool[5] output_mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "_group_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
     "int num_groups, int[] axis, int[]? reduction_axes, float eps, str? activation, "
     "ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
@@ -51,6 +57,11 @@ SCHEMAS = [
     "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int num_groups, int[] axis, "
     "int[]? reduction_axes, float eps, str? activation, bool[4] output_mask) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    "_group_norm_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, "
+    "Tensor? grad_grad_bias, Tensor? grad_grad_residual, Tensor grad_output, Tensor input, "
+    "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, "
+    "int num_groups, int[] axis, int[]? reduction_axes, float eps, str? activation, "
+    "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 ]
 
 COMPOSITE = [
@@ -81,6 +92,8 @@ LOW_LEVEL = [s.split("(")[0] for s in SCHEMAS if s.startswith("_")]
     ["CPU", "CUDA", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA", "FuncTorchBatched"],
 )
 def test_every_low_level_operator_is_registered_for(name: str, key: str) -> None:
+    if key == "FuncTorchBatched" and name.endswith("double_backward"):
+        key = "FuncTorchBatchedDecomposition"  # its formula
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"normcore::{name}", key)
 
 
@@ -197,6 +210,25 @@ def low_level_group_norm_backward() -> Any:
     return ops._group_norm_backward, (*args, [True] * 4), {}
 
 
+def low_level_double_backward() -> Any:
+    _, (dy, *args, _), _ = low_level_backward()
+    cotangents = nchw(), *parameters(6), None
+    return ops._batch_norm_double_backward, (*cotangents, dy, *args, [True] * 4 + [False]), {}
+
+
+def low_level_eval_double_backward() -> Any:
+    _, (dy, *args, _), _ = low_level_eval_backward()
+    cotangents = None, *parameters(6), None
+    wanted = [True, False, True, False, False]
+    return ops._batch_norm_double_backward, (*cotangents, dy, *args, wanted), {}
+
+
+def low_level_group_norm_double_backward() -> Any:
+    _, (dy, *args, _), _ = low_level_group_norm_backward()
+    cotangents = channels_last(), None, parameters(3, 6)[1], nchw()
+    return ops._group_norm_double_backward, (*cotangents, dy, *args, [True] * 5), {}
+
+
 CASES = [
     batch_norm_train,
     batch_norm_counted,
@@ -216,6 +248,9 @@ CASES = [
     low_level_eval_backward,
     low_level_group_norm,
     low_level_group_norm_backward,
+    low_level_double_backward,
+    low_level_eval_double_backward,
+    low_level_group_norm_double_backward,
 ]
 # Those of one output, compiled to the operators that they run in eager mode.
 PUBLIC = [
@@ -294,13 +329,16 @@ def test_compiled_autograd(case: Callable[[], Any]) -> None:
         torch.testing.assert_close(g, w)
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("norm", ["train", "eval", "group"])
-def test_compiled_autograd_of_an_eager_forward(norm: str, activation: str | None) -> None:
+def test_compiled_autograd_of_an_eager_forward(
+    norm: str, activation: str | None, order: int
+) -> None:
     """Operations before and after the norm: its node sees gradients that do not exist yet."""
     mean, var = statistics(6)
 
-    def step() -> list[Tensor]:
+    def step(wrap: Callable[[], Any]) -> list[Tensor]:
         torch.manual_seed(1)
         x, (w, b), r = nchw(), parameters(6), nchw()
         if norm == "group":
@@ -308,14 +346,21 @@ def test_compiled_autograd_of_an_eager_forward(norm: str, activation: str | None
         else:
             options = {"activation": activation, "residual": r}
             y = ops.batch_norm(x * 2, mean.clone(), var.clone(), w, b, norm == "train", **options)
-        y.square().sum().backward()
+        loss = y.square().sum()
+        if order == 2:
+            grads = torch.autograd.grad(loss, (x, w, b, r), create_graph=True)
+            loss = torch.stack([grad.square().sum() for grad in grads]).sum()
+        with wrap():
+            loss.backward()
         return [t.grad for t in (x, w, b, r)]
 
+    def compiled() -> Any:
+        return torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager"))
+
     torch.compiler.reset()
-    want = step()
+    want = step(contextlib.nullcontext)
     for _ in range(2):
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
-            got = step()
+        got = step(compiled)
         for g, e in zip(got, want, strict=True):
             torch.testing.assert_close(g, e)
 

@@ -87,6 +87,30 @@ def test_bits_do_not_depend_on_the_number_of_threads(
 
 
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("op", ["batch_norm", "group_norm"])
+def test_bits_of_double_backward_do_not_depend_on_the_number_of_threads(op: str, name: str) -> None:
+    size, layout, groups = SHAPES[name]
+    x = torch.randn(size).contiguous(memory_format=layout).requires_grad_()
+    inputs = [x, *(torch.randn(size[1]).requires_grad_() for _ in ("weight", "bias"))]
+    dy, *cotangents = [torch.randn(t.shape).requires_grad_() for t in (x, *inputs)]
+    for kind, mask in masks(x).items():
+        options: dict[str, Any] = {"mask": mask, "activation": "silu"}
+        if op == "batch_norm":
+            y = torch.ops.normcore.batch_norm(x, None, None, *inputs[1:], True, **options)
+        else:
+            y = torch.ops.normcore.group_norm(x, groups, *inputs[1:], **options)
+        grads = torch.autograd.grad(y, inputs, dy, create_graph=True)
+        results = []
+        for threads in THREADS:
+            with number_of_threads(threads):
+                results.append(
+                    torch.autograd.grad(grads, (dy, *inputs), cotangents, retain_graph=True)
+                )
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other)), kind
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_bits_in_eval_do_not_depend_on_the_number_of_threads(name: str) -> None:
     size, layout, _ = SHAPES[name]
     x = torch.randn(size).contiguous(memory_format=layout)

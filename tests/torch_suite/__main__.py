@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from entries import MODULES, OPS, TARGETS
+from entries import ENTRIES, MODULES, OPS
 from module_checks import ModuleChecks
 from op_checks import OpChecks
 from outcomes import Outcomes, summary
@@ -28,7 +28,7 @@ def run_entry(entry: str, outcomes: Outcomes) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", action="append", choices=TARGETS, help="default: both")
+    parser.add_argument("--target", action="append", choices=ENTRIES, help="default: all")
     parser.add_argument("--entry", action="append", choices=[*OPS, *MODULES], help="default: all")
     parser.add_argument("--output", type=Path, help="JSON file of all outcomes")
     arguments = parser.parse_args()
@@ -36,10 +36,11 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch")
     found = []
-    for target in arguments.target or TARGETS:
+    for target in arguments.target or ENTRIES:
         outcomes = Outcomes(target)
-        for entry in arguments.entry or [*OPS, *MODULES]:
-            run_entry(entry, outcomes)
+        for entry in ENTRIES[target]:
+            if arguments.entry is None or entry in arguments.entry:
+                run_entry(entry, outcomes)
         found += outcomes.all
     if arguments.output:
         arguments.output.write_text(json.dumps([vars(o) for o in found], indent=1))

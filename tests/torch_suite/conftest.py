@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from entries import TARGETS
+from entries import ENTRIES
 from outcomes import Outcome, summary
 
 FOUND = pytest.StashKey[list[Outcome]]()
@@ -19,7 +19,7 @@ FOUND = pytest.StashKey[list[Outcome]]()
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Outcome]:
-    """Outcomes of both targets, which run beside each other."""
+    """Outcomes of all targets, which run beside each other."""
     folder = tmp_path_factory.mktemp("torch_suite")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     children = {
@@ -33,7 +33,7 @@ def outcomes(
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for target in TARGETS
+        for target in ENTRIES
     }
     found: list[Outcome] = []
     for target, child in children.items():

@@ -25,4 +25,5 @@ MODULES = (
     "nn.GroupNorm",
 )
 
-TARGETS = ("override", "functional")
+#: What is tested, and with which entries: torch's names under the override, and our own.
+ENTRIES = {"override": (*OPS, *MODULES), "functional": OPS, "nn": MODULES}

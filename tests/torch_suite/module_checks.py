@@ -13,7 +13,7 @@ import torch
 from outcomes import Outcomes
 from skips import Facts, run_on_our_kernels
 from steps import Expected, copies_of, copy_of, differentiated, in_float64
-from targets import Target
+from targets import Modules, Override
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
@@ -70,21 +70,22 @@ def expected_of(module: nn.Module, x: Tensor) -> Expected:
 class ModuleChecks:
     """All checks of one entry against one target."""
 
-    def __init__(self, entry: str, target: Target, outcomes: Outcomes) -> None:
+    def __init__(self, entry: str, target: Override | Modules, outcomes: Outcomes) -> None:
         self.entry, self.target, self.outcomes = entry, target, outcomes
         self.info = find_module(entry)
+        self.module_class = target.module(self.info)
 
     def run(self) -> None:
         self.errors()
         for training in (True, False):
             for dtype in self.info.supported_dtypes("cpu"):
-                for text, module, x, given in self.samples(dtype, training):
-                    self.values(dtype, text, module, x)
+                for text, module, of_torch, x, given in self.samples(dtype, training):
+                    self.values(dtype, text, module, of_torch, x)
                     self.check("pickle", dtype, text, module, x, partial(self.pickle, module, x))
                     if given.reference_fn is not None:
                         body = partial(self.reference, module, x, given)
                         self.check("reference", dtype, text, module, x, body)
-            for text, module, x, _ in self.samples(torch.float64, training):
+            for text, module, _, x, _ in self.samples(torch.float64, training):
                 for name, test in DERIVATIVES.items():
                     body = partial(self.derivative, test, module, x)
                     self.check(name, torch.float64, text, module, x, body)
@@ -94,14 +95,18 @@ class ModuleChecks:
 
     def samples(
         self, dtype: torch.dtype, training: bool
-    ) -> Iterator[tuple[str, nn.Module, Tensor, ModuleInput]]:
+    ) -> Iterator[tuple[str, nn.Module, nn.Module, Tensor, ModuleInput]]:
+        """The module to be tested beside torch's, with the same state."""
         mode = "train" if training else "eval"
         for i, given in enumerate(self.inputs(self.info.module_inputs_func, dtype, training)):
             constructor = given.constructor_input
-            module = self.info.module_cls(*constructor.args, **constructor.kwargs)
-            module = randomize(module.to(dtype)).train(training)
+            module, of_torch = (
+                kind(*constructor.args, **constructor.kwargs).to(dtype).train(training)
+                for kind in (self.module_class, self.info.module_cls)
+            )
+            module.load_state_dict(randomize(of_torch).state_dict())
             (x,) = given.forward_input.args
-            yield f"{i} {given.desc or 'default'}, {mode}", module, x, given
+            yield f"{i} {given.desc or 'default'}, {mode}", module, of_torch, x, given
 
     def check(
         self,
@@ -117,10 +122,12 @@ class ModuleChecks:
         run = partial(run_on_our_kernels, facts, body)
         self.outcomes.run(self.entry, name, str(dtype).removeprefix("torch."), text, run)
 
-    def values(self, dtype: torch.dtype, text: str, module: nn.Module, x: Tensor) -> None:
+    def values(
+        self, dtype: torch.dtype, text: str, module: nn.Module, of_torch: nn.Module, x: Tensor
+    ) -> None:
         """Output, gradients and statistics are those of torch's own kernels, in every layout."""
         for name, arranged in layouts_of(x):
-            body = partial(self.compare, module, arranged, expected_of(module, arranged))
+            body = partial(self.compare, module, arranged, expected_of(of_torch, arranged))
             self.check("forward and gradients", dtype, f"{text}, {name}", module, x, body)
 
     def compare(self, module: nn.Module, x: Tensor, expected: Expected) -> None:
@@ -150,21 +157,23 @@ class ModuleChecks:
         assert test(function, (x, *module.parameters()))
 
     def errors(self) -> None:
-        """What torch rejects in training is rejected; with torch's words under the override."""
+        """What torch rejects in training is rejected with its words."""
         make = self.info.module_error_inputs_func
         if make is None:
             return
         for i, error in enumerate(self.inputs(make, torch.float32, True)):
             given = error.module_error_input
             constructor = given.constructor_input
-            if error.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:
-                continue  # no kernel is involved
-            module = self.info.module_cls(*constructor.args, **constructor.kwargs)
+            construct = partial(self.module_class, *constructor.args, **constructor.kwargs)
+            if error.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:  # no kernel is involved
+                body = partial(self.error, construct, error)
+                self.outcomes.run(self.entry, "errors", "float32", f"error {i}", body)
+                continue
+            module = construct()
             (x,) = given.forward_input.args
-            body = partial(self.error, module, x, error)
+            body = partial(self.error, partial(module, x), error)
             self.check("errors", torch.float32, f"error {i}", module, x, body)
 
-    def error(self, module: nn.Module, x: Tensor, error: ErrorModuleInput) -> None:
-        words = error.error_regex if self.target.is_torch else None
-        with pytest.raises(error.error_type, match=words):
-            module(x)
+    def error(self, call: Callable[[], Any], error: ErrorModuleInput) -> None:
+        with pytest.raises(error.error_type, match=error.error_regex):
+            call()

@@ -18,7 +18,7 @@ class Skip(Exception):  # noqa: N818  (not an error)
 
 @dataclass(frozen=True)
 class Outcome:
-    target: str  # what was tested: "override" or "functional"
+    target: str  # what was tested: "override", "functional" or "nn"
     entry: str  # of torch's database, like "nn.functional.batch_norm" or "nn.BatchNorm2d"
     check: str
     dtype: str

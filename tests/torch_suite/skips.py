@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from outcomes import Skip
-from targets import Target
+from targets import Functional, Target
 from torch import Tensor
 
 
@@ -23,7 +23,7 @@ class Facts:
     @property
     def is_ours(self) -> bool:
         """Whether torch's samples meet the rules of normcore.functional, not those of torch."""
-        return not self.target.is_torch
+        return isinstance(self.target, Functional)
 
 
 Rule = tuple[Callable[[Facts], bool], str]

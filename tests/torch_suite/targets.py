@@ -1,13 +1,15 @@
-"""What torch's tests are run against: its own names under the override, or our functions."""
+"""What torch's tests are run against: its own names under the override, or our own names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch.nn.functional as F
+from torch import nn
+from torch.testing._internal.common_modules import ModuleInfo
 
 import normcore
 import normcore.functional as NF
@@ -22,10 +24,13 @@ class Override:
     """Calls torch; `normcore.override_aten` brings the call to our kernels."""
 
     name = "override"
-    is_torch = True  # same outputs, memory formats and errors
+    is_torch = True  # same outputs and memory formats, and the functions raise the same errors
 
     def function(self, entry: str, op: Function) -> Function | None:
         return op
+
+    def module(self, info: ModuleInfo) -> type[nn.Module]:
+        return info.module_cls
 
     @contextmanager
     def active(self) -> Iterator[Callable[[], int]]:
@@ -34,8 +39,27 @@ class Override:
             yield lambda: override.calls.normcore
 
 
+@contextmanager
+def counting_functions(place: Any) -> Iterator[Callable[[], int]]:
+    """In the context `place` holds our functions; yields how often one ran."""
+    calls = 0
+
+    def counted(function: Function) -> Function:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in FUNCTIONS:
+            stack.enter_context(patch.object(place, name, counted(getattr(NF, name))))
+        yield lambda: calls
+
+
 class Functional:
-    """Calls normcore.functional with the arguments of torch's function, and from its modules."""
+    """Calls normcore.functional with the arguments of torch's function."""
 
     name = "functional"
     is_torch = False
@@ -44,23 +68,26 @@ class Functional:
         """Ours with the arguments of torch's entry; None where there is none."""
         return functions().get(entry)
 
-    @contextmanager
-    def active(self) -> Iterator[Callable[[], int]]:
-        """In the context torch.nn.functional holds our functions; yields how often one ran."""
-        calls = 0
+    def active(self) -> AbstractContextManager[Callable[[], int]]:
+        """In the context torch.nn.functional holds our functions; gives how often one ran."""
+        return counting_functions(F)
 
-        def counted(function: Function) -> Function:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                return function(*args, **kwargs)
 
-            return call
+class Modules:
+    """The modules of normcore.nn in the place of torch's."""
 
-        with ExitStack() as stack:
-            for name in FUNCTIONS:
-                stack.enter_context(patch.object(F, name, counted(getattr(NF, name))))
-            yield lambda: calls
+    name = "nn"
+    is_torch = False
+
+    def module(self, info: ModuleInfo) -> type[nn.Module]:
+        """Ours with the name of torch's entry."""
+        ours = getattr(normcore.nn, info.module_cls.__name__)
+        assert issubclass(ours, info.module_cls)
+        return ours
+
+    def active(self) -> AbstractContextManager[Callable[[], int]]:
+        """Gives how often one of the modules has called one of our functions in the context."""
+        return counting_functions(normcore.nn)
 
 
 def functions() -> dict[str, Function]:
@@ -94,5 +121,5 @@ def native_group_norm(
     return F.group_norm(x, group, weight, bias, eps)
 
 
-Target = Override | Functional
-BY_NAME: dict[str, Target] = {"override": Override(), "functional": Functional()}
+Target = Override | Functional | Modules
+BY_NAME: dict[str, Target] = {kind.name: kind() for kind in (Override, Functional, Modules)}

@@ -72,6 +72,6 @@ struct GradientCotangents {
 //   grad_residual = k
 // A masked-out value with grad_y = 0 counts as xhat = 0 where it is NaN or infinite. In a slice without
 // a valid value grad_y = 0 gives what rstd = 0 would, any other NaN.
-// Where kinks of an activation (kReLU) have no second derivative, it is 0.
+// Activations with a kink (kReLU) or none have activation'' = 0 and k = 0, whatever q is.
 
 }  // namespace normcore::kernels

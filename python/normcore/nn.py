@@ -1,0 +1,465 @@
+"""The norms of :mod:`torch.nn` on the operators of this library, for models that exist.
+
+Each class is a subclass of the torch class of its name, with the same constructor, defaults,
+buffers, state_dict and ``repr``, and the same meaning of attributes that are changed later. Results
+are those of torch, in the dtype and memory format of the input. What torch does not have:
+
+* ``activation`` in the constructor, ``residual`` and ``mask`` in a call: ``y = activation(norm(x) +
+  residual)``, with the statistics of the elements that ``mask`` selects.
+* Input, parameters and statistics may have different floating dtypes, and autocast leaves a half
+  precision input alone.
+* A call that raises changes nothing, and an activation checkpoint counts a batch once.
+
+What the Python code of torch rejects is rejected with its words. What its kernels reject with a
+RuntimeError is a ValueError or a TypeError that names the argument, the rule and the value.
+"""
+
+# TorchScript reads the annotations of attributes and methods, so they must not be strings here.
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn.modules import batchnorm, instancenorm
+
+from ._base import _ACTIVATIONS
+from .functional import batch_norm, batch_norm_op, group_norm, group_norm_op, instance_norm
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "FrozenBatchNorm2d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+]
+
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
+
+_instance_norm_train_op: Callable[..., Tensor] = torch.ops.normcore._instance_norm_train
+
+
+def _signature_of(torch_class: type[nn.Module]) -> Callable[[_FunctionT], _FunctionT]:
+    """Gives a constructor the signature of the one of `torch_class`, and ``activation``.
+
+    That of torch depends on its version, and its arguments are only passed on.
+    """
+    signature = inspect.signature(torch_class.__init__)
+    activation = inspect.Parameter(
+        "activation", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None
+    )
+    parameters = [*signature.parameters.values(), activation]
+
+    def decorate(function: _FunctionT) -> _FunctionT:
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def _require_more_than_one(what: str, sizes: list[int], count: int) -> None:
+    """Raises torch's error if there is one `what`: `count` for each position of an input."""
+    for i in range(2, len(sizes)):
+        count *= sizes[i]
+    if count == 1:
+        raise ValueError(f"Expected more than 1 {what} when training, got input size {sizes}")
+
+
+class _Norm(nn.Module):
+    """What the classes share: the activation, the arguments of a call, and being a leaf."""
+
+    activation: str | None = None
+
+    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+        if activation is not None and activation not in _ACTIVATIONS:
+            names = ", ".join(["None", *_ACTIVATIONS[:-1]])
+            raise ValueError(
+                f"{type(self).__name__}: expected activation to be {names} or {_ACTIVATIONS[-1]}, "
+                f"got {activation}"
+            )
+        super().__init__(*args, **kwargs)
+        self.activation = activation
+
+    def forward(
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Normalizes `input`; the result has its shape, dtype and memory format.
+
+        Args:
+            input: of the shapes that the torch class takes.
+            mask: broadcasts to `input`; nonzero elements count for the statistics, which are the
+                running ones where the module uses those. The output is computed everywhere. Pass
+                it by keyword; TorchScript has no arguments that are keywords only.
+            residual: tensor of the shape of `input`, added before the activation. Pass it by
+                keyword.
+        """
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            recording = isinstance(input, torch.fx.Proxy)
+            if recording:
+                node: Tensor = self._leaf(input, mask, residual)
+                return node
+        return self._normalize(input, mask, residual)
+
+    @torch.jit.unused
+    def _leaf(self, input: Any, mask: Any, residual: Any) -> Any:
+        """One node of the graph that torch.fx records, as for any module of torch.nn."""
+        options = {"mask": mask, "residual": residual}
+        given = {name: value for name, value in options.items() if value is not None}
+        path = input.tracer.path_of_module(self)
+        return input.tracer.create_proxy("call_module", path, (input,), given)
+
+    def _normalize(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """That of the torch class, and the activation if there is one."""
+        text = super().extra_repr()
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    mask: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """:func:`normcore.functional.batch_norm`, also in TorchScript."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return batch_norm_op(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            mask=mask,
+            activation=activation,
+            residual=residual,
+            num_batches_tracked=num_batches_tracked,
+        )
+    else:
+        return batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            mask=mask,
+            activation=activation,
+            residual=residual,
+            num_batches_tracked=num_batches_tracked,
+        )
+
+
+class _BatchNorm(_Norm, batchnorm._BatchNorm):
+    __constants__ = [*batchnorm._BatchNorm.__constants__, "activation"]  # noqa: RUF012
+
+    @_signature_of(batchnorm._BatchNorm)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    def _normalize(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        mean: Tensor | None = self.running_mean
+        var: Tensor | None = self.running_var
+        count: Tensor | None = None
+        momentum: float | None = self.momentum
+        if self.training:
+            if self.track_running_stats:
+                count = self.num_batches_tracked
+            else:
+                mean, var = None, None
+        if momentum is None and count is None:
+            momentum = 0.0
+        of_batch = self.training or (mean is None and var is None)
+        if of_batch and input.numel() == input.size(1):
+            sizes = input.size()
+            _require_more_than_one("value per channel", sizes, sizes[0])  # type: ignore[arg-type]
+        if self.eps <= 0.0:
+            if of_batch:
+                raise ValueError(
+                    f"batch_norm eps must be positive during training, but got {self.eps}"
+                )
+            if self.eps < 0.0:
+                raise ValueError(f"batch_norm eps must be non-negative, but got {self.eps}")
+        y = _batch_norm(
+            input,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            of_batch,
+            momentum,
+            self.eps,
+            mask,
+            self.activation,
+            residual,
+            count,
+        )
+        if count is not None and input.numel() == 0:
+            count.add_(1)  # torch counts empty batches, the operator does not
+        return y
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """:class:`torch.nn.BatchNorm1d` for ``[N, C]`` and ``[N, C, L]``; see :mod:`normcore.nn`.
+
+    The arguments are those of the torch class, and ``activation``: None, "relu", "silu", "gelu" or
+    "gelu_tanh".
+    """
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d` for ``[N, C, H, W]``; see :mod:`normcore.nn`.
+
+    The arguments are those of the torch class, and ``activation``: None, "relu", "silu", "gelu" or
+    "gelu_tanh".
+    """
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """:class:`torch.nn.BatchNorm3d` for ``[N, C, D, H, W]``; see :mod:`normcore.nn`.
+
+    The arguments are those of the torch class, and ``activation``: None, "relu", "silu", "gelu" or
+    "gelu_tanh".
+    """
+
+
+class FrozenBatchNorm2d(_Norm):
+    """Batch norm whose statistics, weight and bias are buffers: constants that nothing trains.
+
+    It has the constructor, the state_dict and the results of
+    ``torchvision.ops.FrozenBatchNorm2d``, and loads the state_dict of a batch norm, without its
+    ``num_batches_tracked``. The output has the dtype of the input.
+
+    Args:
+        num_features: number of channels, the size of axis 1.
+        eps: added to the variance.
+        activation: None, "relu", "silu", "gelu" or "gelu_tanh".
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    __constants__: ClassVar = ["eps", "activation"]
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, *, activation: str | None = None
+    ) -> None:
+        super().__init__(activation=activation)
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _normalize(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        return _batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            False,
+            0.0,
+            self.eps,
+            mask,
+            self.activation,
+            residual,
+        )
+
+    def extra_repr(self) -> str:
+        """Number of channels and eps, as in torchvision, and the activation if there is one."""
+        text = f"{self.weight.shape[0]}, eps={self.eps}"
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+
+class GroupNorm(_Norm, nn.GroupNorm):
+    """:class:`torch.nn.GroupNorm` for ``[N, C, *]``; see :mod:`normcore.nn`.
+
+    The arguments are those of the torch class, and ``activation``: None, "relu", "silu", "gelu" or
+    "gelu_tanh".
+    """
+
+    __constants__ = [*nn.GroupNorm.__constants__, "activation"]  # noqa: RUF012
+
+    @_signature_of(nn.GroupNorm)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    def _normalize(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        if input.dim() < 2:
+            raise RuntimeError(
+                f"Expected at least 2 dimensions for input tensor but received {input.dim()}"
+            )
+        groups = self.num_groups
+        if input.numel() == groups:
+            sizes = [input.size(0) * input.size(1) // groups, groups]
+            sizes.extend(input.size()[2:])
+            _require_more_than_one("value per channel", sizes, sizes[0])
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return group_norm_op(
+                input,
+                groups,
+                self.weight,
+                self.bias,
+                self.eps,
+                mask=mask,
+                activation=self.activation,
+                residual=residual,
+            )
+        else:
+            return group_norm(
+                input,
+                groups,
+                self.weight,
+                self.bias,
+                self.eps,
+                mask=mask,
+                activation=self.activation,
+                residual=residual,
+            )
+
+
+class _InstanceNorm(_Norm, instancenorm._InstanceNorm):
+    __constants__ = [*instancenorm._InstanceNorm.__constants__, "activation"]  # noqa: RUF012
+
+    @_signature_of(instancenorm._InstanceNorm)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    def _normalize(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        axis = input.dim() - self._get_no_batch_dim()  # type: ignore[no-untyped-call]
+        if input.size(axis) != self.num_features:
+            if self.affine:
+                raise ValueError(
+                    f"expected input's size at dim={axis} to match num_features"
+                    f" ({self.num_features}), but got: {input.size(axis)}."
+                )
+            else:
+                warnings.warn(
+                    f"input's size at dim={axis} does not match num_features. "
+                    "You can silence this warning by not passing in num_features, "
+                    "which is not used because affine=False",
+                    stacklevel=3,
+                )
+        if axis == 1:
+            return self._normalize_batch(input, mask, residual)
+        if residual is not None:
+            residual = residual.unsqueeze(0)
+        return self._normalize_batch(input.unsqueeze(0), mask, residual).squeeze(0)
+
+    def _normalize_batch(
+        self, input: Tensor, mask: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        of_samples = self.training or not self.track_running_stats
+        if of_samples:
+            sizes = input.size()
+            _require_more_than_one("spatial element", sizes, 1)  # type: ignore[arg-type]
+        mean: Tensor | None = self.running_mean
+        var: Tensor | None = self.running_var
+        momentum = self.momentum if self.momentum is not None else 0.0
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return instance_norm(
+                input,
+                mean,
+                var,
+                self.weight,
+                self.bias,
+                of_samples,
+                momentum,
+                self.eps,
+                mask=mask,
+                activation=self.activation,
+                residual=residual,
+            )
+        elif not of_samples or (mean is None) != (var is None):
+            # With only one of the statistics: the operator's error.
+            return batch_norm_op(
+                input,
+                mean,
+                var,
+                self.weight,
+                self.bias,
+                False,
+                0.0,
+                self.eps,
+                mask=mask,
+                activation=self.activation,
+                residual=residual,
+            )
+        elif mean is None or var is None:
+            return group_norm_op(
+                input,
+                input.size(1),
+                self.weight,
+                self.bias,
+                self.eps,
+                mask=mask,
+                activation=self.activation,
+                residual=residual,
+            )
+        else:
+            return _instance_norm_train_op(
+                input,
+                mean,
+                var,
+                self.weight,
+                self.bias,
+                momentum,
+                self.eps,
+                mask=mask,
+                activation=self.activation,
+                residual=residual,
+            )
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    """:class:`torch.nn.InstanceNorm1d` for ``[N, C, L]`` and ``[C, L]``; see :mod:`normcore.nn`.
+
+    The arguments are those of the torch class, and ``activation``: None, "relu", "silu", "gelu" or
+    "gelu_tanh".
+    """
+
+
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """:class:`torch.nn.InstanceNorm2d` for ``[N, C, H, W]`` and ``[C, H, W]``.
+
+    The arguments are those of the torch class, and ``activation``: None, "relu", "silu", "gelu" or
+    "gelu_tanh"; see :mod:`normcore.nn`.
+    """
+
+
+class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """:class:`torch.nn.InstanceNorm3d` for ``[N, C, D, H, W]`` and ``[C, D, H, W]``.
+
+    The arguments are those of the torch class, and ``activation``: None, "relu", "silu", "gelu" or
+    "gelu_tanh"; see :mod:`normcore.nn`.
+    """

@@ -1,0 +1,748 @@
+"""normcore.nn beside torch.nn: results, state, errors, late changes, tools of torch; the extras."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
+
+import normcore
+import normcore.nn as NN
+
+on_every_device = pytest.mark.usefixtures("device")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+
+SIZES: dict[str, list[tuple[int, ...]]] = {
+    "BatchNorm1d": [(4, 6), (4, 6, 5)],
+    "BatchNorm2d": [(4, 6, 5, 3)],
+    "BatchNorm3d": [(2, 6, 3, 4, 2)],
+    "InstanceNorm1d": [(4, 6, 5), (6, 5)],
+    "InstanceNorm2d": [(4, 6, 5, 3), (6, 5, 3)],
+    "InstanceNorm3d": [(2, 6, 3, 4, 2), (6, 3, 4, 2)],
+    "GroupNorm": [(4, 6), (4, 6, 5), (4, 6, 5, 3), (2, 6, 3, 4, 2)],
+}
+# What is not the default in torch's batch norm is the default in its instance norm.
+STATISTICS = [
+    {}, {"eps": 1e-2}, {"momentum": 0.7}, {"momentum": None}, {"affine": False}, {"affine": True},
+    {"track_running_stats": True}, {"affine": True, "track_running_stats": True},
+    {"affine": False, "track_running_stats": False},
+    {"momentum": None, "track_running_stats": True},
+]  # fmt: skip
+GROUPS = [{}, {"eps": 1e-2}, {"affine": False}]
+HAS_BIAS = "bias" in inspect.signature(nn.GroupNorm).parameters  # as of torch 2.14
+WITHOUT_BIAS = [{"affine": True, "bias": False}] if HAS_BIAS else []
+
+
+def options_of(kind: str) -> list[dict[str, Any]]:
+    return [*(GROUPS if kind == "GroupNorm" else STATISTICS), *WITHOUT_BIAS]
+
+
+TRACKED = {"track_running_stats": True, "momentum": None}
+CASES = [
+    (kind, size, options) for kind in SIZES for size in SIZES[kind] for options in options_of(kind)
+]
+ONE_OF_EACH = [
+    *((kind, SIZES[kind][-1], options) for kind in SIZES for options in ({}, {"affine": True})),
+    *((kind, SIZES[kind][0], TRACKED) for kind in SIZES if kind != "GroupNorm"),
+]
+each_case = pytest.mark.parametrize(("kind", "size", "options"), CASES, ids=str)
+each_kind = pytest.mark.parametrize(("kind", "size", "options"), ONE_OF_EACH, ids=str)
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda z: z,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Inputs are tiny, and threads of torch's kernels wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def channels(kind: str) -> tuple[int, ...]:
+    return (3, 6) if kind == "GroupNorm" else (6,)
+
+
+def randomize(module: nn.Module) -> nn.Module:
+    """Values that no mistake leaves as they are."""
+    for t in [*module.parameters(), *module.buffers()]:
+        if t.is_floating_point():
+            t.data.copy_(torch.rand_like(t) + 0.5)
+    return module
+
+
+def pair(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Any]:
+    """Our module and torch's, with the same state."""
+    ours = getattr(NN, kind)(*channels(kind), dtype=dtype, **options)
+    theirs = getattr(nn, kind)(*channels(kind), dtype=dtype, **options)
+    ours.load_state_dict(randomize(theirs).state_dict())
+    return ours, theirs
+
+
+def step(module: Callable[..., Tensor], x: Tensor, **extras: Any) -> dict[str, Tensor]:
+    """Output and gradients of one call, and the state after it."""
+    x = x.detach().requires_grad_()
+    y = module(x, **extras)
+    assert isinstance(module, nn.Module)
+    leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    cotangent = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)
+    grads = torch.autograd.grad(y, [x, *leaves.values()], cotangent)
+    found = {f"gradient of {name}": g for name, g in zip(["input", *leaves], grads)}
+    return {"output": y.detach(), **found, **copy.deepcopy(module.state_dict())}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    assert list(got) == list(want)
+    for name, t in got.items():
+        torch.testing.assert_close(
+            t, want[name], rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+# ---- torch's results ----
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_interface(kind: str) -> None:
+    ours, theirs = getattr(NN, kind), getattr(nn, kind)
+    assert issubclass(ours, theirs)
+    assert ours.__name__ in NN.__all__
+    *parameters, activation = inspect.signature(ours).parameters.values()
+    assert parameters == list(inspect.signature(theirs).parameters.values())
+    assert (activation.name, activation.default) == ("activation", None)
+    assert activation.kind is inspect.Parameter.KEYWORD_ONLY
+    own = inspect.signature(ours.forward).parameters
+    assert list(own) == ["self", "input", "mask", "residual"]
+    assert list(own)[:2] == list(inspect.signature(theirs.forward).parameters)
+
+
+@on_every_device
+@each_case
+def test_results(kind: str, size: tuple[int, ...], options: dict[str, Any]) -> None:
+    ours, theirs = pair(kind, **options)
+    assert repr(ours) == repr(theirs)
+    for training in (True, False, True):
+        ours.train(training)
+        theirs.train(training)
+        x = torch.randn(size, dtype=torch.float64) * 2 + 1
+        assert_same(step(ours, x), step(theirs, x))
+
+
+@on_every_device
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("kind", ["BatchNorm2d", "BatchNorm3d", "InstanceNorm2d", "GroupNorm"])
+def test_layouts(kind: str, layout: str, training: bool) -> None:
+    ours, theirs = pair(kind)
+    size = (3, 6, 4, 4, 2) if kind == "BatchNorm3d" else (3, 6, 4, 4)
+    x = torch.randn(size, dtype=torch.float64)
+    if layout == "channels_last":
+        last = torch.channels_last_3d if kind == "BatchNorm3d" else torch.channels_last
+        x = x.to(memory_format=last)
+    else:
+        x = x.transpose(-1, 0) if layout == "transposed" else x[..., ::2, :]
+        x = x[:, :1].expand(-1, 6, *x.shape[2:]) if x.shape[1] != 6 else x
+    ours.train(training)
+    theirs.train(training)
+    got = step(ours, x)
+    assert_same(got, step(theirs, x))
+    if layout == "channels_last":
+        assert got["output"].stride() == got["gradient of input"].stride() == x.stride()
+
+
+@on_every_device
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "size"), [(kind, SIZES[kind][-1]) for kind in SIZES], ids=str)
+def test_half_input_with_float32_parameters(
+    kind: str, size: tuple[int, ...], dtype: torch.dtype, training: bool, device: torch.device
+) -> None:
+    ours, theirs = pair(kind, torch.float32)
+    ours.train(training)
+    theirs.double().train(training)
+    x = torch.randn(size).to(dtype)
+    with torch.autocast(device.type, dtype):
+        y = ours(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), theirs(x.double()), rtol=1e-2, atol=1e-2)
+    assert all(t.dtype in (torch.float32, torch.int64) for t in ours.state_dict().values())
+    ours.half()
+    assert ours(x.half()).dtype == torch.float16
+
+
+@each_kind
+def test_empty_batch(kind: str, size: tuple[int, ...], options: dict[str, Any]) -> None:
+    ours, theirs = pair(kind, **options)
+    x = torch.randn(0, 6, *(5,) * (len(SIZES[kind][0]) - 2), dtype=torch.float64)
+    if kind.startswith("InstanceNorm"):  # torch's has a gradient for none of them
+        assert ours(x).shape == x.shape
+        return
+    assert_same(step(ours, x), step(theirs, x))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_cumulative_averages_of_a_loader(momentum: float | None) -> None:
+    ours, theirs = pair("BatchNorm1d", momentum=momentum)
+    batches = [torch.randn(n, 6, dtype=torch.float64) for n in (8, 8, 3)]
+    for module in (ours, theirs):
+        update_bn(batches, nn.Sequential(module))
+    assert ours.num_batches_tracked == 3
+    assert ours.momentum == momentum
+    assert_same(ours.state_dict(), theirs.state_dict())
+
+
+# ---- state ----
+
+
+@each_kind
+def test_state_dict(kind: str, size: tuple[int, ...], options: dict[str, Any]) -> None:
+    ours, theirs = pair(kind, **options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert ours.state_dict()._metadata == theirs.state_dict()._metadata
+    step(ours, torch.randn(size, dtype=torch.float64))
+    theirs.load_state_dict(ours.state_dict())
+    assert_same(ours.state_dict(), theirs.state_dict(), 0)
+    for assign in (True, False):
+        other = getattr(NN, kind)(*channels(kind), dtype=torch.float64, **options)
+        other.load_state_dict(theirs.state_dict(), assign=assign)
+        assert_same(other.state_dict(), theirs.state_dict(), 0)
+
+
+def test_state_dict_of_an_older_version() -> None:
+    ours, _ = pair("BatchNorm2d")
+    old = ours.state_dict()
+    del old["num_batches_tracked"]
+    del old._metadata
+    assert ours.load_state_dict(old).missing_keys == []
+    norm = NN.InstanceNorm2d(6)
+    with pytest.raises(RuntimeError, match="Unexpected running stats buffer"):
+        norm.load_state_dict({"running_mean": torch.zeros(6), "running_var": torch.ones(6)})
+
+
+@each_kind
+def test_copies(kind: str, size: tuple[int, ...], options: dict[str, Any]) -> None:
+    module, _ = pair(kind, **options)
+    module.activation = "silu"
+    x = torch.randn(size, dtype=torch.float64)
+    want = step(copy.deepcopy(module), x)
+    assert_same(step(pickle.loads(pickle.dumps(module)), x), want, 0)
+    assert_same(step(module, x), want, 0)
+    assert repr(copy.deepcopy(module)) == repr(module)
+
+
+@pytest.mark.parametrize("kind", [*SIZES, "FrozenBatchNorm2d"])
+def test_activation_is_an_option(kind: str) -> None:
+    kinds, arguments = getattr(NN, kind), channels(kind)
+    assert repr(kinds(*arguments, activation="silu")) == (
+        repr(kinds(*arguments))[:-1] + ", activation='silu')"
+    )
+    with pytest.raises(ValueError, match=f"{kind}: expected activation to be None, .*, got tanh"):
+        kinds(*arguments, activation="tanh")
+    assert list(kinds(*arguments, activation="silu").children()) == []
+
+
+@on_every_device
+def test_device_and_dtype(device: torch.device) -> None:
+    norm = NN.BatchNorm1d(6, device="meta", dtype=torch.float16)
+    assert {t.device.type for t in norm.state_dict().values()} == {"meta"}
+    assert norm(torch.randn(4, 6, device="meta")).device.type == "meta"
+    norm.to_empty(device=device)
+    norm.reset_parameters()
+    assert norm(torch.randn(4, 6)).device.type == device.type
+
+
+# ---- errors ----
+
+
+def wrong(kind: str, *size: int, training: bool = True, **options: Any) -> Any:
+    text = ", ".join([str(size), *(f"{k}={v}" for k, v in options.items())])
+    return pytest.param(kind, size, training, options, id=f"{kind} {text} {training}")
+
+
+ERRORS = [
+    *(wrong("BatchNorm1d", *size) for size in [(), (6,), (2, 6, 3, 3), (1, 6), (1, 6, 1)]),
+    *(wrong("BatchNorm2d", *size) for size in [(6, 3, 3), (2, 6, 3, 3, 3), (1, 6, 1, 1)]),
+    *(wrong("BatchNorm3d", *size) for size in [(6, 3, 3, 3), (2, 6), (1, 6, 1, 1, 1)]),
+    wrong("BatchNorm1d", 1, 6, training=False, track_running_stats=False),
+    wrong("BatchNorm2d", 6, training=False),
+    wrong("BatchNorm1d", 4, 6, eps=0.0),
+    wrong("BatchNorm1d", 4, 6, eps=-1.0),
+    wrong("BatchNorm1d", 4, 6, eps=-1.0, training=False),
+    *(wrong("InstanceNorm1d", *size) for size in [(6,), (2, 6, 3, 3), (4, 6, 1), (6, 1)]),
+    *(wrong("InstanceNorm2d", *size) for size in [(6, 3), (2, 6, 3, 3, 3), (2, 6, 1, 1)]),
+    *(wrong("InstanceNorm3d", *size) for size in [(6, 3, 3), (2,) * 6, (6, 1, 1, 1)]),
+    wrong("InstanceNorm2d", 6, 1, 1, training=False),
+    *(wrong("InstanceNorm1d", *size, affine=True) for size in [(4, 5, 3), (5, 3)]),
+    *(wrong("GroupNorm", *size) for size in [(), (6,), (1, 3), (1, 3, 1, 1)]),
+    wrong("GroupNorm", 1, 3, 1, affine=False, training=False),
+]
+
+
+def raised(call: Callable[[], Any]) -> tuple[type[BaseException], str]:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  (compared with another)
+        call()
+    return caught.type, str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "size", "training", "options"), ERRORS)
+def test_errors(kind: str, size: tuple[int, ...], training: bool, options: dict[str, Any]) -> None:
+    ours, theirs = pair(kind, **options)
+    ours.train(training)
+    theirs.train(training)
+    x = torch.randn(size, dtype=torch.float64)
+    before = copy.deepcopy(ours.state_dict())
+    assert raised(lambda: ours(x)) == raised(lambda: theirs(x))
+    assert_same(ours.state_dict(), before, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("BatchNorm1d", (1, 6)), ("GroupNorm", (1, 3)), ("InstanceNorm2d", (6, 1, 1))],
+)
+def test_errors_in_torchscript(kind: str, size: tuple[int, ...]) -> None:
+    x = torch.randn(size, dtype=torch.float64)
+    got, want = (raised(lambda m=m: m(x)) for m in map(torch.jit.script, pair(kind)))
+    assert got[0] is want[0] is torch.jit.Error
+    assert got[1].splitlines()[-1] == want[1].splitlines()[-1]
+    assert "Expected more than 1" in got[1]
+
+
+@pytest.mark.parametrize("groups", [(4, 6), (0, 6)])
+def test_errors_of_constructors(groups: tuple[int, int]) -> None:
+    assert raised(lambda: NN.GroupNorm(*groups)) == raised(lambda: nn.GroupNorm(*groups))
+    assert raised(lambda: NN.BatchNorm1d())[0] is TypeError
+    with pytest.raises(TypeError, match="unexpected keyword argument 'axis'"):
+        NN.BatchNorm1d(6, axis=1)
+
+
+@pytest.mark.parametrize("size", [(4, 5, 3), (5, 3)])
+def test_instance_norm_warns_of_other_channels(size: tuple[int, ...]) -> None:
+    texts = []
+    for kinds in (NN, nn):
+        with pytest.warns(UserWarning, match="does not match num_features") as found:
+            kinds.InstanceNorm1d(6)(torch.randn(size))
+        texts.append([str(warning.message) for warning in found])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_what_kernels_reject(kind: str) -> None:
+    options = {} if kind == "GroupNorm" else {"track_running_stats": True}
+    ours, theirs = pair(kind, **options)
+    size = list(SIZES[kind][0])
+    size[1] = 9
+    x = torch.randn(size, dtype=torch.float64)
+    before = copy.deepcopy(ours.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match=r"expected \w+ to have shape \[9\], got \[6\]"):
+            ours(x)
+        with pytest.raises(RuntimeError):
+            theirs(x)
+    assert_same(ours.state_dict(), before, 0)
+    with pytest.raises(TypeError, match=r"expected input to have dtype .*, got int64"):
+        ours(torch.ones(SIZES[kind][0], dtype=torch.int64))
+
+
+# ---- late changes ----
+
+
+def plain_weight(module: Any) -> None:
+    weight = module.weight.detach() * 2
+    del module.weight
+    module.weight = weight
+
+
+LATE: dict[str, Callable[[Any], Any]] = {
+    "track off": lambda m: setattr(m, "track_running_stats", False),
+    "track on": lambda m: setattr(m, "track_running_stats", True),
+    "no statistics": lambda m: (setattr(m, "running_mean", None), setattr(m, "running_var", None)),
+    "no counter": lambda m: setattr(m, "num_batches_tracked", None),
+    "nothing tracked": torch.func.replace_all_batch_norm_modules_,
+    "other statistics": lambda m: (
+        setattr(m, "running_mean", torch.full((6,), 0.5, dtype=torch.float64)),
+        setattr(m, "running_var", torch.full((6,), 2.0, dtype=torch.float64)),
+    ),
+    "reset statistics": lambda m: m.reset_running_stats(),
+    "reset parameters": lambda m: m.reset_parameters(),
+    "cumulative": lambda m: setattr(m, "momentum", None),
+    "cumulative without counter": lambda m: (
+        setattr(m, "momentum", None), setattr(m, "num_batches_tracked", None),
+    ),
+    "momentum": lambda m: setattr(m, "momentum", 0.7),
+    "eps": lambda m: setattr(m, "eps", 0.1),
+    "frozen": lambda m: m.requires_grad_(False),
+    "frozen weight": lambda m: m.weight.requires_grad_(False),
+    "no weight": lambda m: setattr(m, "weight", None),
+    "no bias": lambda m: setattr(m, "bias", None),
+    "plain weight": plain_weight,
+    "parametrized": lambda m: nn.utils.parametrizations.weight_norm(m, dim=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", LATE)
+@pytest.mark.parametrize("kind", ["BatchNorm2d", "InstanceNorm2d", "GroupNorm"])
+def test_late_changes(kind: str, change: str) -> None:
+    tracked = {} if kind == "GroupNorm" else {"track_running_stats": True}
+    if kind == "GroupNorm" and any(w in change for w in ("stat", "track", "cumul", "counter")):
+        pytest.skip("group norm has no statistics")
+    ours, theirs = pair(kind, affine=True, **tracked)
+    x = torch.randn(4, 6, 5, 3, dtype=torch.float64)
+    assert_same(step(ours, x), step(theirs, x))
+    for module in (ours, theirs):
+        LATE[change](module)
+    modes = (True, False, True)
+    if kind == "InstanceNorm2d" and change == "no statistics":
+        modes = (True,)  # none to use in evaluation
+    for training in modes:
+        ours.train(training)
+        theirs.train(training)
+        x = torch.randn(4, 6, 5, 3, dtype=torch.float64)
+        assert_same(step(ours, x), step(theirs, x))
+
+
+def test_tracking_starts_late() -> None:
+    ours, theirs = pair("BatchNorm1d", track_running_stats=False)
+    for module in (ours, theirs):
+        module.track_running_stats = True
+        module.running_mean = torch.zeros(6, dtype=torch.float64)
+        module.running_var = torch.ones(6, dtype=torch.float64)
+        module.num_batches_tracked = torch.tensor(0)
+    for training in (True, False):
+        ours.train(training)
+        theirs.train(training)
+        x = torch.randn(4, 6, dtype=torch.float64)
+        assert_same(step(ours, x), step(theirs, x))
+
+
+# ---- tools of torch ----
+
+
+def saved_and_loaded(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    buffer = io.BytesIO()
+    torch.jit.save(module, buffer)
+    buffer.seek(0)
+    return torch.jit.load(buffer)
+
+
+@each_kind
+def test_script_save_and_load(kind: str, size: tuple[int, ...], options: dict[str, Any]) -> None:
+    ours, _ = pair(kind, **options)
+    loaded = saved_and_loaded(torch.jit.script(copy.deepcopy(ours)))
+    for training in (True, False):
+        ours.train(training)
+        loaded.train(training)
+        x = torch.randn(size, dtype=torch.float64)
+        assert_same(step(loaded, x), step(ours, x), 0)
+
+
+@pytest.mark.parametrize("kind", [*SIZES, "FrozenBatchNorm2d"])
+def test_script_with_extras(kind: str) -> None:
+    size = SIZES.get(kind, [(4, 6, 5, 3)])[-1]
+    module = randomize(getattr(NN, kind)(*channels(kind), activation="gelu"))
+    scripted = torch.jit.script(copy.deepcopy(module))
+    x = torch.randn(size)
+    extras = {"mask": torch.rand(size) < 0.7, "residual": torch.randn(size)}
+    assert torch.equal(scripted(x, **extras), module(x, **extras))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "options"),
+    [
+        *((kind, SIZES[kind][0], {} if kind == "GroupNorm" else TRACKED) for kind in SIZES),
+        ("BatchNorm2d", (4, 6, 5, 3), {}),
+        ("InstanceNorm2d", (6, 5, 3), {}),
+    ],
+    ids=str,
+)
+def test_compile(kind: str, size: tuple[int, ...], options: dict[str, Any]) -> None:
+    ours, _ = pair(kind, **options)
+    ours.activation = "silu"
+    compiled = copy.deepcopy(ours)
+    torch.compiler.reset()
+    run = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    residual = torch.randn(size, dtype=torch.float64)
+    for training in (True, True, False):
+        ours.train(training)
+        compiled.train(training)
+        x = torch.randn(size, dtype=torch.float64).requires_grad_()
+        got, want = (f(x, residual=residual) for f in (run, ours))
+        torch.testing.assert_close(got, want)
+        grads = (torch.autograd.grad(y.square().sum(), x) for y in (got, want))
+        torch.testing.assert_close(*grads)
+        assert_same(compiled.state_dict(), ours.state_dict())
+
+
+@pytest.mark.parametrize("kind", [*SIZES, "FrozenBatchNorm2d"])
+def test_export(kind: str) -> None:
+    module = randomize(getattr(NN, kind)(*channels(kind), activation="relu")).eval()
+    x = torch.randn(SIZES.get(kind, [(4, 6, 5, 3)])[0])
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: batch},))
+    targets = {str(n.target) for n in program.run_decompositions().graph.nodes}
+    assert not [t for t in targets if "normcore" in t]
+    twice = torch.cat([x, x])
+    torch.testing.assert_close(program.module()(twice), module(twice))
+
+
+@pytest.mark.parametrize("kind", [*SIZES, "FrozenBatchNorm2d"])
+def test_fx_leaves_the_modules_whole(kind: str) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = getattr(NN, kind)(*channels(kind))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(torch.sin(x), residual=x) + self.norm(x)
+
+    network = Network()
+    graph = torch.fx.symbolic_trace(network)
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["norm", "norm"]
+    x = torch.randn(SIZES.get(kind, [(4, 6, 5, 3)])[0])
+    assert torch.equal(copy.deepcopy(graph)(x), network(x))
+
+
+@each_kind
+def test_functional_call_and_function_transforms(
+    kind: str, size: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    ours, theirs = pair(kind, **options)
+    x = torch.randn(size, dtype=torch.float64)
+    parameters = {name: p * 2 for name, p in ours.named_parameters()}
+    results = []
+    for module in (ours, theirs):
+        buffers = {name: b.clone() for name, b in module.named_buffers()}
+        before = copy.deepcopy(module.state_dict())
+
+        def loss(parameters: Any, buffers: Any, module: Any = module) -> Tensor:
+            return functional_call(module, (parameters, buffers), x).pow(3).sum()
+
+        grads = torch.func.grad(loss)(parameters, buffers)
+        results.append({**grads, **buffers})
+        assert_same(module.state_dict(), before, 0)
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_counts_a_batch_once(reentrant: bool) -> None:
+    ours, theirs = pair("BatchNorm2d")
+    x = torch.randn(4, 6, 5, 3, dtype=torch.float64, requires_grad=True)
+    checkpoint(ours, x, use_reentrant=reentrant).sum().backward()
+    theirs(x).sum().backward()
+    assert ours.num_batches_tracked == 1
+    assert_same(ours.state_dict(), theirs.state_dict())
+
+
+def test_training_of_a_network() -> None:
+    def network(kinds: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3), kinds.BatchNorm2d(6), nn.ReLU(),
+            nn.Conv2d(6, 6, 3), kinds.GroupNorm(2, 6), kinds.InstanceNorm2d(6, affine=True),
+        ).double()  # fmt: skip
+
+    ours, theirs = network(NN), network(nn)
+    for module in (ours, theirs):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        torch.manual_seed(1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(torch.randn(4, 3, 8, 8, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+    assert_same(ours.state_dict(), theirs.state_dict(), 1e-9)
+
+
+# ---- activation, residual and mask ----
+
+
+def masked_norm(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The definition of a module in training, with its update, in torch's operations."""
+    unbatched = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    unbatched = unbatched and x.dim() == module._get_no_batch_dim()
+    counts = torch.ones_like(x) if mask is None else mask.to(x.dtype).expand_as(x)
+    x, counts = (t[None] if unbatched else t for t in (x, counts))
+    if isinstance(module, nn.GroupNorm):
+        split = (x.shape[0], module.num_groups, -1, *x.shape[2:])
+        axes = list(range(2, x.dim() + 1))
+    else:
+        split = x.shape
+        axes = [0] * isinstance(module, nn.modules.batchnorm._BatchNorm) + [*range(2, x.dim())]
+    values, counts = x.reshape(split), counts.reshape(split)
+    n = counts.sum(axes, keepdim=True)
+    mean = (values * counts).sum(axes, keepdim=True) / n
+    var = ((values - mean).square() * counts).sum(axes, keepdim=True) / n
+    y = ((values - mean) / (var + module.eps).sqrt()).reshape(x.shape)
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    if module.weight is not None:
+        y = y * module.weight.reshape(shape) + module.bias.reshape(shape)
+    if getattr(module, "running_mean", None) is not None:
+        new = {"running_mean": mean, "running_var": var * n / (n - 1)}
+        for name, value in new.items():
+            value = value.reshape(-1, x.shape[1]).mean(0).detach()
+            getattr(module, name).lerp_(value, module.momentum)
+        if axes[0] == 0:
+            module.num_batches_tracked += 1
+    return y[0] if unbatched else y
+
+
+class Composition(nn.Module):
+    """A module of torch and what extras of ours do, in torch's operations."""
+
+    def __init__(self, norm: nn.Module, activation: str | None) -> None:
+        super().__init__()
+        self.norm = norm
+        self.activation = activation
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        of_running = not self.norm.training and getattr(self.norm, "track_running_stats", False)
+        y = self.norm(x) if of_running else masked_norm(self.norm, x, mask)
+        return ACTIVATIONS[self.activation](y if residual is None else y + residual)
+
+
+def mask_for(kind: str, size: tuple[int, ...]) -> Tensor:
+    """Of the whole size, with some elements of every channel and group of every sample."""
+    mask = torch.rand(size) < 0.6
+    if len(size) > 2 or kind.startswith("Instance"):
+        mask[..., :2] = True
+    elif kind == "BatchNorm1d":
+        mask[:2] = True
+    else:
+        mask[:, ::2] = True
+    return mask
+
+
+@on_every_device
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("extras", "activation"),
+    [
+        ("mask", None),
+        ("mask of lower rank", "relu"),
+        ("residual", "silu"),
+        ("mask, residual", "gelu"),
+        ("mask, residual", "gelu_tanh"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("kind", "size"), [(kind, size) for kind in SIZES for size in SIZES[kind][-2:]], ids=str
+)
+def test_extras(
+    kind: str, size: tuple[int, ...], extras: str, activation: str | None, training: bool
+) -> None:
+    options = {} if kind == "GroupNorm" else {"affine": True, "track_running_stats": True}
+    ours, theirs = pair(kind, **options)
+    ours.activation = activation
+    x = torch.randn(size, dtype=torch.float64)
+    given: dict[str, Tensor] = {}
+    if "mask" in extras:
+        given["mask"] = mask_for(kind, size)
+    if "lower rank" in extras and size != (4, 6):
+        given["mask"] = torch.arange(size[-1]) != 1
+    if "residual" in extras:
+        given["residual"] = torch.randn(size, dtype=torch.float64)
+    ours.train(training)
+    theirs.train(training)
+    got = step(ours, x, **given)
+    want = step(Composition(theirs, activation), x, **given)
+    assert_same(got, {name.replace("norm.", ""): t for name, t in want.items()}, 1e-11)
+
+
+def test_the_gradient_of_a_residual() -> None:
+    norm = NN.BatchNorm1d(6, activation="silu")
+    x, residual = torch.randn(4, 6), torch.randn(4, 6, requires_grad=True)
+    norm(x, residual=residual).sum().backward()
+    other = residual.detach().requires_grad_()
+    F.silu(nn.BatchNorm1d(6)(x) + other).sum().backward()
+    torch.testing.assert_close(residual.grad, other.grad)
+
+
+# ---- FrozenBatchNorm2d ----
+
+
+def frozen(x: Tensor, state: dict[str, Tensor], eps: float) -> Tensor:
+    """Its definition in torchvision."""
+    w, b, mean, var = (
+        state[name].reshape(1, -1, 1, 1)
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = w * (var + eps).rsqrt()
+    return x * scale + (b - mean * scale)
+
+
+@on_every_device
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("eps", [1e-5, 0.0, 0.1])
+def test_frozen_batch_norm(eps: float, training: bool, layout: torch.memory_format) -> None:
+    norm = randomize(NN.FrozenBatchNorm2d(6, eps)).double().train(training)
+    assert list(norm.parameters()) == []
+    x = torch.randn(4, 6, 5, 3, dtype=torch.float64).to(memory_format=layout)
+    before = copy.deepcopy(norm.state_dict())
+    got = step(norm, x)
+    t = x.clone().requires_grad_()
+    y = frozen(t, before, eps)
+    cotangent = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)
+    (grad,) = torch.autograd.grad(y, t, cotangent)
+    assert_same(got, {"output": y.detach(), "gradient of input": grad, **before})
+    assert got["output"].is_contiguous(memory_format=layout)
+
+
+def test_state_of_frozen_batch_norm() -> None:
+    norm = NN.FrozenBatchNorm2d(6)
+    assert repr(norm) == "FrozenBatchNorm2d(6, eps=1e-05)"
+    assert list(norm.state_dict()) == ["weight", "bias", "running_mean", "running_var"]
+    x = torch.randn(4, 6, 5, 3)
+    assert_same({"y": norm(x)}, {"y": x / (1 + 1e-5) ** 0.5}, 1e-6)
+    _, trained = pair("BatchNorm2d", torch.float32)
+    trained.eval()
+    for state in (trained.state_dict(), dict(trained.state_dict())):
+        result = norm.load_state_dict(state)
+        assert result.missing_keys == result.unexpected_keys == []
+        assert "num_batches_tracked" in state
+    torch.testing.assert_close(norm(x), trained(x))
+    nested = nn.Sequential(NN.FrozenBatchNorm2d(6))
+    nested.load_state_dict(nn.Sequential(trained).state_dict())
+    assert torch.equal(nested(x), norm(x))
+    for twin in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert torch.equal(twin(x), norm(x))
+    assert norm(x.half()).dtype == torch.float16
+
+
+def test_extras_of_frozen_batch_norm() -> None:
+    norm = randomize(NN.FrozenBatchNorm2d(6, activation="gelu")).double()
+    x, residual = torch.randn(2, 4, 6, 5, 3, dtype=torch.float64)
+    want = F.gelu(frozen(x, norm.state_dict(), 1e-5) + residual)
+    mask = torch.rand(5, 3) < 0.5  # there are no statistics to be taken
+    torch.testing.assert_close(norm(x, residual=residual, mask=mask), want)
+
+
+def test_compile_frozen_batch_norm() -> None:
+    norm = randomize(NN.FrozenBatchNorm2d(6))
+    x = torch.randn(4, 6, 5, 3)
+    run = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(x), norm(x))
+
+
+def test_is_a_part_of_the_package() -> None:
+    assert normcore.nn is NN
+    assert all(getattr(NN, name).__name__ == name for name in NN.__all__)
