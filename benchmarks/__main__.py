@@ -5,6 +5,7 @@
     python -m benchmarks accuracy --output build/accuracy.json
     python -m benchmarks scaling --output build/scaling.json
     python -m benchmarks chain --output build/chain.json
+    python -m benchmarks second --output build/second.json
 
 benchmarks/README.md says what each command measures and how to read it.
 """
@@ -27,6 +28,7 @@ from .cases import (
     NORMS,
     OPERATIONS,
     PEERS,
+    SECOND_NORMS,
     SHAPES,
     VALUES_STEP,
     Shape,
@@ -40,6 +42,7 @@ MODULES = {
     "run": "speed",
     "scaling": "scaling",
     "chain": "chain",
+    "second": "second",
     "report": "report",
     "accuracy": "accuracy",
 }
@@ -168,6 +171,20 @@ def make_parser() -> argparse.ArgumentParser:
     add_choice(chain, "--dtypes", DTYPES, DEFAULT_DTYPES)
     chain.add_argument("--threads", type=int, default=1)
     add_timing(chain, repeats=10)
+
+    second = commands.add_parser("second", help="a double backward pass beside the backward pass")
+    add_choice(second, "--norms", SECOND_NORMS, SECOND_NORMS)
+    second.add_argument(
+        "--shapes",
+        type=shapes,
+        default=[shape_of(name) for name in ("resnet_56", "resnet_28", "resnet_7", "sd_unet")],
+        metavar="A,B",
+        help="as for run",
+    )
+    add_choice(second, "--layouts", LAYOUTS, LAYOUTS)
+    add_choice(second, "--dtypes", DTYPES, DEFAULT_DTYPES)
+    second.add_argument("--threads", type=int, default=1)
+    add_timing(second, repeats=10)
 
     report = commands.add_parser("report", help="files of results as Markdown and pictures")
     report.add_argument("files", type=Path, nargs="+", metavar="FILE.json")

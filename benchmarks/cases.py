@@ -24,6 +24,7 @@ DTYPES = tuple(BYTES)
 DEFAULT_DTYPES = ("float32", "bfloat16")
 CACHE_STATES = ("warm", "cold")  # minimal traffic fits the last-level cache, or does not
 NORMS = ("batch_norm", "group_norm")
+SECOND_NORMS = ("batch_norm", "group_norm", "group_norm_silu", "group_norm_gelu")
 MODES = ("inference", "training")
 MIN_VALUES = 10**5  # the first step of `scaling`
 VALUES_STEP = 10  # from one step to the next

@@ -86,17 +86,15 @@ def add_relu_batch_norms(o: Operands) -> tuple[Norm, Norm]:
     return our_norm, torch_norm
 
 
-def group_norms(o: Operands, silu: bool) -> tuple[Norm, Norm]:
-    """The group norm of normcore and of torch."""
+def group_norms(o: Operands, activation: str | None = None) -> tuple[Norm, Norm]:
+    """The group norm of normcore and of torch; torch.nn.functional knows the activation."""
 
     def torch_norm(x: Tensor) -> Tensor:
         y = torch_functional.group_norm(x, o.groups, o.weight, o.bias)
-        return torch_functional.silu(y) if silu else y
+        return getattr(torch_functional, activation)(y) if activation else y
 
     def our_norm(x: Tensor) -> Tensor:
-        return normcore.functional.group_norm(
-            x, o.groups, o.weight, o.bias, activation="silu" if silu else None
-        )
+        return normcore.functional.group_norm(x, o.groups, o.weight, o.bias, activation=activation)
 
     return our_norm, torch_norm
 

@@ -221,7 +221,7 @@ def attempt(what: str, failures: list[str]) -> Iterator[None]:
 def norms_of(case: Case, o: Operands) -> tuple[Norm, Norm]:
     if case.norm == "batch_norm":
         return batch_norms(o, True)
-    return group_norms(o, case.norm.endswith("silu"))
+    return group_norms(o, "silu" if case.norm.endswith("silu") else None)
 
 
 def triton_candidates(

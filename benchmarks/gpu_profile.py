@@ -70,7 +70,7 @@ def run() -> None:
         if norm.startswith("batch_norm"):
             ours, _ = batch_norms(o, not norm.endswith("eval"))
         else:
-            ours, _ = group_norms(o, norm.endswith("silu"))
+            ours, _ = group_norms(o, "silu" if norm.endswith("silu") else None)
         ours(o.x)
         backward_of(ours, o)()
         torch.cuda.synchronize()

@@ -27,10 +27,10 @@ NORMS: Mapping[str, Callable[[Operands], tuple[Norm, Norm]]] = {
     "bn_backward": lambda o: batch_norms(o, True),
     "bn_eval": lambda o: batch_norms(o, False),
     "bn_add_relu_forward": add_relu_batch_norms,
-    "gn_forward": lambda o: group_norms(o, False),
-    "gn_backward": lambda o: group_norms(o, False),
-    "gn_silu_forward": lambda o: group_norms(o, True),
-    "gn_silu_backward": lambda o: group_norms(o, True),
+    "gn_forward": group_norms,
+    "gn_backward": group_norms,
+    "gn_silu_forward": lambda o: group_norms(o, "silu"),
+    "gn_silu_backward": lambda o: group_norms(o, "silu"),
 }
 
 # A backward pass of torch.compile is run many times: it must not take over what it was given.
