@@ -95,11 +95,11 @@ class _Norm(nn.Module):
 
         Args:
             input: of the shapes that the torch class takes.
-            mask: broadcasts to `input`; nonzero elements count for the statistics, which are the
-                running ones where the module uses those. The output is computed everywhere. Pass
-                it by keyword; TorchScript has no arguments that are keywords only.
-            residual: tensor of the shape of `input`, added before the activation. Pass it by
-                keyword.
+            mask: broadcasts to `input`; nonzero elements count for the statistics. The output is
+                computed everywhere. Ignored where the running statistics are used.
+            residual: tensor of the shape of `input`, added before the activation.
+
+        Pass `mask` and `residual` by keyword: they would be keyword-only if TorchScript allowed it.
         """
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             recording = isinstance(input, torch.fx.Proxy)

@@ -148,6 +148,7 @@ TEST_F(BatchNormFunction, HasTheRightGradients) {
     };
     expect_gradients(f, inputs);
     expect_second_gradients(f, inputs);
+    expect_tangents(f, inputs);
   }
 }
 
@@ -223,6 +224,7 @@ TEST_F(GroupNormFunction, HasTheRightGradients) {
   };
   expect_gradients(f, inputs);
   expect_second_gradients(f, inputs);
+  expect_tangents(f, inputs);
 }
 
 TEST_F(GroupNormFunction, SaysWhatIsWrong) {

@@ -7,6 +7,7 @@
 #include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
 #include <functional>
 #include <string>
@@ -86,7 +87,28 @@ inline void expect_gradients(const Function& f, std::vector<Tensor> inputs) {
   }
 }
 
-// The same for the gradients of these gradients.
+// Compares the derivative along random tangents with the one that gradients give.
+inline void expect_tangents(const Function& f, const std::vector<Tensor>& inputs) {
+  std::vector<Tensor> leaves, tangents, duals;
+  const auto level = torch::autograd::ForwardADLevel::get_next_idx();
+  for (const auto& input : inputs) {
+    leaves.push_back(input.detach().requires_grad_());
+    tangents.push_back(at::randn_like(input));
+    duals.push_back(
+        at::_make_dual(input.detach(), tangents.back(), static_cast<std::int64_t>(level)));
+  }
+  const auto tangent = f(duals)._fw_grad(level).clone();
+  torch::autograd::ForwardADLevel::release_idx(level);
+  const auto direction = at::randn_like(tangent);
+  double want = 0.0;
+  const auto by_input = gradients(f, leaves, direction);
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    want += (by_input[i] * tangents[i]).sum().item<double>();
+  }
+  EXPECT_NEAR((tangent * direction).sum().item<double>(), want, 1e-11);
+}
+
+// expect_gradients() of the gradients.
 inline void expect_second_gradients(const Function& f, const std::vector<Tensor>& inputs) {
   const auto direction = at::randn_like(f(inputs).detach());
   const auto first = [&](const std::vector<Tensor>& values) {
