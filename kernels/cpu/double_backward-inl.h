@@ -1,6 +1,7 @@
-// What both sweeps of the double backward pass compute of a unit (primitives.h); z is computed again from
-// x. A masked-out value whose grad_y is 0 takes part as x = center where x is not finite, and with a
-// residual of 0 where that is not. Per-target code: included once for each instruction set.
+// What both sweeps of the double backward pass compute of a unit (primitives.h); z is computed
+// again from x. A masked-out value whose grad_y is 0 takes part as x = center where x is not
+// finite, and with a residual of 0 where that is not. Per-target code: included once for each
+// instruction set.
 #if defined(NORMCORE_KERNELS_CPU_DOUBLE_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef NORMCORE_KERNELS_CPU_DOUBLE_BACKWARD_INL_H_
 #undef NORMCORE_KERNELS_CPU_DOUBLE_BACKWARD_INL_H_

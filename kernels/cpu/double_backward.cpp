@@ -127,8 +127,8 @@ class DoubleBackwardPass {
   }
 
  private:
-  // Statistics of a slice. rstd is 0 where y does not depend on x: the slice has one value in all, or
-  // none that is valid. In the latter case what has a grad_y becomes NaN by its center.
+  // Statistics of a slice. rstd is 0 where y does not depend on x: the slice has one value in all,
+  // or none that is valid. In the latter case what has a grad_y becomes NaN by its center.
   struct Slice {
     double mean, rounding, rstd;
     bool is_valid;

@@ -31,8 +31,8 @@ HWY_INLINE V grown(V sum, V a, V b) {
   return hn::MulAdd(a, b, sum);
 }
 
-// Calls grow(i, a) or grow(i, a, b): the sum i grows by a or a * b. `counted`: u, or 0 where the mask
-// lets nothing count.
+// Calls grow(i, a) or grow(i, a, b): the sum i grows by a or a * b. `counted`: u, or 0 where the
+// mask lets nothing count.
 template <int kSums, class V, class Grow>
 HWY_INLINE void grow_sums(V counted, V u, V centered, V q, V g, V h, Grow&& grow) {
   grow(kU, counted);

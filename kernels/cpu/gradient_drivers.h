@@ -1,5 +1,5 @@
-// Where the backward passes go, in either layout: the drivers of sweep.h over tiles, chunks and pieces. What
-// is computed there is that of `Pass`, which is a first or a second derivative:
+// Where the backward passes go, in either layout: the drivers of sweep.h over tiles, chunks and
+// pieces. What is computed there is that of `Pass`, which is a first or a second derivative:
 //   kPass, Arithmetic
 //   input(), num_groups(), batch_statistics()
 //   needs_sums(), needs_sweep()           whether there is a first and a second sweep
@@ -7,8 +7,8 @@
 //   prepare(state, entry, slice, sample, channel, channels)
 //                                         coefficients of the first sweep, of channels of one slice
 //   finish_slice(state, entry, slice, sample, channel, channels, count, sums)
-//                                         those of the second sweep; stores gradients of parameters.
-//                                         `count` values count for the statistics
+//                                         those of the second sweep; stores gradients of
+//                                         parameters. `count` values count for the statistics
 //   sums_of_runs(place, block, partial, stride), sums_of_rows(place, rows, width, partial, stride)
 //   gradient_of_runs(place, planes, length), gradient_of_rows(place, rows, width)
 #pragma once
@@ -48,8 +48,8 @@ class ChannelSums {
   std::int64_t stride_;
 };
 
-// A chunk or piece: its first value in the tensors, its mask, its coefficients and, in the state of its
-// tile, what is kept of it between the sweeps.
+// A chunk or piece: its first value in the tensors, its mask, its coefficients and, in the state of
+// its tile, what is kept of it between the sweeps.
 template <class A>
 struct Place {
   std::int64_t offset;
@@ -258,53 +258,6 @@ class RowsDriver {
   RowsGeometry geometry_;
 };
 
-// Gradients of the parameters while slices are finished: stored, or, where samples share parameters and
-// have slices of their own, summed over blocks of samples, in order.
-class ParameterGradients {
- public:
-  ParameterGradients(const NormInput& input, std::int64_t num_groups, const NormGradients& grad,
-                     double* partial)
-      : input_(input),
-        grad_(grad),
-        partial_(num_groups != 0 && !input.affine_per_sample && (grad.scale || grad.bias)
-                     ? partial
-                     : nullptr),
-        block_(num_groups == 0 ? 1 : samples_per_block(input.extent.n)) {}
-
-  // Of `channels` channels of a sample from `first` on; value(i) is a pair: scale, bias.
-  template <class Value>
-  void store(std::int64_t sample, std::int64_t first, std::int64_t channels,
-             const Value& value) const {
-    const std::int64_t c = input_.extent.c;
-    if (partial_ == nullptr) {
-      for (std::int64_t i = 0; i < channels; ++i) {
-        const auto [scale, bias] = value(i);
-        store_parameters(grad_, sample * c + first + i, scale, bias);
-      }
-      return;
-    }
-    const PartialParameters out(partial_, sample / block_, c, first);
-    const bool is_first = sample % block_ == 0;  // a block's samples come in order
-    for (std::int64_t i = 0; i < channels; ++i) {
-      const auto [scale, bias] = value(i);
-      out.scale[i] = (is_first ? 0.0 : out.scale[i]) + scale;
-      out.bias[i] = (is_first ? 0.0 : out.bias[i]) + bias;
-    }
-  }
-
-  // The sums over the blocks of samples.
-  void fold(const CpuExecutor& executor) const {
-    if (partial_ == nullptr) return;
-    fold_parameters(grad_, partial_, ceil_div(input_.extent.n, block_), input_.extent.c, executor);
-  }
-
- private:
-  const NormInput& input_;
-  const NormGradients& grad_;
-  double* partial_;
-  std::int64_t block_;
-};
-
 template <class Pass>
 void run_gradient(const Pass& pass, const Problem& problem, const CpuPlan& plan,
                   WorkspaceLayout layout, char* workspace, const CpuExecutor& executor) {
@@ -317,11 +270,6 @@ void run_gradient(const Pass& pass, const Problem& problem, const CpuPlan& plan,
     run_tiles(RowsDriver<Pass>(pass, problem), problem, plan, layout, slots, executor);
   }
   pass.parameters().fold(executor);
-}
-
-// Zero gradients of the parameters: the input is empty.
-inline void zero_parameters(const NormInput& input, const NormGradients& grad) {
-  for (std::int64_t i = 0; i < affine_count(input); ++i) store_parameters(grad, i, 0.0, 0.0);
 }
 
 }  // namespace normcore::kernels

@@ -6,6 +6,7 @@
 #include "cpu/element.h"
 #include "normcore/kernels/executor.h"
 #include "normcore/kernels/norm_input.h"
+#include "plan/cpu_geometry.h"
 
 namespace normcore::kernels {
 
@@ -40,6 +41,58 @@ inline void fold_parameters(const NormGradients& grad, double* partial, std::int
       store_parameters(grad, begin + i, total.scale[i], total.bias[i]);
     }
   });
+}
+
+// Gradients of the parameters while slices are finished: stored, or, where samples share parameters
+// and have slices of their own, summed over blocks of samples, in order.
+class ParameterGradients {
+ public:
+  ParameterGradients(const NormInput& input, std::int64_t num_groups, const NormGradients& grad,
+                     double* partial)
+      : input_(input),
+        grad_(grad),
+        partial_(num_groups != 0 && !input.affine_per_sample && (grad.scale || grad.bias)
+                     ? partial
+                     : nullptr),
+        block_(num_groups == 0 ? 1 : samples_per_block(input.extent.n)) {}
+
+  // Of `channels` channels of a sample from `first` on; value(i) is a pair: scale, bias.
+  template <class Value>
+  void store(std::int64_t sample, std::int64_t first, std::int64_t channels,
+             const Value& value) const {
+    const std::int64_t c = input_.extent.c;
+    if (partial_ == nullptr) {
+      for (std::int64_t i = 0; i < channels; ++i) {
+        const auto [scale, bias] = value(i);
+        store_parameters(grad_, sample * c + first + i, scale, bias);
+      }
+      return;
+    }
+    const PartialParameters out(partial_, sample / block_, c, first);
+    const bool is_first = sample % block_ == 0;  // a block's samples come in order
+    for (std::int64_t i = 0; i < channels; ++i) {
+      const auto [scale, bias] = value(i);
+      out.scale[i] = (is_first ? 0.0 : out.scale[i]) + scale;
+      out.bias[i] = (is_first ? 0.0 : out.bias[i]) + bias;
+    }
+  }
+
+  // The sums over the blocks of samples.
+  void fold(const CpuExecutor& executor) const {
+    if (partial_ == nullptr) return;
+    fold_parameters(grad_, partial_, ceil_div(input_.extent.n, block_), input_.extent.c, executor);
+  }
+
+ private:
+  const NormInput& input_;
+  const NormGradients& grad_;
+  double* partial_;
+  std::int64_t block_;
+};
+
+// Zero gradients of the parameters: the input is empty.
+inline void zero_parameters(const NormInput& input, const NormGradients& grad) {
+  for (std::int64_t i = 0; i < affine_count(input); ++i) store_parameters(grad, i, 0.0, 0.0);
 }
 
 }  // namespace normcore::kernels

@@ -83,7 +83,8 @@ struct GradientArgs {
 // Sums of the double backward pass over the values of a channel: with the cotangent u of grad_x and
 //   q = scale * u + tangent_slope * (x - center) + tangent_offset + t      (t: of grad_residual)
 //   g = grad_y * activation'(z),  h = grad_y * activation''(z),  d = x - center
-// those of u and u d over what the mask lets count, and g, g d, g u, h, h d, h d d, h q, h q d over all.
+// those of u and u d over what the mask lets count, and g, g d, g u, h, h d, h d d, h q, h q d over
+// all.
 enum DoubleSum { kU, kUD, kG, kGD, kGU, kH, kHD, kHDD, kHQ, kHQD };
 inline constexpr int kFlatSums = 5, kCurvedSums = 10;  // without and with a second derivative
 
@@ -179,8 +180,9 @@ struct Primitives {
   // record_stride leads from run to run.
   void (*gradient_of_runs)(const GradientArgs<A>& args, std::int64_t count, std::int64_t length);
   void (*gradient_of_rows)(const GradientArgs<A>& args, std::int64_t rows, std::int64_t width);
-  // out[i * stride + record] = the DoubleSum i over the record's values, kFlatSums of them or, with a
-  // curved activation, kCurvedSums; there is room for all. Coefficients and whole vectors as in sums_of_runs.
+  // out[i * stride + record] = the DoubleSum i over the record's values, kFlatSums of them or, with
+  // a curved activation, kCurvedSums; there is room for all. Coefficients and whole vectors as in
+  // sums_of_runs.
   void (*double_sums_of_runs)(const DoubleBackwardArgs<A>& args, const RunBlock& block, A* out,
                               std::int64_t stride);
   // The same sums of columns over `rows` rows.

@@ -12,8 +12,9 @@
 
 namespace normcore::kernels {
 
-// Arrays of a pass: parameters in the arithmetic type, coefficients per plane or column (TileState in cpu/coefficients.h), sums per channel
-// and chunk, and float64 values per channel while they are merged.
+// Arrays of a pass: parameters in the arithmetic type, coefficients per plane or column (TileState
+// in cpu/coefficients.h), sums per channel and chunk, and float64 values per channel while they are
+// merged.
 struct PassArrays {
   std::int64_t parameters, coefficients, sums, merged;
 };
@@ -30,8 +31,8 @@ constexpr PassArrays arrays_of(Pass pass) {
   return {2, 3, 3, 3};
 }
 
-// Where a channel has one position both layouts are the same, and rows are less work than planes of one
-// value.
+// Where a channel has one position both layouts are the same, and rows are less work than planes of
+// one value.
 inline NormInput with_rows_of_channels(NormInput input) {
   if (input.extent.s == 1) input.layout = Layout::kNSC;
   return input;
