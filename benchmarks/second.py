@@ -1,7 +1,7 @@
 """The command `second`: a double backward pass beside the backward pass, here and in torch.
 
-The backward pass gives gradients of x, weight and bias; the double backward pass takes a gradient of
-that of x, and gives those of grad_output, x and weight, as a gradient penalty needs them.
+The backward pass gives gradients of x, weight and bias; the double backward pass takes a gradient
+of that of x, and gives those of grad_output, x and weight, as a gradient penalty needs them.
 """
 
 from __future__ import annotations

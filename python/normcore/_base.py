@@ -49,6 +49,15 @@ def integer(op: str, name: str, value: Any) -> int:
         raise TypeError(f"{op}: expected {name} to be an int, got {value!r}") from None
 
 
+def check_activation(op: str, activation: str | None) -> None:
+    """Raises ValueError unless `activation` is one that the operators know."""
+    if activation is not None and activation not in _ACTIVATIONS:
+        names = ", ".join(["None", *_ACTIVATIONS[:-1]])
+        raise ValueError(
+            f"{op}: expected activation to be {names} or {_ACTIVATIONS[-1]}, got {activation}"
+        )
+
+
 def _partition(op: str, groups: Any) -> list[list[int]]:
     """`groups` as lists, which have to hold every index from 0 on once."""
     lists = [integers(op, "axis_index_groups", group) for group in groups]
@@ -150,11 +159,7 @@ class NormBase(nn.Module):
             axis_index_groups = _partition(op, axis_index_groups)
         if axis_name is not None and not isinstance(axis_name, str):
             raise TypeError(f"{op}: expected axis_name to be a str or None, got {axis_name!r}")
-        if activation is not None and activation not in _ACTIVATIONS:
-            names = ", ".join(["None", *_ACTIVATIONS[:-1]])
-            raise ValueError(
-                f"{op}: expected activation to be {names} or {_ACTIVATIONS[-1]}, got {activation}"
-            )
+        check_activation(op, activation)
         epsilon = number(op, "epsilon", epsilon)
         if not (math.isfinite(epsilon) and epsilon >= 0):
             raise ValueError(f"{op}: expected epsilon to be finite and >= 0, got {epsilon}")

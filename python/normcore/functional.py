@@ -27,6 +27,7 @@ __all__ = ["batch_norm", "batch_norm_functional", "explain", "group_norm", "inst
 # The operators themselves, for code that TorchScript compiles: it has no keyword-only defaults.
 batch_norm_op: Callable[..., Tensor] = torch.ops.normcore.batch_norm
 group_norm_op: Callable[..., Tensor] = torch.ops.normcore.group_norm
+instance_norm_train_op: Callable[..., Tensor] = torch.ops.normcore._instance_norm_train
 
 
 def given_options(
@@ -386,7 +387,7 @@ def instance_norm(
             + given
         )
     return call_op(
-        torch.ops.normcore._instance_norm_train,
+        instance_norm_train_op,
         (input, running_mean, running_var, weight, bias, momentum, eps),
         options,
     )

@@ -25,8 +25,15 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, instancenorm
 
-from ._base import _ACTIVATIONS
-from .functional import batch_norm, batch_norm_op, group_norm, group_norm_op, instance_norm
+from ._base import check_activation
+from .functional import (
+    batch_norm,
+    batch_norm_op,
+    group_norm,
+    group_norm_op,
+    instance_norm,
+    instance_norm_train_op,
+)
 
 __all__ = [
     "BatchNorm1d",
@@ -40,8 +47,6 @@ __all__ = [
 ]
 
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
-
-_instance_norm_train_op: Callable[..., Tensor] = torch.ops.normcore._instance_norm_train
 
 
 def _signature_of(torch_class: type[nn.Module]) -> Callable[[_FunctionT], _FunctionT]:
@@ -76,12 +81,7 @@ class _Norm(nn.Module):
     activation: str | None = None
 
     def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
-        if activation is not None and activation not in _ACTIVATIONS:
-            names = ", ".join(["None", *_ACTIVATIONS[:-1]])
-            raise ValueError(
-                f"{type(self).__name__}: expected activation to be {names} or {_ACTIVATIONS[-1]}, "
-                f"got {activation}"
-            )
+        check_activation(type(self).__name__, activation)
         super().__init__(*args, **kwargs)
         self.activation = activation
 
@@ -427,7 +427,7 @@ class _InstanceNorm(_Norm, instancenorm._InstanceNorm):
                 residual=residual,
             )
         else:
-            return _instance_norm_train_op(
+            return instance_norm_train_op(
                 input,
                 mean,
                 var,
