@@ -124,8 +124,11 @@ DoubleGradients batch_norm_double_backward(
       cotangents, grad_output, operands, mean, rstd, axis, batch_statistics, eps, activation);
   const auto gradients = empty_double_gradients<Int>(grad_output, operands, output_mask);
   if constexpr (is_concrete<Int>) {
-    if (fill_if_empty(gradients, input)) return gradients;
     const auto& [grad_grad_output, x, w, b, r] = gradients;
+    if (input.numel() == 0) {
+      zero_parameters(w, b);
+      return gradients;
+    }
     Staging staging(operands, norm, Samples::kReduced);
     kernels::BatchNormDoubleBackwardArgs args;
     args.input = staging.input();
@@ -140,23 +143,6 @@ DoubleGradients batch_norm_double_backward(
     staging.finish();
   }
   return gradients;
-}
-
-DoubleGradients batch_norm_double_backward_formula(
-    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
-    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
-    const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis, bool batch_statistics, double eps,
-    OptionalString activation, DoubleOutputMask output_mask) {
-  const OptionalTensor no_mask;
-  const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
-  const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
-                              grad_grad_residual};
-  const auto norm = Check<c10::SymInt>::batch_norm_double_backward(
-      cotangents, grad_output, operands, mean, rstd, axis, batch_statistics, eps, activation);
-  return norm_double_backward_formula(cotangents, grad_output, operands, norm,
-                                      {mean, rstd, !batch_statistics}, output_mask);
 }
 
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
@@ -226,6 +212,23 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_functional(
 }
 
 }  // namespace
+
+DoubleGradients batch_norm_double_backward_formula(
+    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis, bool batch_statistics, double eps,
+    OptionalString activation, DoubleOutputMask output_mask) {
+  const OptionalTensor no_mask;
+  const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
+  const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
+                              grad_grad_residual};
+  const auto norm = Check<c10::SymInt>::batch_norm_double_backward(
+      cotangents, grad_output, operands, mean, rstd, axis, batch_statistics, eps, activation);
+  return norm_double_backward_formula(cotangents, grad_output, operands, norm,
+                                      {mean, rstd, !batch_statistics}, output_mask);
+}
 
 TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
   m.impl("batch_norm", TORCH_FN(batch_norm));

@@ -148,14 +148,10 @@ DoubleGradients batch_norm_double_backward(
   check_no_tangent("batch_norm", "mean and rstd", mean, rstd);
   if (is_differentiated(grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual,
                         grad_output, input, weight, bias, residual)) {
-    const OptionalTensor no_mask;
-    const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
-    const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
-                                grad_grad_residual};
-    const auto norm = Check<c10::SymInt>::batch_norm_double_backward(
-        cotangents, grad_output, operands, mean, rstd, axis, batch_statistics, eps, activation);
-    return norm_double_backward_formula(cotangents, grad_output, operands, norm,
-                                        {mean, rstd, !batch_statistics}, output_mask);
+    return batch_norm_double_backward_formula(grad_grad_input, grad_grad_weight, grad_grad_bias,
+                                              grad_grad_residual, grad_output, input, weight, bias,
+                                              residual, mask, mean, rstd, axis, batch_statistics,
+                                              eps, activation, output_mask);
   }
   const at::AutoDispatchBelowAutograd guard;
   return op::batch_norm_double_backward().redispatch(

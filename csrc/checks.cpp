@@ -243,7 +243,8 @@ void check_cotangents(const char* op, const Cotangents& cotangents, const Operan
   const auto check = [&](const char* name, const OptionalTensor& t, const char* of,
                          const OptionalTensor& operand) {
     if (!has(t)) return;
-    TORCH_CHECK_VALUE(has(operand), op, ": expected no ", name, " without ", of);
+    TORCH_CHECK_VALUE(has(operand), op, ": expected no ", name, " without ", of,
+                      ", got one of shape ", sizes_of<Int>(*t));
     check_vector(op, name, *t, operands.input, sizes_of<Int>(*operand));
     check_not_wider(op, name, t->scalar_type(), operands.input);
   };

@@ -238,9 +238,7 @@ class Formula {
     return has_activation() ? activation_backward(t, z(), norm_.activation) : t;
   }
 
-  bool is_curved() const {
-    return has_activation() && norm_.activation != kernels::Activation::kReLU;
-  }
+  bool is_curved() const { return kernels::is_curved(norm_.activation); }
   // t * activation''(z)
   Tensor times_curvature(const Tensor& t) const {
     return t * activation_curvature(z(), norm_.activation);

@@ -44,4 +44,23 @@ struct Tangents {
 Tensor norm_tangent_formula(const Operands& operands, const Tangents& tangents,
                             const CheckedNorm<c10::SymInt>& norm, const SavedStatistics& saved);
 
+// The double backward operators by formula, arguments checked: where there is no kernel, and where
+// a derivative of theirs is wanted.
+DoubleGradients batch_norm_double_backward_formula(
+    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis, bool batch_statistics, double eps,
+    OptionalString activation, DoubleOutputMask output_mask);
+
+DoubleGradients group_norm_double_backward_formula(
+    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, std::int64_t num_groups, at::IntArrayRef axis,
+    at::OptionalIntArrayRef reduction_axes, double eps, OptionalString activation,
+    DoubleOutputMask output_mask);
+
 }  // namespace normcore

@@ -84,8 +84,11 @@ DoubleGradients group_norm_double_backward(
                                              num_groups, axis, reduction_axes, eps, activation);
   const auto gradients = empty_double_gradients<Int>(grad_output, operands, output_mask);
   if constexpr (is_concrete<Int>) {
-    if (fill_if_empty(gradients, input)) return gradients;
     const auto& [grad_grad_output, x, w, b, r] = gradients;
+    if (input.numel() == 0) {
+      zero_parameters(w, b);
+      return gradients;
+    }
     Staging staging(operands, norm, Samples::kKept);
     kernels::GroupNormDoubleBackwardArgs args;
     args.input = staging.input();
@@ -100,24 +103,6 @@ DoubleGradients group_norm_double_backward(
     staging.finish();
   }
   return gradients;
-}
-
-DoubleGradients group_norm_double_backward_formula(
-    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
-    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
-    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
-    const Tensor& mean, const Tensor& rstd, std::int64_t num_groups, at::IntArrayRef axis,
-    at::OptionalIntArrayRef reduction_axes, double eps, OptionalString activation,
-    DoubleOutputMask output_mask) {
-  const Operands operands{input, weight, bias, residual, mask};
-  const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
-                              grad_grad_residual};
-  const auto norm = Check<c10::SymInt>::group_norm_double_backward(
-      cotangents, grad_output, operands, mean, rstd, num_groups, axis, reduction_axes, eps,
-      activation);
-  return norm_double_backward_formula(cotangents, grad_output, operands, norm, {mean, rstd},
-                                      output_mask);
 }
 
 Tensor group_norm(const Tensor& input, std::int64_t num_groups, const OptionalTensor& weight,
@@ -142,6 +127,24 @@ Tensor group_norm_decomposed(const Tensor& input, std::int64_t num_groups,
 }
 
 }  // namespace
+
+DoubleGradients group_norm_double_backward_formula(
+    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, std::int64_t num_groups, at::IntArrayRef axis,
+    at::OptionalIntArrayRef reduction_axes, double eps, OptionalString activation,
+    DoubleOutputMask output_mask) {
+  const Operands operands{input, weight, bias, residual, mask};
+  const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
+                              grad_grad_residual};
+  const auto norm = Check<c10::SymInt>::group_norm_double_backward(
+      cotangents, grad_output, operands, mean, rstd, num_groups, axis, reduction_axes, eps,
+      activation);
+  return norm_double_backward_formula(cotangents, grad_output, operands, norm, {mean, rstd},
+                                      output_mask);
+}
 
 TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
   m.impl("group_norm", TORCH_FN(group_norm));

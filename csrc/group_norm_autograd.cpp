@@ -131,14 +131,10 @@ DoubleGradients group_norm_double_backward(
   check_no_tangent("group_norm", "mean and rstd", mean, rstd);
   if (is_differentiated(grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual,
                         grad_output, input, weight, bias, residual)) {
-    const Operands operands{input, weight, bias, residual, mask};
-    const Cotangents cotangents{grad_grad_input, grad_grad_weight, grad_grad_bias,
-                                grad_grad_residual};
-    const auto norm = Check<c10::SymInt>::group_norm_double_backward(
-        cotangents, grad_output, operands, mean, rstd, num_groups, axis, reduction_axes, eps,
-        activation);
-    return norm_double_backward_formula(cotangents, grad_output, operands, norm, {mean, rstd},
-                                        output_mask);
+    return group_norm_double_backward_formula(grad_grad_input, grad_grad_weight, grad_grad_bias,
+                                              grad_grad_residual, grad_output, input, weight, bias,
+                                              residual, mask, mean, rstd, num_groups, axis,
+                                              reduction_axes, eps, activation, output_mask);
   }
   const at::AutoDispatchBelowAutograd guard;
   return op::group_norm_double_backward().redispatch(

@@ -65,12 +65,17 @@ NORMCORE_INSTANTIATE(std::int64_t)
 NORMCORE_INSTANTIATE(c10::SymInt)
 #undef NORMCORE_INSTANTIATE
 
+void zero_parameters(const Tensor& weight, const Tensor& bias) {
+  for (const auto* t : {&weight, &bias}) {
+    if (t->defined()) t->zero_();
+  }
+}
+
 Gradients fill_without_kernel(const Gradients& gradients, const Tensor& grad_output,
                               kernels::Activation activation) {
   auto [input, weight, bias, residual] = gradients;
   if (grad_output.numel() == 0) {
-    if (weight.defined()) weight.zero_();
-    if (bias.defined()) bias.zero_();
+    zero_parameters(weight, bias);
     return {};
   }
   if (residual.defined() && activation == kernels::Activation::kNone) {
@@ -78,14 +83,6 @@ Gradients fill_without_kernel(const Gradients& gradients, const Tensor& grad_out
     residual.reset();
   }
   return {input, weight, bias, residual};
-}
-
-bool fill_if_empty(const DoubleGradients& gradients, const Tensor& input) {
-  if (input.numel() != 0) return false;
-  const auto& [output, x, weight, bias, residual] = gradients;
-  if (weight.defined()) weight.zero_();
-  if (bias.defined()) bias.zero_();
-  return true;
 }
 
 bool any_defined(const Gradients& gradients) {

@@ -28,8 +28,8 @@ DoubleGradients empty_double_gradients(const Tensor& grad_output, const Operands
 Gradients fill_without_kernel(const Gradients& gradients, const Tensor& grad_output,
                               kernels::Activation activation);
 
-// Whether the input is empty: then gradients of parameters are zero.
-bool fill_if_empty(const DoubleGradients& gradients, const Tensor& input);
+// Gradients of the parameters of an empty input.
+void zero_parameters(const Tensor& weight, const Tensor& bias);
 
 bool any_defined(const Gradients& gradients);
 

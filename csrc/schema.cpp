@@ -74,8 +74,9 @@ TORCH_LIBRARY(normcore, m) {
       "bool batch_statistics, float eps, str? activation, bool[4] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor)",
       tags);
-  // The derivative of the former: grad_grad_* are gradients with respect to its results (None: zero).
-  // Gradients of (grad_output, input, weight, bias, residual); undefined where output_mask is false.
+  // The derivative of the former: grad_grad_* are gradients with respect to its results (None:
+  // zero). Gradients of (grad_output, input, weight, bias, residual); undefined where output_mask
+  // is false.
   m.def(
       "_batch_norm_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, "
       "Tensor? grad_grad_bias, Tensor? grad_grad_residual, Tensor grad_output, Tensor input, "

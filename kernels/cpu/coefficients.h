@@ -17,17 +17,18 @@ template <class A>
 class TileState {
  public:
   // `arrays`: 3 for the forward pass (center, scale, shift), 5 for the backward pass (also slope,
-  // offset), 9 for the double backward pass (all).
+  // offset), 10 for the double backward pass (all).
   TileState(void* state, std::int64_t entries, std::int64_t arrays)
       : center(static_cast<A*>(state)),
         scale(center + padded(entries)),
         shift(scale + padded(entries)),
         slope(arrays >= 5 ? shift + padded(entries) : nullptr),
         offset(arrays >= 5 ? slope + padded(entries) : nullptr),
-        tangent_slope(arrays >= 9 ? offset + padded(entries) : nullptr),
-        tangent_offset(arrays >= 9 ? tangent_slope + padded(entries) : nullptr),
-        g_gain(arrays >= 9 ? tangent_offset + padded(entries) : nullptr),
-        u_gain(arrays >= 9 ? g_gain + padded(entries) : nullptr),
+        tangent_slope(arrays >= 10 ? offset + padded(entries) : nullptr),
+        tangent_offset(arrays >= 10 ? tangent_slope + padded(entries) : nullptr),
+        g_gain(arrays >= 10 ? tangent_offset + padded(entries) : nullptr),
+        u_gain(arrays >= 10 ? g_gain + padded(entries) : nullptr),
+        u_center(arrays >= 10 ? u_gain + padded(entries) : nullptr),
         scratch(reinterpret_cast<double*>(center + arrays * padded(entries))) {}
 
   // Entries in whole cache lines.
@@ -45,6 +46,7 @@ class TileState {
   A* tangent_offset;
   A* g_gain;
   A* u_gain;
+  A* u_center;
   double* scratch;
 
   // z = (x - center) * scale + shift for `count` channels of a slice, from entry `first` on. center
@@ -65,8 +67,8 @@ class TileState {
 
   // Repeats the first `count` entries of every array up to `entries`: columns of folded rows.
   void repeat(std::int64_t count, std::int64_t entries) const {
-    for (A* array :
-         {center, scale, shift, slope, offset, tangent_slope, tangent_offset, g_gain, u_gain}) {
+    for (A* array : {center, scale, shift, slope, offset, tangent_slope, tangent_offset, g_gain,
+                     u_gain, u_center}) {
       if (array == nullptr) continue;
       for (std::int64_t i = count; i < entries; i += count) std::copy_n(array, count, array + i);
     }
@@ -80,8 +82,8 @@ class TileState {
   }
 
   DoubleCoefficients<A> double_view(std::int64_t first) const {
-    return {view(first), tangent_slope + first, tangent_offset + first, g_gain + first,
-            u_gain + first};
+    return {view(first),    tangent_slope + first, tangent_offset + first,
+            g_gain + first, u_gain + first,        u_center + first};
   }
 
   // The value; a NaN without what it carries (StoreOptions in convert-inl.h).

@@ -22,19 +22,19 @@ HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {
 namespace {
 
-// Columns that share their sums and coefficients: kCurvedSums arrays twice, and nine.
+// Columns that share their sums (twice kCurvedSums arrays) and coefficients (ten).
 constexpr std::int64_t kStrip = 512;
 
 // ---- coefficients
 
 template <class V>
 struct DoubleUnitCoefficients : UnitCoefficients<V> {
-  V tangent_slope, tangent_offset, g_gain, u_gain;
+  V tangent_slope, tangent_offset, g_gain, u_gain, u_center;
 };
 
 template <class A>
 Coefficients<A> further_coefficients(const DoubleCoefficients<A>& c) {
-  return {c.tangent_slope, c.tangent_offset, c.g_gain, c.u_gain, nullptr};
+  return {c.tangent_slope, c.tangent_offset, c.g_gain, c.u_gain, c.u_center};
 }
 
 template <class A>
@@ -43,7 +43,7 @@ class DoubleRunSource {
   static constexpr bool kEndOfRun = true;
   HWY_INLINE DoubleRunSource(const DoubleCoefficients<A>& c, std::int64_t run)
       : values_{RunSource<A>(c, run).values, of(c.tangent_slope, run), of(c.tangent_offset, run),
-                of(c.g_gain, run), of(c.u_gain, run)} {}
+                of(c.g_gain, run),           of(c.u_gain, run),        of(c.u_center, run)} {}
   template <class Unit>
   HWY_INLINE const DoubleUnitCoefficients<Vector<A>>& at(const Unit&) const {
     return values_;
@@ -66,7 +66,7 @@ class DoubleColumnSource {
   template <class Unit>
   HWY_INLINE DoubleUnitCoefficients<Pair<A>> at(const Unit& u) const {
     const auto more = further_.at(u);
-    return {affine_.at(u), more.center, more.scale, more.shift, more.slope};
+    return {affine_.at(u), more.center, more.scale, more.shift, more.slope, more.offset};
   }
 
  private:
@@ -107,12 +107,12 @@ struct Operands {
 // Of primitives.h. counts: for the statistics; used: not a masked-out value that was dropped.
 template <class A>
 struct Terms {
-  Pair<A> u, centered, q, g, h, derivative;
+  Pair<A> u, centered, q, g, b, derivative;
   PairMask<A> counts, used;
 };
 
 template <class A>
-HWY_INLINE hn::Mask<Tag<A>> nothing_or_finite(hn::Mask<Tag<A>> is_kept, Vector<A> v) {
+HWY_INLINE hn::Mask<Tag<A>> kept_or_finite(hn::Mask<Tag<A>> is_kept, Vector<A> v) {
   return hn::Or(is_kept, hn::IsFinite(v));
 }
 template <class A>
@@ -128,7 +128,11 @@ HWY_INLINE Terms<A> terms_of_unit(const Unit& unit, const Operands<T, kSame>& in
   Terms<A> out;
   const auto grad_y = in.template load<A>(unit, in.grad_y);
   out.centered = centered(unit.load(in.x), c);
-  out.u = in.cotangent_x ? in.template load<A>(unit, in.cotangent_x) : broadcast(A{0});
+  out.u = broadcast(A{0});
+  if (in.cotangent_x) {
+    const auto u = in.template load<A>(unit, in.cotangent_x);
+    out.u = {hn::Sub(u.lo, lo<A>(c.u_center)), hn::Sub(u.hi, hi<A>(c.u_center))};
+  }
   PairMask<A> valid;  // counts, or has a gradient
   if constexpr (!kSame) {
     const auto every = hn::Eq(hn::Zero(d), hn::Zero(d));
@@ -142,8 +146,8 @@ HWY_INLINE Terms<A> terms_of_unit(const Unit& unit, const Operands<T, kSame>& in
       // Not Ne(), which is false for a NaN on some instruction sets.
       valid = {hn::Or(out.counts.lo, hn::Not(hn::Eq(grad_y.lo, hn::Zero(d)))),
                hn::Or(out.counts.hi, hn::Not(hn::Eq(grad_y.hi, hn::Zero(d))))};
-      out.used = {nothing_or_finite<A>(valid.lo, out.centered.lo),
-                  nothing_or_finite<A>(valid.hi, out.centered.hi)};
+      out.used = {kept_or_finite<A>(valid.lo, out.centered.lo),
+                  kept_or_finite<A>(valid.hi, out.centered.hi)};
       out.centered = zero_unless(out.used, out.centered);
     }
   }
@@ -159,9 +163,9 @@ HWY_INLINE Terms<A> terms_of_unit(const Unit& unit, const Operands<T, kSame>& in
   if (in.residual && activation != Activation::kNone) {
     residual = in.template load<A>(unit, in.residual);
     if constexpr (!kSame) {
-      residual = zero_unless({nothing_or_finite<A>(valid.lo, residual.lo),
-                              nothing_or_finite<A>(valid.hi, residual.hi)},
-                             residual);
+      residual = zero_unless(
+          {kept_or_finite<A>(valid.lo, residual.lo), kept_or_finite<A>(valid.hi, residual.hi)},
+          residual);
     }
   }
   const auto through = [&](auto constant) HWY_ATTR {
@@ -169,14 +173,14 @@ HWY_INLINE Terms<A> terms_of_unit(const Unit& unit, const Operands<T, kSame>& in
     if constexpr (kThis == Activation::kNone) {
       out.g = grad_y;
       out.derivative = broadcast(A{1});
-      out.h = broadcast(A{0});
+      out.b = broadcast(A{0});
     } else {
       const auto z = sum_of(normalized(out.centered, c), residual);
       const auto of_lo = activation_derivatives<kThis, A>(z.lo),
                  of_hi = activation_derivatives<kThis, A>(z.hi);
       out.derivative = {of_lo.first, of_hi.first};
       out.g = {hn::Mul(grad_y.lo, of_lo.first), hn::Mul(grad_y.hi, of_hi.first)};
-      out.h = {hn::Mul(grad_y.lo, of_lo.second), hn::Mul(grad_y.hi, of_hi.second)};
+      out.b = {hn::Mul(grad_y.lo, of_lo.second), hn::Mul(grad_y.hi, of_hi.second)};
     }
   };
   if constexpr (kSame) {
@@ -200,12 +204,17 @@ HWY_INLINE void visit_terms(const DoubleBackwardArgs<A>& args, F&& f) {
       f(tag, std::true_type(), kNone);
       return;
     }
-    if constexpr (sizeof(A) == 4) {  // float64 takes long anyway
+    if constexpr (sizeof(A) == 4) {
       if (is_same) {
         visit_activation(args.activation,
                          [&](auto activation) HWY_ATTR { f(tag, std::true_type(), activation); });
         return;
       }
+    } else {  // fewer loops for float64, whose other activations take long
+      constexpr std::integral_constant<Activation, Activation::kReLU> kReLU;
+      constexpr std::integral_constant<Activation, Activation::kSiLU> kSiLU;
+      if (is_same && args.activation == Activation::kReLU) return f(tag, std::true_type(), kReLU);
+      if (is_same && args.activation == Activation::kSiLU) return f(tag, std::true_type(), kSiLU);
     }
     f(tag, std::false_type(), kNone);
   });

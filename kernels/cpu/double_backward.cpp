@@ -19,6 +19,7 @@ class DoubleBackwardPass {
  public:
   using Arithmetic = A;
   static constexpr Pass kPass = Pass::kDoubleBackward;
+  static_assert(arrays_of(kPass).sums == kCurvedSums);
 
   DoubleBackwardPass(const DoubleBackwardCall& call, const NormInput& input, const Problem& problem,
                      A* affine, double* parameters)
@@ -34,9 +35,11 @@ class DoubleBackwardPass {
   std::int64_t num_groups() const { return call_.backward.num_groups; }
   const ParameterGradients& parameters() const { return parameters_; }
 
+  // The tangent and grad_x go through the statistics.
   bool needs_sums() const {
     const NormGradients& grad = call_.backward.grad;
-    return grad.scale || grad.bias || call_.backward.batch_statistics;
+    const bool through_statistics = grad.x || (call_.cotangents.x && needs_sweep());
+    return grad.scale || grad.bias || (call_.backward.batch_statistics && through_statistics);
   }
   bool needs_sweep() const {
     return call_.grad_grad_y || call_.backward.grad.x || call_.backward.grad.residual;
@@ -50,9 +53,13 @@ class DoubleBackwardPass {
     out.set_affine(entry, channels, {s.mean, static_cast<A>(s.rstd)}, affine_, sample, channel);
     const A* const v = cotangents_.scale(sample, channel);
     const A* const bias = cotangents_.bias(sample, channel);
+    const double u_center = first_cotangent(sample, channel);
     for (std::int64_t i = 0; i < channels; ++i) {
       set(out, entry + i, s,
-          {.tangent_slope = s.rstd * v[i], .tangent_offset = bias[i], .g_gain = s.gain(v[i])});
+          {.tangent_slope = s.rstd * v[i],
+           .tangent_offset = bias[i],
+           .g_gain = s.gain(v[i]),
+           .u_center = u_center});
     }
     if (!s.is_valid) std::copy_n(affine_.bias(sample, channel), channels, out.shift + entry);
   }
@@ -68,8 +75,10 @@ class DoubleBackwardPass {
     const A* const grad_bias = cotangents_.bias(sample, channel);
     for (std::int64_t i = 0; i < channels; ++i) move_center(s.rounding, i, sums);
 
-    double p0 = 0.0, p1 = 0.0;  // of norm_input.h
-    if (call_.backward.batch_statistics && count != 0.0) {
+    // p0 and p1 of norm_input.h, for u less its center.
+    const bool has_shares = call_.backward.batch_statistics && count != 0.0;
+    double p0 = 0.0, p1 = 0.0;
+    if (has_shares) {
       for (std::int64_t i = 0; i < channels; ++i) {
         p0 += sums[kU][i];
         p1 += sums[kUD][i];
@@ -85,8 +94,8 @@ class DoubleBackwardPass {
       double k = 0.0, kx = 0.0;
       if (is_curved(input_.activation)) {
         const double through_mean = w * r * p0, through_spread = w * r * r * p1;
-        k = sums[kHQ][i] - through_mean * sums[kH][i] - through_spread * sums[kHD][i];
-        kx = r * (sums[kHQD][i] - through_mean * sums[kHD][i] - through_spread * sums[kHDD][i]);
+        k = sums[kBQ][i] - through_mean * sums[kB][i] - through_spread * sums[kBD][i];
+        kx = r * (sums[kBQD][i] - through_mean * sums[kBD][i] - through_spread * sums[kBDD][i]);
       }
       h += w * g;
       hx += w * gx;
@@ -96,16 +105,21 @@ class DoubleBackwardPass {
       return std::pair(r * (gu - p0 * g - p1 * gx) + kx, k);
     });
 
-    const double share = call_.backward.batch_statistics && count != 0.0 ? 1.0 / count : 0.0;
-    const double l = r * (hu - p0 * h - p1 * hx);
+    // From here on u is less its mean, up to the rounding of that.
+    const double u_mean = p0 + out.u_center[entry];
     Gains gains;
-    gains.u_gain = -share * r * r * hx;
-    gains.slope = share * r * r * (2.0 * r * p1 * hx - ex - l);
-    gains.offset = share * r * (r * (p0 * hx + p1 * h) - e);
+    gains.u_center = has_shares ? static_cast<double>(static_cast<A>(u_mean)) : 0.0;
+    const double u_rounding = has_shares ? u_mean - gains.u_center : 0.0;
+    if (has_shares) {  // and no product with sums, which may not be finite, otherwise
+      const double l = r * (hu - p0 * h - p1 * hx);
+      gains.u_gain = -r * r * hx / count;
+      gains.slope = r * r * (2.0 * r * p1 * hx - ex - l) / count;
+      gains.offset = r * (r * (u_rounding * hx + p1 * h) - e) / count;
+    }
     for (std::int64_t i = 0; i < channels; ++i) {
       const double by_spread = grad_scale[i] - r * p1 * scale[i];
       gains.tangent_slope = r * by_spread;
-      gains.tangent_offset = grad_bias[i] - r * p0 * scale[i];
+      gains.tangent_offset = grad_bias[i] - r * u_rounding * scale[i];
       gains.g_gain = s.gain(by_spread);
       set(out, entry + i, s, gains);
     }
@@ -148,8 +162,8 @@ class DoubleBackwardPass {
 
   // Coefficients with respect to x - mean.
   struct Gains {
-    double tangent_slope = 0.0, tangent_offset = 0.0, g_gain = 0.0, u_gain = 0.0, slope = 0.0,
-           offset = 0.0;
+    double tangent_slope = 0.0, tangent_offset = 0.0, g_gain = 0.0, u_gain = 0.0, u_center = 0.0,
+           slope = 0.0, offset = 0.0;
   };
   static void set(const TileState<A>& out, std::int64_t entry, const Slice& s, const Gains& gains) {
     out.tangent_slope[entry] = static_cast<A>(gains.tangent_slope);
@@ -157,8 +171,28 @@ class DoubleBackwardPass {
         static_cast<A>(gains.tangent_offset - gains.tangent_slope * s.rounding);
     out.g_gain[entry] = static_cast<A>(gains.g_gain);
     out.u_gain[entry] = static_cast<A>(gains.u_gain);
+    out.u_center[entry] = static_cast<A>(gains.u_center);
     out.slope[entry] = static_cast<A>(gains.slope);
     out.offset[entry] = static_cast<A>(gains.offset - gains.slope * s.rounding);
+  }
+
+  // A value near the mean of the cotangent of grad_x over a slice: the first that counts, in the first
+  // channel. Nothing cancels then if the cotangent is nearly constant.
+  double first_cotangent(std::int64_t sample, std::int64_t channel) const {
+    const ConstTensor u = call_.cotangents.x;
+    if (!u || !call_.backward.batch_statistics) return 0.0;
+    const auto [n, c, s] = input_.extent;
+    const bool by_sample = num_groups() != 0;
+    const std::int64_t end = (by_sample ? sample + 1 : n) * s;
+    for (std::int64_t row = by_sample ? sample * s : 0; row < end; ++row) {
+      const std::int64_t index =
+          input_.layout == Layout::kNSC ? row * c + channel : (row / s * c + channel) * s + row % s;
+      const MaskKind kind = input_.mask.kind;
+      if (kind == MaskKind::kNone || input_.mask.data[kind == MaskKind::kRow ? row : index] != 0) {
+        return load_element(u, index);
+      }
+    }
+    return 0.0;
   }
 
   // From sums with x - center to sums with x - mean = x - center - rounding.
@@ -166,9 +200,9 @@ class DoubleBackwardPass {
     sums[kUD][i] -= rounding * sums[kU][i];
     sums[kGD][i] -= rounding * sums[kG][i];
     if (!is_curved(input_.activation)) return;
-    sums[kHDD][i] -= rounding * (2.0 * sums[kHD][i] - rounding * sums[kH][i]);
-    sums[kHD][i] -= rounding * sums[kH][i];
-    sums[kHQD][i] -= rounding * sums[kHQ][i];
+    sums[kBDD][i] -= rounding * (2.0 * sums[kBD][i] - rounding * sums[kB][i]);
+    sums[kBD][i] -= rounding * sums[kB][i];
+    sums[kBQD][i] -= rounding * sums[kBQ][i];
   }
 
   DoubleBackwardArgs<A> args(const Place<A>& place) const {

@@ -40,7 +40,7 @@ HWY_INLINE void gradient_of_run(const DoubleBackwardArgs<A>& args, std::int64_t 
     const auto t = terms_of_unit<kSame, kActivation, A>(unit, in, args.activation, c);
     auto k = broadcast(A{0});  // and not 0 * q, which may be NaN
     if (kSame ? is_curved(kActivation) : is_curved(args.activation)) {
-      k = {hn::Mul(t.h.lo, t.q.lo), hn::Mul(t.h.hi, t.q.hi)};
+      k = {hn::Mul(t.b.lo, t.q.lo), hn::Mul(t.b.hi, t.q.hi)};
     }
     if (grad_grad_y) {
       const auto v =

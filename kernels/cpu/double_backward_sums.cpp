@@ -31,26 +31,26 @@ HWY_INLINE V grown(V sum, V a, V b) {
   return hn::MulAdd(a, b, sum);
 }
 
-// Calls grow(i, a) or grow(i, a, b): the sum i grows by a or a * b. `counted`: u, or 0 where the
-// mask lets nothing count.
+// Calls grow(i, a) or grow(i, a, b): the sum i grows by a or a * b. `counted`: u, or 0 for values that
+// do not count for the statistics.
 template <int kSums, class V, class Grow>
-HWY_INLINE void grow_sums(V counted, V u, V centered, V q, V g, V h, Grow&& grow) {
+HWY_INLINE void grow_sums(V counted, V u, V centered, V q, V g, V b, Grow&& grow) {
   grow(kU, counted);
   grow(kUD, counted, centered);
   grow(kG, g);
   grow(kGD, g, centered);
   grow(kGU, g, u);
   if constexpr (kSums == kCurvedSums) {
-    const auto h_centered = hn::Mul(h, centered);
-    grow(kH, h);
-    grow(kHD, h_centered);
-    grow(kHDD, h_centered, centered);
-    grow(kHQ, h, q);
-    grow(kHQD, h_centered, q);
+    const auto b_centered = hn::Mul(b, centered);
+    grow(kB, b);
+    grow(kBD, b_centered);
+    grow(kBDD, b_centered, centered);
+    grow(kBQ, b, q);
+    grow(kBQD, b_centered, q);
   }
 }
 
-// Sums of one record, of both vectors of units in the same.
+// Sums of one record; both vectors of a unit go into the same.
 template <class A, int kSums>
 struct RecordSums {
   Vector<A> values[kSums];
@@ -65,10 +65,10 @@ struct RecordSums {
   HWY_INLINE void add_new(const Unit& unit, const Terms<A>& t, const Pair<A>& counted_u) {
     const auto grow = [&](int i, auto... factors)
                           HWY_ATTR { values[i] = grown(values[i], factors...); };
-    const auto counted = unit.only_new(counted_u), g = unit.only_new(t.g), h = unit.only_new(t.h);
-    grow_sums<kSums>(counted.lo, t.u.lo, t.centered.lo, t.q.lo, g.lo, h.lo, grow);
+    const auto counted = unit.only_new(counted_u), g = unit.only_new(t.g), b = unit.only_new(t.b);
+    grow_sums<kSums>(counted.lo, t.u.lo, t.centered.lo, t.q.lo, g.lo, b.lo, grow);
     if constexpr (!Unit::kIsVector) {
-      grow_sums<kSums>(counted.hi, t.u.hi, t.centered.hi, t.q.hi, g.hi, h.hi, grow);
+      grow_sums<kSums>(counted.hi, t.u.hi, t.centered.hi, t.q.hi, g.hi, b.hi, grow);
     }
   }
 };
@@ -157,9 +157,9 @@ class ColumnSums {
         hn::StoreU(grown(hn::LoadU(d, slots_[i] + at), factors...), d, slots_[i] + at);
       };
     };
-    grow_sums<kSums>(counted.lo, t.u.lo, t.centered.lo, t.q.lo, t.g.lo, t.h.lo,
+    grow_sums<kSums>(counted.lo, t.u.lo, t.centered.lo, t.q.lo, t.g.lo, t.b.lo,
                      grow_at(unit.slot()));
-    grow_sums<kSums>(counted.hi, t.u.hi, t.centered.hi, t.q.hi, t.g.hi, t.h.hi,
+    grow_sums<kSums>(counted.hi, t.u.hi, t.centered.hi, t.q.hi, t.g.hi, t.b.hi,
                      grow_at(unit.slot() + lanes<A>()));
   }
   HWY_INLINE void move_to(ColumnSums& total) {

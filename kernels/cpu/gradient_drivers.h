@@ -1,7 +1,7 @@
 // Where the backward passes go, in either layout: the drivers of sweep.h over tiles, chunks and
 // pieces. What is computed there is that of `Pass`, which is a first or a second derivative:
 //   kPass, Arithmetic
-//   input(), num_groups(), batch_statistics()
+//   input(), num_groups(), parameters()
 //   needs_sums(), needs_sweep()           whether there is a first and a second sweep
 //   sums()                                per channel: arrays_of(kPass).sums or fewer
 //   prepare(state, entry, slice, sample, channel, channels)
@@ -209,6 +209,7 @@ class RowsDriver {
                  k + at == 0);
       }
     }
+    static_assert(arrays_of(Pass::kPass).merged > arrays_of(Pass::kPass).sums);
     auto* const counts = reinterpret_cast<std::int64_t*>(sums[arrays_of(Pass::kPass).sums]);
     count_valid(tile, counts);
     for (std::int64_t group = 0; group < groups; ++group) {

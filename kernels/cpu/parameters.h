@@ -56,7 +56,8 @@ class ParameterGradients {
                      : nullptr),
         block_(num_groups == 0 ? 1 : samples_per_block(input.extent.n)) {}
 
-  // Of `channels` channels of a sample from `first` on; value(i) is a pair: scale, bias.
+  // Of `channels` channels of a sample from `first` on; value(i) is a pair: scale, bias. It is called
+  // once for each channel, in order, whatever is stored.
   template <class Value>
   void store(std::int64_t sample, std::int64_t first, std::int64_t channels,
              const Value& value) const {

@@ -1,6 +1,6 @@
 // The vector loops under all CPU norms, compiled once per instruction set and chosen at run time. A
 // primitive reduces or transforms dense runs of values; it knows nothing of batch, groups, threads
-// or the order in which partial results are merged (forward.cpp and backward.cpp do). `A` is the
+// or the order in which partial results are merged (the drivers do). `A` is the
 // type of arithmetic: float, or double for float64 tensors.
 //
 // Three shapes of work:
@@ -80,19 +80,16 @@ struct GradientArgs {
   std::int64_t kept_run_stride = 0;
 };
 
-// Sums of the double backward pass over the values of a channel: with the cotangent u of grad_x and
-//   q = scale * u + tangent_slope * (x - center) + tangent_offset + t      (t: of grad_residual)
-//   g = grad_y * activation'(z),  h = grad_y * activation''(z),  d = x - center
-// those of u and u d over what the mask lets count, and g, g d, g u, h, h d, h d d, h q, h q d over
-// all.
-enum DoubleSum { kU, kUD, kG, kGD, kGU, kH, kHD, kHDD, kHQ, kHQD };
+// Sums of the double backward pass over the values of a channel: with u the cotangent of grad_x less
+// u_center, t that of grad_residual, and
+//   q = scale * u + tangent_slope * d + tangent_offset + t,  d = x - center
+//   g = grad_y * activation'(z),  b = grad_y * activation''(z)
+// those of u and u d over what counts for the statistics, and of g, g d, g u, b, b d, b d d, b q and
+// b q d over all.
+enum DoubleSum { kU, kUD, kG, kGD, kGU, kB, kBD, kBDD, kBQ, kBQD };
 inline constexpr int kFlatSums = 5, kCurvedSums = 10;  // without and with a second derivative
 
-constexpr bool is_curved(Activation activation) {
-  return activation != Activation::kNone && activation != Activation::kReLU;
-}
-
-// Further coefficients: q as above, grad_grad_y = activation'(z) * q, grad_residual = k = h * q and
+// Further coefficients: q as above, grad_grad_y = activation'(z) * q, grad_residual = k = b * q and
 //   grad_x = g_gain * g + scale * k + mask * (u_gain * u + slope * d + offset).
 template <class A>
 struct DoubleCoefficients : Coefficients<A> {
@@ -100,6 +97,7 @@ struct DoubleCoefficients : Coefficients<A> {
   const A* tangent_offset = nullptr;
   const A* g_gain = nullptr;
   const A* u_gain = nullptr;
+  const A* u_center = nullptr;
 };
 
 template <class A>

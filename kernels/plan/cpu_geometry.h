@@ -26,7 +26,7 @@ constexpr PassArrays arrays_of(Pass pass) {
     case Pass::kBackward:
       return {2, 5, 2, 3};
     case Pass::kDoubleBackward:
-      return {4, 9, 10, 11};
+      return {4, 10, 10, 11};
   }
   return {2, 3, 3, 3};
 }

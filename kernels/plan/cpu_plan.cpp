@@ -26,7 +26,7 @@ std::int64_t least_streamed(std::int64_t cache_bytes) {
 // kept would not say which values take part.
 bool may_keep(const Problem& p) {
   return p.pass == Pass::kBackward && p.reduces && p.applies && p.mask == MaskKind::kNone &&
-         p.activation != Activation::kNone && p.activation != Activation::kReLU;
+         is_curved(p.activation);
 }
 
 }  // namespace
@@ -69,7 +69,8 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_byt
     plan.tiles = g.tiles();
     plan.chunks = g.chunks();
   }
-  plan.stream = bytes >= least_streamed(cache_bytes);
+  // Two outputs may not start at the same place in a cache line.
+  plan.stream = bytes >= least_streamed(cache_bytes) && problem.pass != Pass::kDoubleBackward;
   const std::int64_t groups = ceil_div(plan.tiles, tiles_per_group(problem));
   if (problem.pass == Pass::kInference) {
     plan.path = CpuPath::kChunk;

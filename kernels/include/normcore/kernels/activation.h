@@ -17,6 +17,11 @@ namespace normcore::kernels {
 
 enum class Activation : std::uint8_t { kNone, kReLU, kSiLU, kGelu, kGeluTanh };
 
+// Whether it has a second derivative beside kinks.
+constexpr bool is_curved(Activation activation) {
+  return activation != Activation::kNone && activation != Activation::kReLU;
+}
+
 inline constexpr double kSqrtHalf = 0.70710678118654752440;       // 1 / sqrt(2)
 inline constexpr double kInvSqrtTwoPi = 0.39894228040143267794;   // 1 / sqrt(2 pi)
 inline constexpr double kSqrtTwoOverPi = 0.79788456080286535588;  // sqrt(2 / pi)

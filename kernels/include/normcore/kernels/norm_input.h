@@ -45,8 +45,8 @@ struct NormGradients {
   MutableTensor residual;
 };
 
-// What a double backward pass takes: gradients with respect to what the backward pass gave, shaped like
-// those. Any DType (float64 only with float64 x); absent: 0.
+// What a double backward pass takes: gradients with respect to what the backward pass gave, shaped
+// like those. Any DType (float64 only with float64 x); absent: 0.
 struct GradientCotangents {
   ConstTensor x;
   ConstTensor scale;
@@ -56,22 +56,23 @@ struct GradientCotangents {
 
 // The double backward pass of every norm: the transposed derivative of (grad_y, x, scale, bias,
 // residual) -> gradients (batch_norm.h, group_norm.h). With u, v, s and t the cotangents of grad_x,
-// grad_scale, grad_bias and grad_residual, w_i the weight of a position in the statistics, and over the
-// positions of a slice
-//   p0 = sum w_i u,  p1 = sum w_i u xhat                       (0 for given statistics)
-//   q = scale rstd (u - p0 - xhat p1) + v xhat + s + t         the tangent of z = xhat scale + bias + residual
-//   g = grad_y activation'(z),  k = grad_y activation''(z) q
-//   H = sum scale g,  Hx = sum scale g xhat,  E = sum (scale k + v g),  Ex = sum (scale k + v g) xhat
+// grad_scale, grad_bias and grad_residual, w_i the weight of a position in the statistics, and over
+// the positions of a slice
+//   p0 = sum w_i u,  p1 = sum w_i u xhat                   (0 for given statistics)
+//   q = scale rstd (u - p0 - xhat p1) + v xhat + s + t     the tangent of z
+//   g = grad_y activation'(z),  k = b q,  b = grad_y activation''(z)
+//   H = sum scale g,  Hx = sum scale g xhat
+//   E = sum (scale k + v g),  Ex = sum (scale k + v g) xhat
 //   L = rstd (sum scale g u - p0 H - p1 Hx)
-// it gives
+// where z = xhat scale + bias + residual, it gives
 //   grad_grad_y   = activation'(z) q
-//   grad_x        = rstd (v - rstd p1 scale) g + rstd scale k
-//                   + w_i rstd (-rstd Hx u + xhat (2 rstd p1 Hx - Ex - L) - E + rstd (p0 Hx + p1 H))
+//   grad_x        = rstd (v - rstd p1 scale) g + rstd scale k + w_i rstd (-rstd Hx u
+//                   + xhat (2 rstd p1 Hx - Ex - L) - E + rstd (p0 Hx + p1 H))
 //   grad_scale    = sum over a channel of rstd g (u - p0 - p1 xhat) + k xhat
 //   grad_bias     = sum over a channel of k
 //   grad_residual = k
-// A masked-out value with grad_y = 0 counts as xhat = 0 where it is NaN or infinite. In a slice without
-// a valid value grad_y = 0 gives what rstd = 0 would, any other NaN.
+// A masked-out value with grad_y = 0 counts as xhat = 0 where it is NaN or infinite. In a slice
+// without a valid value grad_y = 0 gives what rstd = 0 would, any other NaN.
 // Activations with a kink (kReLU) or none have activation'' = 0 and k = 0, whatever q is.
 
 }  // namespace normcore::kernels
