@@ -291,6 +291,53 @@ def test_accuracy(kind: str, dtype: torch.dtype, mean: float) -> None:
 
 
 @on_devices
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("kind", ["train", "group", "per sample"])
+def test_accuracy_with_a_nearly_constant_cotangent(kind: str, activation: str | None) -> None:
+    """What u has in common over a slice does not matter to any result."""
+    call = make_call(double(8, 4, 12, 10), activation=activation, **KINDS[kind])
+    u = call.tensors["grad_grad_input"]
+    single = {name: t.float() for name, t in call.tensors.items()}
+    single["grad_grad_input"] = (u + 1e4).float()
+    got = call.with_tensors(**single)()
+    exact = call.with_tensors(**{name: t.double() for name, t in single.items()})()
+    for result, want in zip(got, exact, strict=True):
+        assert (result - want).norm() <= 2e-6 * want.norm()
+
+
+@on_devices
+def test_one_value_that_counts_beside_masked_out_ones() -> None:
+    """It is the mean: nothing of u reaches x, and no large terms are left of it."""
+    mask = torch.zeros(1, 4, 8, dtype=torch.bool)
+    mask[..., 3] = True
+    x, u = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+    _, mean, rstd = ops._group_norm(x, None, None, None, mask, 4, [1], None, 1e-5, None, None)
+    _, grad_x, *_ = ops._group_norm_double_backward(
+        u, None, None, None, mask * torch.randn(1, 4, 8), x, None, None, None, mask, mean, rstd,
+        4, [1], None, 1e-5, None, [True, True, False, False, False],
+    )  # fmt: skip
+    assert torch.equal(grad_x, torch.zeros_like(x))
+
+
+@on_devices
+@pytest.mark.parametrize("operand", ["input", "grad_output", "grad_grad_input"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_running_statistics_keep_positions_apart(activation: str | None, operand: str) -> None:
+    """A value that is not finite, or whose sums overflow, changes its own results only."""
+    for value in (float("nan"), float("inf"), 1e38):
+        call = make_call(
+            image(torch.contiguous_format).float(), activation=activation, **KINDS["eval"]
+        )
+        spoiled = call.tensors[operand].clone()
+        spoiled[0, 1, 0, 0] = value
+        for got, want in zip(
+            call.with_tensors(**{operand: spoiled})()[:2], call()[:2], strict=True
+        ):
+            got[0, 1, 0, 0] = want[0, 1, 0, 0]
+            assert torch.equal(got, want)
+
+
+@on_devices
 def test_results_have_the_dtype_of_their_operand() -> None:
     x = torch.randn(3, 4, 5, dtype=torch.bfloat16, requires_grad=True)
     w = torch.rand(4, dtype=torch.float32, requires_grad=True)

@@ -393,9 +393,9 @@ DOUBLE_BACKWARD_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
         (
             {f"grad_grad_{operand}": torch.ones(shape)},
             ValueError,
-            f"expected no grad_grad_{operand} without {operand}",
+            f"expected no grad_grad_{operand} without {operand}, got one of shape {shape}",
         )
-        for operand, shape in (("weight", 4), ("bias", 4), ("residual", (3, 4, 5)))
+        for operand, shape in (("weight", [4]), ("bias", [4]), ("residual", [3, 4, 5]))
     ),
     (
         {"grad_grad_input": torch.ones(3, 4, 5, dtype=i64)},
