@@ -30,8 +30,6 @@ hash = $(shell find $(1) -type f -not -path '*/__pycache__/*' | LC_ALL=C sort | 
 environment := $(stamps)/environment-$(call hash,pyproject.toml .ci/system_packages)
 installed = $(stamps)/installed-$(WERROR)-$(CUDA)-$(call hash,$(sources))
 cmake_args = -DNORMCORE_TESTS=ON -DNORMCORE_WERROR=$(WERROR) -DNORMCORE_CUDA=$(CUDA)
-# Each loads torch.
-workers := $(shell echo $$(( $$(nproc) < 4 ? $$(nproc) : 4 )))
 sources := CMakeLists.txt cmake csrc kernels pyproject.toml python setup.py
 
 .PHONY: help
@@ -73,8 +71,7 @@ demo: $(installed) ## train on real data in Python, evaluate the exported model 
 test: $(installed) ## C++ tests, then Python tests of the installed package from outside the source tree
 	cmake --build $(build)
 	ctest --test-dir $(build) --output-on-failure --parallel $$(nproc) --progress
-	cd build && python -m pytest --config-file=../pyproject.toml --numprocesses $(workers) --dist worksteal \
-	  ../tests/python ../tests/gpu ../tests/torch_suite
+	cd build && python -m pytest --config-file=../pyproject.toml ../tests/python ../tests/gpu ../tests/torch_suite
 
 .PHONY: bench
 bench: $(installed) ## speed of the CPU kernels alone, and beside torch, in build/
