@@ -198,25 +198,18 @@ HWY_INLINE void visit_terms(const DoubleBackwardArgs<A>& args, F&& f) {
   const bool is_same = args.mask.data == nullptr && fits(args.grad_y) && fits(args.residual) &&
                        fits(args.cotangent_x) && fits(args.cotangent_residual) &&
                        fits(args.grad_grad_y) && fits(args.grad_x) && fits(args.grad_residual);
+  // float64 computes GELU with scalar functions: a loop of its own would gain nothing.
+  constexpr auto has_loop = [](Activation activation) {
+    return sizeof(A) == 4 ||
+           (activation != Activation::kGelu && activation != Activation::kGeluTanh);
+  };
   visit_elements<A>(args.x.dtype, [&](auto tag) HWY_ATTR {
-    constexpr std::integral_constant<Activation, Activation::kNone> kNone;
-    if (is_same && args.activation == Activation::kNone) {
-      f(tag, std::true_type(), kNone);
-      return;
+    if (!is_same || !has_loop(args.activation)) {
+      return f(tag, std::false_type(), std::integral_constant<Activation, Activation::kNone>());
     }
-    if constexpr (sizeof(A) == 4) {
-      if (is_same) {
-        visit_activation(args.activation,
-                         [&](auto activation) HWY_ATTR { f(tag, std::true_type(), activation); });
-        return;
-      }
-    } else {  // fewer loops for float64, whose other activations take long
-      constexpr std::integral_constant<Activation, Activation::kReLU> kReLU;
-      constexpr std::integral_constant<Activation, Activation::kSiLU> kSiLU;
-      if (is_same && args.activation == Activation::kReLU) return f(tag, std::true_type(), kReLU);
-      if (is_same && args.activation == Activation::kSiLU) return f(tag, std::true_type(), kSiLU);
-    }
-    f(tag, std::false_type(), kNone);
+    visit_activation(args.activation, [&](auto activation) HWY_ATTR {
+      if constexpr (has_loop(activation())) f(tag, std::true_type(), activation);
+    });
   });
 }
 

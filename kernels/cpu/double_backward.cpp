@@ -176,8 +176,8 @@ class DoubleBackwardPass {
     out.offset[entry] = static_cast<A>(gains.offset - gains.slope * s.rounding);
   }
 
-  // A value near the mean of the cotangent of grad_x over a slice: the first that counts, in the first
-  // channel. Nothing cancels then if the cotangent is nearly constant.
+  // A value near the mean of the cotangent of grad_x over a slice: the first one that counts in the
+  // first channel. Taken off, nothing cancels where the cotangent is nearly constant.
   double first_cotangent(std::int64_t sample, std::int64_t channel) const {
     const ConstTensor u = call_.cotangents.x;
     if (!u || !call_.backward.batch_statistics) return 0.0;

@@ -8,7 +8,6 @@
 #include <hwy/highway.h>
 // clang-format on
 
-#include <algorithm>
 #include <type_traits>
 
 #include "cpu/double_backward-inl.h"

@@ -339,10 +339,9 @@ class DoubleBackward {
     if (unused && !std::isfinite(residual)) residual = 0.0;
 
     const auto z = static_cast<double>(t.xhat * t.scale + input_.bias(n, c) + residual);
-    const bool is_linear = in.activation == Activation::kNone || in.activation == Activation::kReLU;
     t.slope = activate_derivative(in.activation, z);
     t.g = unused ? 0.0L : grad_y * t.slope;
-    t.bends = !unused && !is_linear;
+    t.bends = !unused && is_curved(in.activation);
     t.bend = grad_y * activate_second_derivative(in.activation, z);
     t.q = t.v * t.xhat + get(cotangents_.bias, affine) + get(cotangents_.residual, index);
     return t;

@@ -253,7 +253,7 @@ Cotangents::Cotangents(const NormCase& c) {
   const auto draw = [&](DType dtype, std::int64_t count, double mean, double std) {
     return draw_tensor(random, dtype, count, c.placement, mean, std);
   };
-  x = draw(c.x, c.extent.numel(), 0.3, 1.0);
+  x = draw(c.x, c.extent.numel(), c.cotangent_mean, 1.0);
   scale = draw(c.y, c.affine_count(), -0.2, 0.8);
   bias = draw(c.y, c.affine_count(), 0.4, 0.8);
   residual = draw(c.y, c.extent.numel(), 0.1, 0.7);

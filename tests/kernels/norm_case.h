@@ -48,7 +48,8 @@ struct NormCase {
   bool garbage_under_mask = true;  // NaN at masked-out positions
   Activation activation = Activation::kNone;
   double eps = 1e-5;
-  double mean = 0.5;  // of x; its standard deviation is about 1
+  double mean = 0.5;            // of x; its standard deviation is about 1
+  double cotangent_mean = 0.3;  // the same of the cotangent of grad_x
   DType running = DType::kFloat32;
   bool running_statistics = true;
   bool cumulative = false;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 
 #include "cpu/reference.h"
 #include "positions.h"
@@ -115,12 +116,8 @@ class Model {
   std::vector<double> counts_;
 };
 
-bool is_smooth(Activation activation) {
-  return activation != Activation::kNone && activation != Activation::kReLU;
-}
-
 double activation_error(Activation activation, double value, double u) {
-  return is_smooth(activation) ? kActivationUlps * u * std::abs(value) : 0.0;
+  return is_curved(activation) ? kActivationUlps * u * std::abs(value) : 0.0;
 }
 
 // A value and how far a kernel's may be from it.
@@ -156,7 +153,7 @@ OutputGradient output_gradient(const NormInput& input, const Element& e, double 
   if (grad_y == 0.0) return {};
   const double derivative = activate_derivative(input.activation, e.z);
   const double derivative_error =
-      is_smooth(input.activation) ? e.z_error + kDerivativeUlps * u : 0.0;
+      is_curved(input.activation) ? e.z_error + kDerivativeUlps * u : 0.0;
   return {grad_y * derivative, std::abs(grad_y) * (derivative_error + u * std::abs(derivative))};
 }
 
@@ -337,6 +334,24 @@ BackwardBounds backward_bounds(const NormInput& input, const Statistics& statist
   return bounds;
 }
 
+// What kernels take off the cotangent of grad_x before they sum: of every slice the first value that
+// counts in its first channel.
+std::vector<double> first_cotangents(const NormInput& input, const Statistics& statistics,
+                                     ConstTensor cotangent) {
+  const std::int64_t groups = statistics.num_groups,
+                     channels = groups == 0 ? 1 : input.extent.c / groups;
+  std::vector<std::optional<double>> found(statistics.mean.size());
+  for_each_position(input.extent, [&](std::int64_t n, std::int64_t c, std::int64_t s) {
+    auto& first = found[static_cast<std::size_t>(slice_of(input.extent, groups, n, c))];
+    if (first || !cotangent || !statistics.from_batch || c % channels != 0) return;
+    if (counts(input, n, c, s))
+      first = load(cotangent, index_of(input.extent, input.layout, n, c, s));
+  });
+  std::vector<double> result;
+  for (const auto& first : found) result.push_back(first.value_or(0.0));
+  return result;
+}
+
 DoubleBackwardBounds double_backward_bounds(const NormInput& input, const Statistics& statistics,
                                             ConstTensor grad_y,
                                             const GradientCotangents& cotangents, DType grad_grad_y,
@@ -376,22 +391,32 @@ DoubleBackwardBounds double_backward_bounds(const NormInput& input, const Statis
     }
     p.xhat = {p.e.xhat, p.e.xhat_error};
     p.scale = {p.e.scale, 0.0};
-    p.u = exact(cotangents.x, p.e.index);
+    p.u = exact(cotangents.x, p.e.index);  // less its center, below
     p.v = exact(cotangents.scale, p.e.affine);
     p.s = exact(cotangents.bias, p.e.affine);
     p.t = exact(cotangents.residual, p.e.index);
+    positions.push_back(p);
+  });
+  const std::vector<double> center = first_cotangents(input, statistics, cotangents.x);
+  for (DoubleTerms& p : positions) {
+    const double shifted = p.u.value - at(center, p.e.slice);
+    p.u = {shifted, u * std::abs(shifted)};
     if (p.in_statistics) {
       at(u_sum, p.e.slice).add_terms({p.u});
       at(ux_sum, p.e.slice).add_terms({a.product(p.u, p.xhat)});
     }
-    positions.push_back(p);
-  });
+  }
   std::vector<Estimate> p0(slices), p1(slices);
   for (std::int64_t i = 0; statistics.from_batch && i < static_cast<std::int64_t>(slices); ++i) {
     if (model.count(i) == 0.0) continue;
     const Estimate w{1.0 / model.count(i), 0.0};
     at(p0, i) = a.product(w, at(u_sum, i).estimate(x));
     at(p1, i) = a.product(w, at(ux_sum, i).estimate(x));
+    // Means are float64: the one of the cotangent is rounded, and xhat about the one of x has a sum,
+    // which reaches p1 through what was taken off.
+    const double rounding = 0x1p-52 * std::abs(at(center, i));
+    at(p0, i).error += rounding;
+    at(p1, i).error += rounding * model.rstd(i) * std::abs(model.mean(i));
   }
 
   // q, g, k and the other sums.
@@ -412,7 +437,7 @@ DoubleBackwardBounds double_backward_bounds(const NormInput& input, const Statis
     p.g = {g.g, g.error};
     const double z_error = p.e.z_error + kDerivativeUlps * u;
     p.slope = {activate_derivative(input.activation, p.e.z), 0.0};
-    if (is_smooth(input.activation)) {
+    if (is_curved(input.activation)) {
       p.slope.error = z_error;
       const Estimate curvature{activate_second_derivative(input.activation, p.e.z), z_error};
       p.k = a.product({dy, 0.0}, curvature, p.q);
