@@ -29,6 +29,7 @@ from .cases import (
     OPERATIONS,
     PEERS,
     SECOND_NORMS,
+    SECOND_SHAPES,
     SHAPES,
     VALUES_STEP,
     Shape,
@@ -177,7 +178,7 @@ def make_parser() -> argparse.ArgumentParser:
     second.add_argument(
         "--shapes",
         type=shapes,
-        default=[shape_of(name) for name in ("resnet_56", "resnet_28", "resnet_7", "sd_unet")],
+        default=SECOND_SHAPES,
         metavar="A,B",
         help="as for run",
     )

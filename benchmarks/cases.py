@@ -69,18 +69,27 @@ SHAPES = (
 )
 
 
+# Of `second`: all of them, and slices of few values.
+SECOND_SHAPES = (
+    *SHAPES,
+    Shape("few_channels", (4096, 64), 8),
+    Shape("planes_2", (1024, 64, 2, 2), 16),
+    Shape("planes_4", (16, 512, 4, 4), 512),
+)
+
+
 def shape_of(text: str) -> Shape:
     """A shape by its name, or one of the given size, such as 2x64x14x14.
 
     Raises:
         ValueError: it is neither.
     """
-    for shape in SHAPES:
+    for shape in SECOND_SHAPES:
         if text in (shape.name, text_of(shape.size)):
             return shape
     fields = text.split("x")
     if not 2 <= len(fields) <= 5 or not all(f.isdecimal() and int(f) > 0 for f in fields):
-        names = ", ".join(shape.name for shape in SHAPES)
+        names = ", ".join(shape.name for shape in SECOND_SHAPES)
         raise ValueError(f"{text!r} is neither a size such as 2x64x14x14 nor one of {names}")
     size = tuple(map(int, fields))
     return Shape(text, size, math.gcd(size[1], 32))

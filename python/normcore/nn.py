@@ -172,6 +172,41 @@ def _batch_norm(
         )
 
 
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mask: Tensor | None,
+    activation: str | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """:func:`normcore.functional.group_norm`, also in TorchScript."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return group_norm_op(
+            input,
+            num_groups,
+            weight,
+            bias,
+            eps,
+            mask=mask,
+            activation=activation,
+            residual=residual,
+        )
+    else:
+        return group_norm(
+            input,
+            num_groups,
+            weight,
+            bias,
+            eps,
+            mask=mask,
+            activation=activation,
+            residual=residual,
+        )
+
+
 class _BatchNorm(_Norm, batchnorm._BatchNorm):
     __constants__ = [*batchnorm._BatchNorm.__constants__, "activation"]  # noqa: RUF012
 
@@ -323,28 +358,16 @@ class GroupNorm(_Norm, nn.GroupNorm):
             sizes = [input.size(0) * input.size(1) // groups, groups]
             sizes.extend(input.size()[2:])
             _require_more_than_one("value per channel", sizes, sizes[0])
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            return group_norm_op(
-                input,
-                groups,
-                self.weight,
-                self.bias,
-                self.eps,
-                mask=mask,
-                activation=self.activation,
-                residual=residual,
-            )
-        else:
-            return group_norm(
-                input,
-                groups,
-                self.weight,
-                self.bias,
-                self.eps,
-                mask=mask,
-                activation=self.activation,
-                residual=residual,
-            )
+        return _group_norm(
+            input,
+            groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            mask,
+            self.activation,
+            residual,
+        )
 
 
 class _InstanceNorm(_Norm, instancenorm._InstanceNorm):
@@ -402,7 +425,7 @@ class _InstanceNorm(_Norm, instancenorm._InstanceNorm):
             )
         elif not of_samples or (mean is None) != (var is None):
             # With only one of the statistics: the operator's error.
-            return batch_norm_op(
+            return _batch_norm(
                 input,
                 mean,
                 var,
@@ -411,20 +434,20 @@ class _InstanceNorm(_Norm, instancenorm._InstanceNorm):
                 False,
                 0.0,
                 self.eps,
-                mask=mask,
-                activation=self.activation,
-                residual=residual,
+                mask,
+                self.activation,
+                residual,
             )
         elif mean is None or var is None:
-            return group_norm_op(
+            return _group_norm(
                 input,
                 input.size(1),
                 self.weight,
                 self.bias,
                 self.eps,
-                mask=mask,
-                activation=self.activation,
-                residual=residual,
+                mask,
+                self.activation,
+                residual,
             )
         else:
             return instance_norm_train_op(
