@@ -1,6 +1,6 @@
 // Speed of the CPU kernels alone, on one thread, without torch: every op and layout on the shapes
 // of tests/shapes/shapes.txt that are worth measuring, as bytes per second of minimal traffic
-// (forward 2, backward 3 tensors). Another file of shapes may come first.
+// (forward 2, backward 3, double backward 5 tensors). Another file of shapes may come first.
 //   normcore_kernels_benchmark [SHAPES.txt] --benchmark_filter=group_norm
 #include <benchmark/benchmark.h>
 
@@ -21,10 +21,13 @@ enum class Operation {
   kBatchNormForward,
   kBatchNormInference,
   kBatchNormBackward,
+  kBatchNormDoubleBackward,
   kGroupNormForward,
   kGroupNormBackward,
+  kGroupNormDoubleBackward,
   kGroupNormSiluForward,
-  kGroupNormSiluBackward
+  kGroupNormSiluBackward,
+  kGroupNormSiluDoubleBackward
 };
 
 const char* name_of(Operation operation) {
@@ -35,26 +38,44 @@ const char* name_of(Operation operation) {
       return "batch_norm_inference";
     case Operation::kBatchNormBackward:
       return "batch_norm_backward";
+    case Operation::kBatchNormDoubleBackward:
+      return "batch_norm_double_backward";
     case Operation::kGroupNormForward:
       return "group_norm_forward";
     case Operation::kGroupNormBackward:
       return "group_norm_backward";
+    case Operation::kGroupNormDoubleBackward:
+      return "group_norm_double_backward";
     case Operation::kGroupNormSiluForward:
       return "group_norm_silu_forward";
     case Operation::kGroupNormSiluBackward:
       return "group_norm_silu_backward";
+    case Operation::kGroupNormSiluDoubleBackward:
+      return "group_norm_silu_double_backward";
   }
   return "";
 }
 
-bool is_backward(Operation operation) {
-  return operation == Operation::kBatchNormBackward || operation == Operation::kGroupNormBackward ||
-         operation == Operation::kGroupNormSiluBackward;
+// Tensors that have to be read or written.
+int tensors_of(Operation operation) {
+  switch (operation) {
+    case Operation::kBatchNormBackward:
+    case Operation::kGroupNormBackward:
+    case Operation::kGroupNormSiluBackward:
+      return 3;
+    case Operation::kBatchNormDoubleBackward:
+    case Operation::kGroupNormDoubleBackward:
+    case Operation::kGroupNormSiluDoubleBackward:
+      return 5;
+    default:
+      return 2;
+  }
 }
 
 bool has_silu(Operation operation) {
   return operation == Operation::kGroupNormSiluForward ||
-         operation == Operation::kGroupNormSiluBackward;
+         operation == Operation::kGroupNormSiluBackward ||
+         operation == Operation::kGroupNormSiluDoubleBackward;
 }
 
 struct Case {
@@ -107,7 +128,8 @@ void measure(benchmark::State& state, Operation operation, const Case& c, Layout
   const CpuExecutor executor{nullptr, run_serially, 1};
   const std::int64_t size = c.extent.numel();
   const Memory x = make_tensor(size, dtype), grad_y = make_tensor(size, dtype),
-               out = make_tensor(size, dtype);
+               cotangent = make_tensor(size, dtype), out = make_tensor(size, dtype),
+               out_too = make_tensor(size, dtype);
   const auto channels = static_cast<std::size_t>(c.extent.c);
   const auto slices = static_cast<std::size_t>(c.extent.n) * channels;
   const std::vector<float> scale(channels, 1.5f), bias(channels, 0.5f), zeros(channels, 0.0f);
@@ -122,6 +144,10 @@ void measure(benchmark::State& state, Operation operation, const Case& c, Layout
   if (has_silu(operation)) input.activation = Activation::kSiLU;
   const MutableTensor y{out.get(), dtype}, saved_rstd{rstd.data()};
   const NormGradients grad{y, {grad_scale.data()}, {grad_bias.data()}, {}};
+  // As a gradient penalty needs it.
+  const GradientCotangents cotangents{{cotangent.get(), dtype}, {}, {}, {}};
+  const MutableTensor grad_grad_y{out_too.get(), dtype};
+  const NormGradients second_grad{y, {grad_scale.data()}, {}, {}};
   // Calls body(args) with the args of the operation.
   const auto with_args = [&](const auto& body) {
     switch (operation) {
@@ -136,9 +162,28 @@ void measure(benchmark::State& state, Operation operation, const Case& c, Layout
                                           {rstd.data()},
                                           true,
                                           grad});
+      case Operation::kBatchNormDoubleBackward:
+        return body(BatchNormDoubleBackwardArgs{input,
+                                                {grad_y.get(), dtype},
+                                                {mean.data(), DType::kFloat64},
+                                                {rstd.data()},
+                                                true,
+                                                cotangents,
+                                                grad_grad_y,
+                                                second_grad});
       case Operation::kGroupNormForward:
       case Operation::kGroupNormSiluForward:
         return body(GroupNormForwardArgs{input, c.groups, y, mean.data(), saved_rstd});
+      case Operation::kGroupNormDoubleBackward:
+      case Operation::kGroupNormSiluDoubleBackward:
+        return body(GroupNormDoubleBackwardArgs{input,
+                                                c.groups,
+                                                {grad_y.get(), dtype},
+                                                mean.data(),
+                                                {rstd.data()},
+                                                cotangents,
+                                                grad_grad_y,
+                                                second_grad});
       case Operation::kGroupNormBackward:
       case Operation::kGroupNormSiluBackward:
         break;
@@ -160,16 +205,18 @@ void measure(benchmark::State& state, Operation operation, const Case& c, Layout
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * size * static_cast<std::int64_t>(size_of(dtype)) *
-                          (is_backward(operation) ? 3 : 2));
+                          tensors_of(operation));
   state.SetLabel(describe(plan));
 }
 
 void register_all(const char* shapes) {
   for (const Case& c : read_cases(shapes)) {
-    for (const auto operation : {Operation::kBatchNormForward, Operation::kBatchNormInference,
-                                 Operation::kBatchNormBackward, Operation::kGroupNormForward,
-                                 Operation::kGroupNormBackward, Operation::kGroupNormSiluForward,
-                                 Operation::kGroupNormSiluBackward}) {
+    for (const auto operation :
+         {Operation::kBatchNormForward, Operation::kBatchNormInference,
+          Operation::kBatchNormBackward, Operation::kBatchNormDoubleBackward,
+          Operation::kGroupNormForward, Operation::kGroupNormBackward,
+          Operation::kGroupNormDoubleBackward, Operation::kGroupNormSiluForward,
+          Operation::kGroupNormSiluBackward, Operation::kGroupNormSiluDoubleBackward}) {
       for (const auto layout : {Layout::kNCS, Layout::kNSC}) {
         for (const auto dtype : {DType::kFloat32, DType::kBFloat16}) {
           const std::string name = std::string(name_of(operation)) + "/" + c.name + "/" +

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "cpu/element.h"
 #include "cpu/gradient_drivers.h"
+#include "cpu/samples.h"
 
 namespace normcore::kernels {
 namespace {
@@ -259,10 +260,13 @@ Status run_double_backward(const DoubleBackwardCall& call, const CpuPlan& plan, 
       !status.ok()) {
     return status;
   }
+  const bool is_samples = plan.path == CpuPath::kSample;
   if (compute_type(input.x.dtype) == DType::kFloat64) {
-    run_typed<double>(call, plan, workspace, executor);
+    is_samples ? run_samples<double>(call, plan, workspace, executor)
+               : run_typed<double>(call, plan, workspace, executor);
   } else {
-    run_typed<float>(call, plan, workspace, executor);
+    is_samples ? run_samples<float>(call, plan, workspace, executor)
+               : run_typed<float>(call, plan, workspace, executor);
   }
   return Status::success();
 }

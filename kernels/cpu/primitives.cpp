@@ -20,6 +20,7 @@ Primitives<A> primitives() {
   add_backward_primitives(f, d);
   add_double_backward_outputs(f, d);
   add_double_backward_sums(f, d);
+  add_sample_double_backward(f, d);
   add_sample_primitives(f, d);
   if constexpr (std::is_same_v<A, double>) {
     return d;

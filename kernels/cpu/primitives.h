@@ -121,7 +121,7 @@ struct SampleShape {
   std::int64_t columns() const { return slices * size; }
 };
 
-// What both passes over neighbouring samples, or the same part of each, take. Scale and bias are
+// What all passes over neighbouring samples, or the same part of each, take. Scale and bias are
 // given for every column. The strides lead to the next sample's tensors, statistics and parameters.
 template <class A>
 struct SamplesArgs {
@@ -154,6 +154,18 @@ struct SamplesBackwardArgs : SamplesArgs<A> {
   MutableTensor grad_residual;
   A* scale_sums = nullptr;  // of columns, added to; both or none
   A* bias_sums = nullptr;
+};
+
+// The outputs that the backward pass has, too, are here those of the double backward pass. The
+// cotangents of grad_scale and grad_bias are given like scale and bias.
+template <class A>
+struct SamplesDoubleBackwardArgs : SamplesBackwardArgs<A> {
+  ConstTensor cotangent_x;         // either may be absent
+  ConstTensor cotangent_residual;  // likewise
+  const A* cotangent_scale = nullptr;
+  const A* cotangent_bias = nullptr;
+  std::int64_t cotangent_scale_stride = 0, cotangent_bias_stride = 0;
+  MutableTensor grad_grad_y;  // may be absent
 };
 
 template <class A>
@@ -195,6 +207,8 @@ struct Primitives {
   void (*normalize_samples)(const SamplesForwardArgs<A>& args);
   // grad_x, grad_residual, and the samples' part in the sums over columns.
   void (*gradient_of_samples)(const SamplesBackwardArgs<A>& args);
+  // The same of the double backward pass, and grad_grad_y.
+  void (*double_gradient_of_samples)(const SamplesDoubleBackwardArgs<A>& args);
 };
 
 // The primitives of the best instruction set that this CPU offers.

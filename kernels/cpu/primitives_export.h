@@ -9,6 +9,7 @@ void add_forward_primitives(Primitives<float>& f, Primitives<double>& d);
 void add_backward_primitives(Primitives<float>& f, Primitives<double>& d);
 void add_double_backward_outputs(Primitives<float>& f, Primitives<double>& d);
 void add_double_backward_sums(Primitives<float>& f, Primitives<double>& d);
+void add_sample_double_backward(Primitives<float>& f, Primitives<double>& d);
 void add_sample_primitives(Primitives<float>& f, Primitives<double>& d);
 
 }  // namespace normcore::kernels

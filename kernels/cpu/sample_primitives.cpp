@@ -20,37 +20,12 @@
 #include "cpu/activation-inl.h"
 #include "cpu/primitives.h"
 #include "cpu/primitives_export.h"
+#include "cpu/samples-inl.h"
 #include "cpu/units-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normcore::kernels::HWY_NAMESPACE {
 namespace {
-
-// Values of A or of float64 in the order in which they lie in memory. The last ones may come twice:
-// what is written is not what is read, but for sums, to which only new values are added.
-template <class A, class Body>
-HWY_INLINE void for_each_in_order(std::int64_t n, Body&& body) {
-  for_each_unit<A, Order::kHalves>(n, body);
-}
-
-// The sum of one slice of float32 or float64 values, of f(vector) or f(value).
-template <class A, class F>
-HWY_INLINE A sum_of_slice(const A* values, std::int64_t size, F&& f) {
-  const Tag<A> d;
-  if (size == lanes<A>()) return sum_of_lanes<A>(f(hn::LoadU(d, values)));
-  if (size < unit<A>()) {
-    A sum = 0;
-    for (std::int64_t i = 0; i < size; ++i) sum += f(values[i]);
-    return sum;
-  }
-  auto sum = broadcast(A{0});
-  for_each_in_order<A>(size, [&](const auto& u) HWY_ATTR {
-    const auto v = u.load(values);
-    const auto added = u.only_new(Pair<A>{f(v.lo), f(v.hi)});
-    sum = {hn::Add(sum.lo, added.lo), hn::Add(sum.hi, added.hi)};
-  });
-  return sum_of_lanes<A>(hn::Add(sum.lo, sum.hi));
-}
 
 // x - pivot and (x - pivot)^2 of vectors and of single values.
 template <class A>
@@ -70,45 +45,6 @@ struct CenteredSquare {
   }
   HWY_INLINE A operator()(A v) const { return centered(v) * centered(v); }
 };
-template <class A>
-struct Itself {
-  HWY_INLINE Vector<A> operator()(Vector<A> v) const { return v; }
-  HWY_INLINE A operator()(A v) const { return v; }
-};
-
-// out[k * size + i] = slices[k]. Whole vectors are written: up to a vector behind the end.
-template <class A>
-HWY_INLINE void spread(const A* slices, const SampleShape& shape, A* out) {
-  const Tag<A> d;
-  for (std::int64_t k = 0; k < shape.slices; ++k, out += shape.size) {
-    const auto value = hn::Set(d, slices[k]);
-    for (std::int64_t i = 0; i < shape.size; i += lanes<A>()) hn::StoreU(value, d, out + i);
-  }
-}
-
-// The means as two values of A each: rounded, and what the rounding lost.
-template <class A>
-HWY_INLINE void split_means(const double* mean, std::int64_t count, A* rounded, A* rest) {
-  for_each_in_order<double>(count, [&](const auto& u) HWY_ATTR {
-    const auto m = u.load(mean);
-    u.store(m, rounded);
-    const auto r = u.load(rounded);
-    u.store(Pair<double>{hn::Sub(m.lo, r.lo), hn::Sub(m.hi, r.hi)}, rest);
-  });
-}
-
-// The arrays of a scratch memory, one after the other.
-template <class A>
-struct Arrays {
-  A* next;
-  std::int64_t stride;
-  HWY_INLINE A* take() {
-    A* const array = next;
-    next += stride;
-    return array;
-  }
-};
-
 // ---- forward
 
 // Statistics of one slice of float32 values in float64: for squares that float32 cannot hold.
@@ -240,9 +176,7 @@ HWY_INLINE void gradient(const SamplesBackwardArgs<A>& args) {
     spread(saved_rstd, args.shape, rstd);
     for_each_in_order<A>(columns, [&](const auto& u) HWY_ATTR {
       const auto gain = u.load(scale), r = u.load(rstd);
-      const auto c =
-          map_pair<A>([](auto v, auto m, auto l) HWY_ATTR { return hn::Sub(hn::Sub(v, m), l); },
-                      load_any<A>(u, x), u.load(center), u.load(rest));
+      const auto c = less_mean<A>(load_any<A>(u, x), u.load(center), u.load(rest));
       auto dz = load_any<A>(u, grad_y);
       if constexpr (kActivation != Activation::kNone) {
         auto z = map_pair<A>([](auto v, auto s, auto w, auto b)

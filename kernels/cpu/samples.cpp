@@ -11,18 +11,25 @@
 namespace normcore::kernels {
 namespace {
 
-// What both passes share: the parts of the workspace, and the arguments of a block of samples.
+// What all passes share: the parts of the workspace, and the arguments of a block of samples.
 template <class A>
 class Samples {
  public:
+  // A parameter of every column, and how far it is to the next sample's.
+  struct Parameter {
+    const A* data;
+    std::int64_t stride;
+  };
+
   Samples(const NormInput& input, const Problem& problem, const CpuPlan& plan, void* workspace)
       : input_(input),
         geometry_(problem),
         plan_(plan),
         layout_(workspace_layout(problem, plan)),
-        base_(static_cast<char*>(workspace)) {
-    set_affine();
-  }
+        base_(static_cast<char*>(workspace)),
+        sums_(geometry_.scratch_arrays(problem.pass) * geometry_.padded_columns()),
+        scale_(parameter(input.scale, A{1}, 0)),
+        bias_(parameter(input.bias, A{0}, 1)) {}
 
   const SamplesGeometry& geometry() const { return geometry_; }
   double* parameters() const { return reinterpret_cast<double*>(base_ + layout_.affine); }
@@ -30,6 +37,7 @@ class Samples {
     return reinterpret_cast<A*>(base_ + layout_.affine + layout_.parameters +
                                 static_cast<std::size_t>(task) * layout_.slot());
   }
+  A* sums(std::int64_t task) const { return scratch(task) + sums_; }  // kSumArrays arrays
 
   // Calls body(task, tile) for all tiles.
   template <class Body>
@@ -49,16 +57,25 @@ class Samples {
     args.shape = {geometry_.slices(tile), geometry_.slice_size()};
     args.stride = geometry_.columns();
     args.slice_stride = geometry_.slices_per_sample();
-    args.scale_stride = input_.affine_per_sample && input_.scale ? geometry_.columns() : 0;
-    args.bias_stride = input_.affine_per_sample && input_.bias ? geometry_.columns() : 0;
     args.x = advance(input_.x, offset(tile, sample));
     args.residual = advance(input_.residual, offset(tile, sample));
     args.activation = input_.activation;
-    const std::int64_t column = geometry_.first_slice(tile) * geometry_.slice_size();
-    args.scale = scale_ + sample * args.scale_stride + column;
-    args.bias = bias_ + sample * args.bias_stride + column;
+    set_parameter(scale_, tile, sample, args.scale, args.scale_stride);
+    set_parameter(bias_, tile, sample, args.bias, args.bias_stride);
     args.scratch = scratch(task);
     args.scratch_stride = geometry_.padded_columns();
+  }
+  void set_parameter(const Parameter& parameter, std::int64_t tile, std::int64_t sample,
+                     const A*& data, std::int64_t& stride) const {
+    data = parameter.data + sample * parameter.stride + offset(tile, 0);
+    stride = parameter.stride;
+  }
+  // The tensor itself, or the copy of that number in the workspace.
+  Parameter parameter(ConstTensor tensor, A absent, std::int64_t number) const {
+    const std::int64_t rows = input_.affine_per_sample ? input_.extent.n : 1;
+    A* const copy = reinterpret_cast<A*>(base_) + number * rows * geometry_.columns();
+    return {of_columns(tensor, absent, copy),
+            input_.affine_per_sample && tensor ? geometry_.columns() : 0};
   }
   std::int64_t slice(std::int64_t tile, std::int64_t sample) const {
     return sample * geometry_.slices_per_sample() + geometry_.first_slice(tile);
@@ -68,13 +85,6 @@ class Samples {
   }
 
  private:
-  // Scale and bias of every column: the tensors themselves, or copies in the workspace.
-  void set_affine() {
-    auto* const copies = reinterpret_cast<A*>(base_);
-    const std::int64_t rows = input_.affine_per_sample ? input_.extent.n : 1;
-    scale_ = of_columns(input_.scale, A{1}, copies);
-    bias_ = of_columns(input_.bias, A{0}, copies + rows * geometry_.columns());
-  }
   const A* of_columns(ConstTensor parameter, A absent, A* out) const {
     const std::int64_t s = geometry_.positions();
     if (!parameter) {
@@ -99,48 +109,29 @@ class Samples {
   const CpuPlan& plan_;
   WorkspaceLayout layout_;
   char* base_;
-  const A* scale_ = nullptr;
-  const A* bias_ = nullptr;
+  std::int64_t sums_;
+  Parameter scale_, bias_;
 };
 
-}  // namespace
-
-template <class A>
-void run_samples(const GroupNormForwardArgs& args, const CpuPlan& plan, void* workspace,
-                 const CpuExecutor& executor) {
-  const Problem problem(args.input, args.num_groups, Pass::kForward);
-  const Samples<A> samples(args.input, problem, plan, workspace);
-  const auto simd = primitives<A>();
-  const SamplesGeometry& g = samples.geometry();
-  samples.for_each_tile(executor, [&](std::int64_t task, std::int64_t tile) {
-    const std::int64_t first = g.first_sample(tile), slice = samples.slice(tile, first);
-    SamplesForwardArgs<A> of_tile;
-    samples.set_args(task, tile, first, g.samples(tile), of_tile);
-    of_tile.eps = args.input.eps;
-    of_tile.y = advance(args.y, samples.offset(tile, first));
-    of_tile.mean = args.mean + slice;
-    of_tile.rstd = static_cast<A*>(args.rstd.data) + slice;
-    simd.normalize_samples(of_tile);
-  });
+bool wants_any(const NormGradients& grad) {
+  return grad.x || grad.scale || grad.bias || grad.residual;
 }
 
-template <class A>
-void run_samples(const BackwardCall& call, const CpuPlan& plan, void* workspace,
-                 const CpuExecutor& executor) {
+// Calls gradient(args, offset, tile, sample) with the arguments that backward passes share of all
+// samples, `offset` values from the start; sums the gradients of the parameters.
+template <class Args, class A, class Gradient>
+void run_backward_samples(const Samples<A>& samples, const BackwardCall& call,
+                          const CpuExecutor& executor, const Gradient& gradient) {
   const bool wants_parameters = call.grad.scale || call.grad.bias;
-  if (!wants_parameters && !call.grad.x && !call.grad.residual) return;
-  const Problem problem(call.input, call.num_groups, Pass::kBackward);
-  const Samples<A> samples(call.input, problem, plan, workspace);
-  const auto simd = primitives<A>();
   const SamplesGeometry& g = samples.geometry();
   const std::int64_t c = call.input.extent.c, s = g.positions();
   const bool per_sample = call.input.affine_per_sample;
 
   samples.for_each_tile(executor, [&](std::int64_t task, std::int64_t tile) {
-    A* const scale_sums = samples.scratch(task) + g.kBackwardArrays * g.padded_columns();
+    A* const scale_sums = samples.sums(task);
     A* const bias_sums = scale_sums + g.padded_columns();
     const auto run = [&](std::int64_t first, std::int64_t count) {
-      SamplesBackwardArgs<A> args;
+      Args args;
       samples.set_args(task, tile, first, count, args);
       const std::int64_t offset = samples.offset(tile, first), slice = samples.slice(tile, first);
       args.grad_y = advance(call.grad_y, offset);
@@ -153,7 +144,7 @@ void run_samples(const BackwardCall& call, const CpuPlan& plan, void* workspace,
         args.scale_sums = scale_sums;
         args.bias_sums = bias_sums;
       }
-      simd.gradient_of_samples(args);
+      gradient(args, offset, tile, first);
     };
     const std::int64_t first_channel = g.first_slice(tile) * g.channels_per_slice(),
                        channels = g.slices(tile) * g.channels_per_slice();
@@ -190,11 +181,70 @@ void run_samples(const BackwardCall& call, const CpuPlan& plan, void* workspace,
   }
 }
 
+}  // namespace
+
+template <class A>
+void run_samples(const GroupNormForwardArgs& args, const CpuPlan& plan, void* workspace,
+                 const CpuExecutor& executor) {
+  const Problem problem(args.input, args.num_groups, Pass::kForward);
+  const Samples<A> samples(args.input, problem, plan, workspace);
+  const auto simd = primitives<A>();
+  const SamplesGeometry& g = samples.geometry();
+  samples.for_each_tile(executor, [&](std::int64_t task, std::int64_t tile) {
+    const std::int64_t first = g.first_sample(tile), slice = samples.slice(tile, first);
+    SamplesForwardArgs<A> of_tile;
+    samples.set_args(task, tile, first, g.samples(tile), of_tile);
+    of_tile.eps = args.input.eps;
+    of_tile.y = advance(args.y, samples.offset(tile, first));
+    of_tile.mean = args.mean + slice;
+    of_tile.rstd = static_cast<A*>(args.rstd.data) + slice;
+    simd.normalize_samples(of_tile);
+  });
+}
+
+template <class A>
+void run_samples(const BackwardCall& call, const CpuPlan& plan, void* workspace,
+                 const CpuExecutor& executor) {
+  if (!wants_any(call.grad)) return;
+  const Problem problem(call.input, call.num_groups, Pass::kBackward);
+  const Samples<A> samples(call.input, problem, plan, workspace);
+  const auto simd = primitives<A>();
+  run_backward_samples<SamplesBackwardArgs<A>>(
+      samples, call, executor, [&](const auto& args, auto...) { simd.gradient_of_samples(args); });
+}
+
+template <class A>
+void run_samples(const DoubleBackwardCall& call, const CpuPlan& plan, void* workspace,
+                 const CpuExecutor& executor) {
+  const BackwardCall& backward = call.backward;
+  if (!wants_any(backward.grad) && !call.grad_grad_y) return;
+  const Problem problem(backward.input, backward.num_groups, Pass::kDoubleBackward);
+  const Samples<A> samples(backward.input, problem, plan, workspace);
+  const auto scale = samples.parameter(call.cotangents.scale, A{0}, 2),
+             bias = samples.parameter(call.cotangents.bias, A{0}, 3);
+  const auto simd = primitives<A>();
+  run_backward_samples<SamplesDoubleBackwardArgs<A>>(
+      samples, backward, executor,
+      [&](auto& args, std::int64_t offset, std::int64_t tile, std::int64_t sample) {
+        args.cotangent_x = advance(call.cotangents.x, offset);
+        args.cotangent_residual = advance(call.cotangents.residual, offset);
+        samples.set_parameter(scale, tile, sample, args.cotangent_scale,
+                              args.cotangent_scale_stride);
+        samples.set_parameter(bias, tile, sample, args.cotangent_bias, args.cotangent_bias_stride);
+        args.grad_grad_y = advance(call.grad_grad_y, offset);
+        simd.double_gradient_of_samples(args);
+      });
+}
+
 template void run_samples<float>(const GroupNormForwardArgs&, const CpuPlan&, void*,
                                  const CpuExecutor&);
 template void run_samples<double>(const GroupNormForwardArgs&, const CpuPlan&, void*,
                                   const CpuExecutor&);
 template void run_samples<float>(const BackwardCall&, const CpuPlan&, void*, const CpuExecutor&);
 template void run_samples<double>(const BackwardCall&, const CpuPlan&, void*, const CpuExecutor&);
+template void run_samples<float>(const DoubleBackwardCall&, const CpuPlan&, void*,
+                                 const CpuExecutor&);
+template void run_samples<double>(const DoubleBackwardCall&, const CpuPlan&, void*,
+                                  const CpuExecutor&);
 
 }  // namespace normcore::kernels

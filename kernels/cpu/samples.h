@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/backward.h"
+#include "cpu/double_backward.h"
 #include "normcore/kernels/executor.h"
 #include "normcore/kernels/group_norm.h"
 #include "normcore/kernels/plan.h"
@@ -14,6 +15,10 @@ void run_samples(const GroupNormForwardArgs& args, const CpuPlan& plan, void* wo
 
 template <class A>
 void run_samples(const BackwardCall& call, const CpuPlan& plan, void* workspace,
+                 const CpuExecutor& executor);
+
+template <class A>
+void run_samples(const DoubleBackwardCall& call, const CpuPlan& plan, void* workspace,
                  const CpuExecutor& executor);
 
 }  // namespace normcore::kernels

@@ -131,9 +131,7 @@ SamplesGeometry::SamplesGeometry(const Problem& p)
 }
 
 bool SamplesGeometry::fits(const Problem& p) {
-  if (p.num_groups == 0 || p.mask != MaskKind::kNone || p.pass == Pass::kDoubleBackward) {
-    return false;
-  }
+  if (p.num_groups == 0 || p.mask != MaskKind::kNone) return false;
   const bool is_dense = p.layout == Layout::kNCS || p.extent.s == 1;
   const std::int64_t columns = p.extent.c * p.extent.s;
   return is_dense && p.extent.s <= (p.affine_per_sample ? 1 : kMaxPositions) &&
@@ -164,7 +162,7 @@ WorkspaceLayout workspace_layout(const Problem& p, const CpuPlan& plan) {
   }
   if (is_samples) {
     const SamplesGeometry g(p);
-    const std::int64_t scratch = backward ? g.kBackwardArrays + g.kSumArrays : g.kForwardArrays;
+    const std::int64_t scratch = g.scratch_arrays(p.pass) + (backward ? g.kSumArrays : 0);
     w.state = round_up(scratch * g.padded_columns() * element);
   } else if (planes) {
     const PlanesGeometry g(p);

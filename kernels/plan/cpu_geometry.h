@@ -168,9 +168,13 @@ class SamplesGeometry {
   std::int64_t columns() const { return c_ * s_; }  // values of a sample
   std::int64_t positions() const { return s_; }     // columns per channel
 
-  // Scratch arrays of the primitives, and behind them, in the backward pass, two of sums over
+  // Scratch arrays of a pass's primitive, and behind them, in the backward passes, two of sums over
   // columns.
-  static constexpr std::int64_t kForwardArrays = 7, kBackwardArrays = 12, kSumArrays = 2;
+  static constexpr std::int64_t scratch_arrays(Pass pass) {
+    if (pass == Pass::kDoubleBackward) return 16;
+    return pass == Pass::kBackward ? 12 : 7;
+  }
+  static constexpr std::int64_t kSumArrays = 2;
   // Values of such an array: a part and a vector of any instruction set.
   std::int64_t padded_columns() const { return (slices_per_part_ * slice_size() + 31) / 16 * 16; }
 

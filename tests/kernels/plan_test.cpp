@@ -154,7 +154,12 @@ TEST(Plan, TakesWholeSamplesOfShortSlices) {
     problem.extent = extent;
     problem.layout = layout;
     problem.num_groups = num_groups;
-    return plan_cpu(problem, 1).path;
+    const CpuPath forward = plan_cpu(problem, 1).path;
+    for (const Pass pass : {Pass::kBackward, Pass::kDoubleBackward}) {
+      problem.pass = pass;
+      EXPECT_EQ(plan_cpu(problem, 1).path, forward) << to_string(problem);
+    }
+    return forward;
   };
   EXPECT_EQ(path({4096, 256, 1}, Layout::kNSC, 32), CpuPath::kSample);
   EXPECT_EQ(path({4096, 256, 1}, Layout::kNCS, 1), CpuPath::kSample);
