@@ -66,26 +66,17 @@ HWY_INLINE Pair<A> load_or_zero(const Unit& unit, ConstTensor tensor) {
   return tensor ? load_any<A>(unit, tensor) : broadcast(A{0});
 }
 
-template <class A>
-HWY_INLINE void sums_of_slices(const A* columns, const SampleShape& shape, A* sums) {
-  for (std::int64_t k = 0; k < shape.slices; ++k) {
-    sums[k] = sum_of_slice<A>(columns + k * shape.size, shape.size, Itself<A>());
-  }
-}
-
 // The first loop: rstd, xhat, u, p0 and p1.
 template <class A>
 void deviations(ConstTensor x, ConstTensor cotangent, const SampleShape& shape, const double* mean,
                 const A* rstd, const Columns<A>& c, const Slices<A>& s) {
   split_means<A>(mean, shape.slices, s.first, s.second);
-  spread(s.first, shape, c.mean);
-  spread(s.second, shape, c.rest);
-  spread(rstd, shape, c.rstd);
   for_each_in_order<A>(shape.columns(), [&](const auto& unit) HWY_ATTR {
     unit.store(load_or_zero<A>(unit, cotangent), c.given_u);
   });
   for (std::int64_t k = 0; k < shape.slices; ++k) s.third[k] = c.given_u[k * shape.size];
-  spread(s.third, shape, c.center);
+  spread(shape, Spread<A>{s.first, c.mean}, Spread<A>{s.second, c.rest},
+         Spread<A>{s.third, c.center}, Spread<A>{rstd, c.rstd});
   for_each_in_order<A>(shape.columns(), [&](const auto& unit) HWY_ATTR {
     const auto multiply = [](auto v, auto w) HWY_ATTR { return hn::Mul(v, w); };
     const auto centered = less_mean<A>(load_any<A>(unit, x), unit.load(c.mean), unit.load(c.rest));
@@ -104,8 +95,7 @@ void deviations(ConstTensor x, ConstTensor cotangent, const SampleShape& shape, 
     unit.store(map_pair<double>(mean_of, unit.load(s.first)), s.of_first);
     unit.store(map_pair<double>(mean_of, unit.load(s.second)), s.of_second);
   });
-  spread(s.of_first, shape, c.p0);
-  spread(s.of_second, shape, c.p1);
+  spread(shape, Spread<A>{s.of_first, c.p0}, Spread<A>{s.of_second, c.p1});
 }
 
 // The second loop, over one sample: the terms, and every output but grad_x.
@@ -187,9 +177,8 @@ void input_gradient(const SampleShape& shape, const A* rstd, const Columns<A>& c
         map_pair<double>(multiply, map_pair<double>(multiply, factor, r), unit.load(s.third)),
         s.of_third);
   });
-  spread(s.of_first, shape, c.a_mean);
-  spread(s.of_second, shape, c.ax_mean);
-  spread(s.of_third, shape, c.m_gain);
+  spread(shape, Spread<A>{s.of_first, c.a_mean}, Spread<A>{s.of_second, c.ax_mean},
+         Spread<A>{s.of_third, c.m_gain});
   for_each_in_order<A>(shape.columns(), [&](const auto& unit) HWY_ATTR {
     const auto multiply_add = [](auto v, auto w, auto add)
                                   HWY_ATTR { return hn::MulAdd(v, w, add); };

@@ -117,9 +117,7 @@ HWY_INLINE void normalize(const SamplesForwardArgs<A>& args) {
     A* const saved_rstd = args.rstd + sample * args.slice_stride;
     statistics_of_sample<A>(args.shape, args.eps, values, pivot, sum, square, mean, saved_rstd);
     split_means<A>(mean, slices, pivot, sum);
-    spread(pivot, args.shape, center);
-    spread(sum, args.shape, rest);
-    spread(saved_rstd, args.shape, rstd);
+    spread(args.shape, Spread<A>{pivot, center}, Spread<A>{sum, rest}, Spread<A>{saved_rstd, rstd});
     const A* const scale = args.scale + sample * args.scale_stride;
     const A* const bias = args.bias + sample * args.bias_stride;
     for_each_in_order<A>(columns, [&](const auto& u) HWY_ATTR {
@@ -171,9 +169,8 @@ HWY_INLINE void gradient(const SamplesBackwardArgs<A>& args) {
     const A* const bias = args.bias + sample * args.bias_stride;
     const A* const saved_rstd = args.rstd + sample * args.slice_stride;
     split_means<A>(args.mean + sample * args.slice_stride, slices, of_slice, of_slice_too);
-    spread(of_slice, args.shape, center);
-    spread(of_slice_too, args.shape, rest);
-    spread(saved_rstd, args.shape, rstd);
+    spread(args.shape, Spread<A>{of_slice, center}, Spread<A>{of_slice_too, rest},
+           Spread<A>{saved_rstd, rstd});
     for_each_in_order<A>(columns, [&](const auto& u) HWY_ATTR {
       const auto gain = u.load(scale), r = u.load(rstd);
       const auto c = less_mean<A>(load_any<A>(u, x), u.load(center), u.load(rest));
@@ -207,10 +204,8 @@ HWY_INLINE void gradient(const SamplesBackwardArgs<A>& args) {
       if (grad_residual) store_any<A>(u, dz, grad_residual);
     });
     if (!grad_x) continue;
-    for (std::int64_t k = 0; k < slices; ++k) {
-      of_slice[k] = sum_of_slice<A>(weighted + k * size, size, Itself<A>());
-      of_slice_too[k] = sum_of_slice<A>(product + k * size, size, Itself<A>());
-    }
+    sums_of_slices(weighted, args.shape, of_slice);
+    sums_of_slices(product, args.shape, of_slice_too);
     for_each_in_order<double>(slices, [&](const auto& u) HWY_ATTR {
       const auto r = u.load(saved_rstd), h = u.load(of_slice), hc = u.load(of_slice_too);
       const auto mean_of = [&](auto s, auto v)
@@ -220,8 +215,7 @@ HWY_INLINE void gradient(const SamplesBackwardArgs<A>& args) {
       u.store(map_pair<double>(mean_of, cube, hc), slice_slope);
       u.store(map_pair<double>(mean_of, r, h), slice_offset);
     });
-    spread(slice_slope, args.shape, slope);
-    spread(slice_offset, args.shape, offset);
+    spread(args.shape, Spread<A>{slice_slope, slope}, Spread<A>{slice_offset, offset});
     for_each_in_order<A>(columns, [&](const auto& u) HWY_ATTR {
       Pair<A> dx;
       if (size == 1) {  // y does not depend on x: 0, or NaN where there is one

@@ -49,13 +49,43 @@ struct Itself {
   HWY_INLINE A operator()(A v) const { return v; }
 };
 
-// out[k * size + i] = slices[k]. Whole vectors are written: up to a vector behind the end.
+// sums[k] = the sum of the k-th slice of an array of the scratch. Whole vectors are written: up to a
+// vector behind the end.
 template <class A>
-HWY_INLINE void spread(const A* slices, const SampleShape& shape, A* out) {
+HWY_INLINE void sums_of_slices(const A* columns, const SampleShape& shape, A* sums) {
+  if (shape.size == lanes<A>()) {
+    for (std::int64_t k = 0; k < shape.slices; k += lanes<A>()) {
+      hn::StoreU(sums_of_lanes<A>(columns + k * shape.size, shape.slices - k), Tag<A>(), sums + k);
+    }
+    return;
+  }
+  for (std::int64_t k = 0; k < shape.slices; ++k) {
+    sums[k] = sum_of_slice<A>(columns + k * shape.size, shape.size, Itself<A>());
+  }
+}
+
+template <class A>
+struct Spread {
+  const A* slices;
+  A* columns;
+};
+// columns[k * size + i] = slices[k], for each of the given ones. Whole vectors are written: up to a
+// vector behind the end.
+template <class A, class... More>
+HWY_INLINE void spread(const SampleShape& shape, const Spread<A>& first, const More&... more) {
   const Tag<A> d;
-  for (std::int64_t k = 0; k < shape.slices; ++k, out += shape.size) {
-    const auto value = hn::Set(d, slices[k]);
-    for (std::int64_t i = 0; i < shape.size; i += lanes<A>()) hn::StoreU(value, d, out + i);
+  std::int64_t begin = 0;
+  for (std::int64_t k = 0; k < shape.slices; ++k, begin += shape.size) {
+    const auto one = [&](const Spread<A>& s) HWY_ATTR {
+      const auto value = hn::Set(d, s.slices[k]);
+      A* const out = s.columns + begin;
+      hn::StoreU(value, d, out);
+      for (std::int64_t i = lanes<A>(); i < shape.size; i += lanes<A>()) {
+        hn::StoreU(value, d, out + i);
+      }
+    };
+    one(first);
+    (one(more), ...);
   }
 }
 
