@@ -28,7 +28,7 @@ namespace {
 // Arrays of columns. One that is read no more gives its place to another.
 template <class A>
 struct Columns {
-  A *rstd, *xhat, *u;                          // u less its center
+  A *rstd, *xhat, *u;                          // u is less its center
   A *mean, *rest, *center, *given_u, *ux;      // up to p0 and p1
   A *p0 = mean, *p1 = rest;                    // up to the terms
   A *m = center, *a = given_u, *gx = ux, *ax;  // the terms: gx is scale g xhat
@@ -78,22 +78,19 @@ void deviations(ConstTensor x, ConstTensor cotangent, const SampleShape& shape, 
   spread(shape, Spread<A>{s.first, c.mean}, Spread<A>{s.second, c.rest},
          Spread<A>{s.third, c.center}, Spread<A>{rstd, c.rstd});
   for_each_in_order<A>(shape.columns(), [&](const auto& unit) HWY_ATTR {
-    const auto multiply = [](auto v, auto w) HWY_ATTR { return hn::Mul(v, w); };
     const auto centered = less_mean<A>(load_any<A>(unit, x), unit.load(c.mean), unit.load(c.rest));
-    const auto xhat = map_pair<A>(multiply, centered, unit.load(c.rstd));
+    const auto xhat = product_of(centered, unit.load(c.rstd));
     const auto u = subtract(unit.load(c.given_u), unit.load(c.center));
     unit.store(xhat, c.xhat);
     unit.store(u, c.u);
-    unit.store(map_pair<A>(multiply, u, xhat), c.ux);
+    unit.store(product_of(u, xhat), c.ux);
   });
   sums_of_slices(c.u, shape, s.first);
   sums_of_slices(c.ux, shape, s.second);
-  const Tag<double> d;
-  const auto inverse_size = hn::Set(d, 1.0 / static_cast<double>(shape.size));
+  const auto share = broadcast(1.0 / static_cast<double>(shape.size));
   for_each_in_order<double>(shape.slices, [&](const auto& unit) HWY_ATTR {
-    const auto mean_of = [&](auto sum) HWY_ATTR { return hn::Mul(sum, inverse_size); };
-    unit.store(map_pair<double>(mean_of, unit.load(s.first)), s.of_first);
-    unit.store(map_pair<double>(mean_of, unit.load(s.second)), s.of_second);
+    unit.store(product_of(unit.load(s.first), share), s.of_first);
+    unit.store(product_of(unit.load(s.second), share), s.of_second);
   });
   spread(shape, Spread<A>{s.of_first, c.p0}, Spread<A>{s.of_second, c.p1});
 }
@@ -114,46 +111,41 @@ HWY_INLINE void terms(const SamplesDoubleBackwardArgs<A>& args, std::int64_t sam
   A *const scale_sums = args.scale_sums, *const bias_sums = args.bias_sums;
   const bool wants_x(args.grad_x);
   for_each_in_order<A>(args.shape.columns(), [&](const auto& unit) HWY_ATTR {
-    const auto multiply = [](auto v, auto w) HWY_ATTR { return hn::Mul(v, w); };
-    const auto multiply_add = [](auto v, auto w, auto add)
-                                  HWY_ATTR { return hn::MulAdd(v, w, add); };
-    const auto less = [](auto v, auto w, auto from) HWY_ATTR { return hn::NegMulAdd(v, w, from); };
     const auto w = unit.load(scale), v = unit.load(cotangent_scale), r = unit.load(c.rstd),
                xhat = unit.load(c.xhat), p1 = unit.load(c.p1);
-    const auto m = map_pair<A>(less, p1, xhat, subtract(unit.load(c.u), unit.load(c.p0)));
-    const auto rm = map_pair<A>(multiply, r, m);
-    auto q = map_pair<A>(multiply_add, w, rm,
-                         map_pair<A>(multiply_add, v, xhat, unit.load(cotangent_bias)));
+    const auto m = subtract_product(subtract(unit.load(c.u), unit.load(c.p0)), p1, xhat);
+    const auto rm = product_of(r, m);
+    auto q = multiply_add(w, rm, multiply_add(v, xhat, unit.load(cotangent_bias)));
     if (t) q = sum_of(q, load_any<A>(unit, t));
     auto g = load_any<A>(unit, grad_y), k = broadcast(A{0}), derivative = broadcast(A{1});
     if constexpr (kActivation != Activation::kNone) {
-      auto z = map_pair<A>(multiply_add, xhat, w, unit.load(bias));
+      auto z = multiply_add(xhat, w, unit.load(bias));
       if (residual) z = sum_of(z, load_any<A>(unit, residual));
       const auto of_lo = activation_derivatives<kActivation, A>(z.lo),
                  of_hi = activation_derivatives<kActivation, A>(z.hi);
       derivative = {of_lo.first, of_hi.first};
       if constexpr (is_curved(kActivation)) {  // else 0, and not 0 * q, which may be NaN
-        const auto b = map_pair<A>(multiply, g, Pair<A>{of_lo.second, of_hi.second});
-        k = map_pair<A>(multiply, b, q);
+        const auto b = product_of(g, Pair<A>{of_lo.second, of_hi.second});
+        k = product_of(b, q);
       }
-      g = map_pair<A>(multiply, g, derivative);
+      g = product_of(g, derivative);
     }
-    const auto g_rm = map_pair<A>(multiply, g, rm);
-    if (grad_grad_y) store_any<A>(unit, map_pair<A>(multiply, derivative, q), grad_grad_y);
+    const auto g_rm = product_of(g, rm);
+    if (grad_grad_y) store_any<A>(unit, product_of(derivative, q), grad_grad_y);
     if (grad_residual) store_any<A>(unit, k, grad_residual);
     if (scale_sums != nullptr) {
-      const auto added = map_pair<A>(multiply_add, k, xhat, g_rm);
+      const auto added = multiply_add(k, xhat, g_rm);
       unit.store(sum_of(unit.load(scale_sums), unit.only_new(added)), scale_sums);
       unit.store(sum_of(unit.load(bias_sums), unit.only_new(k)), bias_sums);
     }
     if (wants_x) {
-      const auto by_spread = map_pair<A>(less, map_pair<A>(multiply, r, p1), w, v);
-      const auto a = map_pair<A>(multiply_add, by_spread, g, map_pair<A>(multiply, w, k));
-      const auto gx = map_pair<A>(multiply, map_pair<A>(multiply, w, g), xhat);
+      const auto by_spread = subtract_product(v, product_of(r, p1), w);
+      const auto a = multiply_add(by_spread, g, product_of(w, k));
+      const auto gx = product_of(product_of(w, g), xhat);
       unit.store(m, c.m);
       unit.store(a, c.a);
       unit.store(gx, c.gx);
-      unit.store(map_pair<A>(multiply_add, a, xhat, map_pair<A>(multiply, w, g_rm)), c.ax);
+      unit.store(multiply_add(a, xhat, product_of(w, g_rm)), c.ax);
     }
   });
 }
@@ -165,27 +157,20 @@ void input_gradient(const SampleShape& shape, const A* rstd, const Columns<A>& c
   sums_of_slices(c.a, shape, s.first);
   sums_of_slices(c.ax, shape, s.second);
   sums_of_slices(c.gx, shape, s.third);
-  const Tag<double> d;
-  const auto share = hn::Set(d, -1.0 / static_cast<double>(shape.size));
+  const auto share = broadcast(-1.0 / static_cast<double>(shape.size));
   for_each_in_order<double>(shape.slices, [&](const auto& unit) HWY_ATTR {
-    const auto multiply = [](auto v, auto w) HWY_ATTR { return hn::Mul(v, w); };
     const auto r = unit.load(rstd);
-    const auto factor = map_pair<double>([&](auto v) HWY_ATTR { return hn::Mul(v, share); }, r);
-    unit.store(map_pair<double>(multiply, factor, unit.load(s.first)), s.of_first);
-    unit.store(map_pair<double>(multiply, factor, unit.load(s.second)), s.of_second);
-    unit.store(
-        map_pair<double>(multiply, map_pair<double>(multiply, factor, r), unit.load(s.third)),
-        s.of_third);
+    const auto factor = product_of(r, share);
+    unit.store(product_of(factor, unit.load(s.first)), s.of_first);
+    unit.store(product_of(factor, unit.load(s.second)), s.of_second);
+    unit.store(product_of(product_of(factor, r), unit.load(s.third)), s.of_third);
   });
   spread(shape, Spread<A>{s.of_first, c.a_mean}, Spread<A>{s.of_second, c.ax_mean},
          Spread<A>{s.of_third, c.m_gain});
   for_each_in_order<A>(shape.columns(), [&](const auto& unit) HWY_ATTR {
-    const auto multiply_add = [](auto v, auto w, auto add)
-                                  HWY_ATTR { return hn::MulAdd(v, w, add); };
-    const auto by_m =
-        map_pair<A>(multiply_add, unit.load(c.m), unit.load(c.m_gain), unit.load(c.a_mean));
-    const auto by_x = map_pair<A>(multiply_add, unit.load(c.xhat), unit.load(c.ax_mean), by_m);
-    store_any<A>(unit, map_pair<A>(multiply_add, unit.load(c.a), unit.load(c.rstd), by_x), grad_x);
+    const auto by_m = multiply_add(unit.load(c.m), unit.load(c.m_gain), unit.load(c.a_mean));
+    const auto by_x = multiply_add(unit.load(c.xhat), unit.load(c.ax_mean), by_m);
+    store_any<A>(unit, multiply_add(unit.load(c.a), unit.load(c.rstd), by_x), grad_x);
   });
 }
 

@@ -100,6 +100,19 @@ HWY_INLINE void split_means(const double* mean, std::int64_t count, A* rounded, 
   });
 }
 
+template <class A>
+HWY_INLINE Pair<A> product_of(const Pair<A>& a, const Pair<A>& b) {
+  return {hn::Mul(a.lo, b.lo), hn::Mul(a.hi, b.hi)};
+}
+template <class A>
+HWY_INLINE Pair<A> multiply_add(const Pair<A>& a, const Pair<A>& b, const Pair<A>& add) {
+  return {hn::MulAdd(a.lo, b.lo, add.lo), hn::MulAdd(a.hi, b.hi, add.hi)};
+}
+template <class A>
+HWY_INLINE Pair<A> subtract_product(const Pair<A>& from, const Pair<A>& a, const Pair<A>& b) {
+  return {hn::NegMulAdd(a.lo, b.lo, from.lo), hn::NegMulAdd(a.hi, b.hi, from.hi)};
+}
+
 // x less a mean that split_means() split.
 template <class A>
 HWY_INLINE Pair<A> less_mean(const Pair<A>& x, const Pair<A>& rounded, const Pair<A>& rest) {

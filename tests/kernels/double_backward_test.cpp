@@ -398,6 +398,28 @@ TEST(DoubleBackward, NonFiniteValuesStayInTheirSlice) {
   });
 }
 
+// There k is 0, whatever the tangent is.
+TEST(DoubleBackward, WithoutSecondDerivative) {
+  for_each_norm_and_short_slices([](NormCase c, bool from_batch) {
+    for (const Activation activation : {Activation::kNone, Activation::kReLU}) {
+      c.activation = activation;
+      const Inputs inputs(c);
+      for (const double value : {kNaN, kInfinity}) {
+        Cotangents cotangents(c);
+        cotangents.x.set(index_of(c.extent, c.layout, 2, 3, 0), value);
+        cotangents.bias.set(1, value);
+        const Outputs out =
+            run_double_backward(inputs, cotangents, statistics_of(inputs, from_batch));
+        for (const char* name : {"grad_bias", "grad_residual"}) {
+          for (const double k : find(out, name).values()) {
+            ASSERT_EQ(k, 0.0) << name << " of " << to_string(c);
+          }
+        }
+      }
+    }
+  });
+}
+
 TEST(DoubleBackward, EmptyInputHasZeroParameterGradients) {
   for (const Extent extent : {Extent{0, 6, 5}, Extent{3, 6, 0}, Extent{3, 0, 5}}) {
     for_each_norm([&](NormCase c, bool from_batch) {
