@@ -9,7 +9,7 @@ class Target : public TargetTest {};
 INSTANTIATE_TEST_SUITE_P(All, Target, all_targets(), name_of_target);
 
 constexpr const char* kShapes[] = {"one_channel", "channels_65_rows", "run_4097", "run_65",
-                                   "odd_all"};
+                                   "odd_all",     "rows_64",          "rows_256"};
 
 TEST_P(Target, IsTheOneInUse) { EXPECT_STREQ(simd_target(), hwy::TargetName(GetParam())); }
 
