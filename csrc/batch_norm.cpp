@@ -9,6 +9,7 @@
 #include "formulas.h"
 #include "outputs.h"
 #include "staging.h"
+#include "subclass.h"
 
 namespace normcore {
 namespace {
@@ -145,18 +146,51 @@ DoubleGradients batch_norm_double_backward(
   return gradients;
 }
 
+// running = (1 - weight) * running + weight * batch, and one batch more.
+void update_running(const BatchMoments& batch, const OptionalTensor& running_mean,
+                    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                    std::optional<double> momentum) {
+  const at::NoGradGuard no_grad;
+  const auto blend = [&](const Tensor& running, const Tensor& value) {
+    const auto old = running.to(value.scalar_type());
+    const auto step = value - old;
+    const auto updated = momentum.has_value()
+                             ? old + step * *momentum
+                             : old + step / (*num_batches_tracked + 1).to(value.scalar_type());
+    running.copy_(batch.is_empty.defined() ? at::where(batch.is_empty, old, updated) : updated);
+  };
+  if (has(running_mean)) {
+    blend(*running_mean, batch.mean);
+    blend(*running_var, batch.var);
+  }
+  if (has(num_batches_tracked)) num_batches_tracked->add_(1);
+}
+
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                   const OptionalTensor& running_var, const OptionalTensor& weight,
                   const OptionalTensor& bias, bool training, std::optional<double> momentum,
                   double eps, at::IntArrayRef axis, const OptionalTensor& mask,
                   OptionalString activation, const OptionalTensor& residual, bool unbiased,
                   const OptionalTensor& num_batches_tracked, OptionalDType dtype) {
+  prepare_subclass(input);
   const auto x =
       promote_input(input, {&weight, &bias, &residual, &running_mean, &running_var}, dtype);
   const auto y_dtype = dtype.value_or(input.scalar_type());
   if (training) {
     const OptionalTensor none;
     const bool counts = !is_recomputed(input);
+    if (is_spread(x, running_mean, axis)) {
+      check_no_grad("batch_norm", running_mean, running_var);
+      const Operands operands{x, weight, bias, residual, mask};
+      const auto [y, moments] =
+          batch_norm_train_formula(operands,
+                                   Check<c10::SymInt>::batch_norm_train(
+                                       operands, running_mean, running_var, num_batches_tracked,
+                                       axis, momentum, eps, activation, y_dtype),
+                                   unbiased);
+      if (counts) update_running(moments, running_mean, running_var, num_batches_tracked, momentum);
+      return y;
+    }
     return std::get<0>(op::batch_norm_train().call(
         x, weight, bias, residual, mask, counts ? running_mean : none, counts ? running_var : none,
         counts ? num_batches_tracked : none, axis, momentum, eps, unbiased, activation, y_dtype));
@@ -231,6 +265,12 @@ DoubleGradients batch_norm_double_backward_formula(
 }
 
 TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
+  m.impl("batch_norm", TORCH_FN(batch_norm));
+  m.impl("batch_norm_functional", TORCH_FN(batch_norm_functional));
+}
+
+// Without autograd (inference_mode) a tensor subclass would see the composite operator itself.
+TORCH_LIBRARY_IMPL(normcore, Python, m) {
   m.impl("batch_norm", TORCH_FN(batch_norm));
   m.impl("batch_norm_functional", TORCH_FN(batch_norm_functional));
 }

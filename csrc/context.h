@@ -9,19 +9,21 @@
 
 namespace normcore {
 
-// Whether operators become nodes of a graph (torch.compile, export, make_fx). There a norm that is
-// a fixed affine map is left to the compiler, which fuses it or folds it into a convolution.
-inline bool is_recorded() {
-  using c10::impl::TorchDispatchModeTLS;
-  return TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();
+inline bool is_in_mode(c10::impl::TorchDispatchModeKey mode) {
+  return c10::impl::TorchDispatchModeTLS::get_mode(mode).has_value();
 }
 
+// Whether operators become nodes of a graph (torch.compile, export, make_fx). There a norm that is
+// a fixed affine map is left to the compiler, which fuses it or folds it into a convolution.
+inline bool is_recorded() { return is_in_mode(c10::impl::TorchDispatchModeKey::PROXY); }
+
 // Whether this is the forward pass of a checkpoint inside of a backward pass: its batch has been
-// counted before. A graph that is recorded there will run elsewhere as well.
+// counted before. A graph that is recorded there, or about to be, will run elsewhere as well.
 inline bool is_recomputed(const Tensor& input) {
-  const auto keys = input.key_set();
+  using c10::impl::TorchDispatchModeKey;
   return torch::autograd::get_current_graph_task_id() >= 0 && !is_recorded() &&
-         !keys.has(c10::DispatchKey::Python) && !keys.has(c10::DispatchKey::Functionalize);
+         !is_in_mode(TorchDispatchModeKey::FAKE) && !is_in_mode(TorchDispatchModeKey::FUNCTIONAL) &&
+         !input.key_set().has(c10::DispatchKey::Functionalize);
 }
 
 // Whether torch.func transforms the call.

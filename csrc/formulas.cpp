@@ -48,11 +48,14 @@ Tensor in_memory_format_of(const Tensor& input, const Tensor& t) {
   return t.permute(order).contiguous().permute(inverse(order));
 }
 
-// The input as [sample, group, member, position]: statistics are taken over the last two axes.
+// The input as [sample, group, member, position], or, where every channel has statistics of all
+// samples, as it is: DTensor does not flatten axes that are sharded unevenly.
 class SliceView {
  public:
   SliceView(const Tensor& input, const CheckedNorm<c10::SymInt>& norm)
-      : norm_(norm), input_(input) {
+      : norm_(norm),
+        input_(input),
+        is_as_given_(norm.axes.kept.empty() && norm.group_size.maybe_as_int() == 1) {
     for (const auto& axes : {norm.axes.kept, norm.axes.feature, norm.axes.reduced}) {
       for (const auto axis : axes) {
         order_.push_back(axis);
@@ -60,27 +63,51 @@ class SliceView {
       }
     }
     inverse_ = inverse(order_);
-    c10::SymInt positions = 1;
-    for (const auto axis : norm.axes.reduced) positions = positions * input.sym_size(axis);
-    sizes_ = {norm.samples, norm.num_groups, norm.group_size, positions};
+    for (const auto axis : norm.axes.reduced) positions_ = positions_ * input.sym_size(axis);
+    if (is_as_given_) {
+      sizes_.assign(input.dim(), 1);
+      for (const auto axis : norm.axes.feature) sizes_[axis] = input.sym_size(axis);
+      reduced_ = norm.axes.reduced;
+    } else {
+      sizes_ = {norm.samples, norm.num_groups, norm.group_size, positions_};
+      reduced_ = {2, 3};
+    }
   }
 
-  Tensor of_elements(const Tensor& t) const { return t.permute(order_).reshape_symint(sizes_); }
+  // Values in a slice.
+  c10::SymInt slice_size() const { return norm_.group_size * positions_; }
+
+  Tensor of_elements(const Tensor& t) const {
+    return is_as_given_ ? t : t.permute(order_).reshape_symint(sizes_);
+  }
 
   Tensor of_parameter(const Tensor& t) const {
+    if (is_as_given_) return t.reshape_symint(sizes_);
     return t.reshape_symint(
         {norm_.affine_per_sample ? sizes_[0] : c10::SymInt(1), sizes_[1], sizes_[2], 1});
   }
 
   Tensor of_statistic(const Tensor& t) const {
+    if (is_as_given_) return t.reshape_symint(sizes_);
     return t.reshape_symint({sizes_[0], sizes_[1], 1, 1});
+  }
+  // From one value per channel to the shape of its parameters.
+  Tensor to_vector(const Tensor& t) const {
+    c10::SymDimVector sizes;
+    for (const auto axis : norm_.axes.feature) sizes.push_back(input_.sym_size(axis));
+    return t.reshape_symint(sizes);
   }
 
   Tensor to_elements(const Tensor& t) const {
-    return in_memory_format_of(input_, t.reshape_symint(permuted_).permute(inverse_));
+    return in_memory_format_of(input_,
+                               is_as_given_ ? t : t.reshape_symint(permuted_).permute(inverse_));
   }
 
+  Tensor sum_over_slices(const Tensor& t) const {
+    return reduced_.empty() ? t : t.sum(reduced_, /*keepdim=*/true);
+  }
   Tensor sum_to_parameter(const Tensor& t, const Tensor& parameter) const {
+    if (is_as_given_) return to_vector(sum_over_slices(t));
     const auto sum = norm_.affine_per_sample ? t.sum(3) : t.sum(at::IntArrayRef({0, 3}));
     return sum.reshape_symint(parameter.sym_sizes());
   }
@@ -88,8 +115,10 @@ class SliceView {
  private:
   const CheckedNorm<c10::SymInt>& norm_;
   const Tensor& input_;
-  at::DimVector order_, inverse_;
+  bool is_as_given_;
+  at::DimVector order_, inverse_, reduced_;
   c10::SymDimVector permuted_, sizes_;
+  c10::SymInt positions_ = 1;
 };
 
 Tensor activate(const Tensor& z, kernels::Activation activation) {
@@ -156,8 +185,6 @@ Tensor activation_curvature(const Tensor& z, kernels::Activation activation) {
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
 
-Tensor mean_over_slices(const Tensor& t) { return t.mean({2, 3}, /*keepdim=*/true); }
-Tensor sum_over_slices(const Tensor& t) { return t.sum({2, 3}, /*keepdim=*/true); }
 Tensor zero_unless(const Tensor& condition, const Tensor& t) {
   return at::where(condition, t, at::zeros_like(t));
 }
@@ -204,21 +231,21 @@ class Formula {
       xhat_ = (x_ - view_.of_statistic(saved_.mean.to(dtype_))) * rstd_;
       return;
     }
-    // A constant near the mean is taken off first: a large mean costs no digits of what follows.
-    const auto x = x_ - constant_near_the_mean();
-    Tensor centred;
     if (mask_.defined()) {
       share_ = mask_.to(dtype_);
-      const auto count = sum_over_slices(share_);
-      is_empty_ = count == 0;
-      share_ = share_ / count.clamp_min(1);  // without a valid value all shares are 0
-      centred = x - shared_sum(x);
-      const auto var = shared_sum(centred, centred);
-      rstd_ = zero_unless(~is_empty_, (var + norm_.eps).rsqrt());
-    } else {
-      centred = x - mean_over_slices(x);
-      rstd_ = (mean_over_slices(centred * centred) + norm_.eps).rsqrt();
+      count_ = view_.sum_over_slices(share_);
+      is_empty_ = count_ == 0;
+      share_ = share_ / count_.clamp_min(1);  // without a valid value all shares are 0
     }
+    // A constant near the mean is taken off first: a large mean costs no digits of what follows.
+    const auto constant = constant_near_the_mean();
+    const auto x = x_ - constant;
+    const auto rest = mean_of_slice(x);
+    const auto centred = x - rest;
+    mean_ = constant + rest;
+    var_ = mean_of_slice(centred, centred);
+    rstd_ = (var_ + norm_.eps).rsqrt();
+    if (is_empty_.defined()) rstd_ = zero_unless(~is_empty_, rstd_);
     xhat_ = centred * rstd_;
     if (dropped_.defined()) xhat_ = zero_unless(~dropped_, xhat_);
   }
@@ -226,6 +253,19 @@ class Formula {
   const Tensor& xhat() const { return xhat_; }
   const Tensor& rstd() const { return rstd_; }
   bool has_constant_statistics() const { return saved_.are_constants; }
+  BatchMoments moments(bool unbiased) const {
+    auto var = var_;
+    if (unbiased && count_.defined()) {
+      var = var * count_ / (count_ - 1).clamp_min(1);
+    } else if (unbiased) {
+      const auto count = view_.slice_size();
+      var = var * at::Scalar(count) / at::Scalar((count - 1).max(1));
+    }
+    const auto vector = [&](const Tensor& t) {
+      return t.defined() ? view_.to_vector(t.detach()) : t;
+    };
+    return {vector(mean_), vector(var), vector(is_empty_)};
+  }
   Tensor output() const {
     auto y = poisoned(activate(z(), norm_.activation));
     if (is_lost_.defined()) y = at::where(is_lost_, std::nan(""), y);
@@ -266,7 +306,7 @@ class Formula {
   }
   // The transpose: sums of slices, in shares of those that count.
   Tensor shared(const Tensor& t) const {
-    return share_.defined() ? share_ * sum_over_slices(t) : mean_over_slices(t);
+    return share_.defined() ? share_ * view_.sum_over_slices(t) : mean_over_slices(t);
   }
 
   // The derivative of xhat with respect to x, applied to a tangent ...
@@ -308,17 +348,18 @@ class Formula {
     if (saved_.mean.defined()) {
       return view_.of_statistic(at::nan_to_num(saved_.mean.detach(), 0.0, 0.0, 0.0).to(dtype_));
     }
-    const auto x = x_.detach();
-    if (!mask_.defined()) return mean_over_slices(x);
-    const auto count = sum_over_slices(mask_.to(dtype_)).clamp_min(1);
-    return sum_over_slices(zero_unless(mask_, x)) / count;
+    return mean_of_slice(x_.detach());
+  }
+  // Not mean(), whose shares DTensor would weigh alike.
+  Tensor mean_over_slices(const Tensor& t) const {
+    return view_.sum_over_slices(t) / at::Scalar(view_.slice_size());
   }
   // Means over what counts. Zero before products: 0 * NaN would poison derivatives.
   Tensor shared_sum(const Tensor& t) const {
-    return sum_over_slices(zero_unless(mask_, t) * share_);
+    return view_.sum_over_slices(zero_unless(mask_, t) * share_);
   }
   Tensor shared_sum(const Tensor& a, const Tensor& b) const {
-    return sum_over_slices(zero_unless(mask_, a) * zero_unless(mask_, b) * share_);
+    return view_.sum_over_slices(zero_unless(mask_, a) * zero_unless(mask_, b) * share_);
   }
 
   const CheckedNorm<c10::SymInt>& norm_;
@@ -327,6 +368,8 @@ class Formula {
   SliceView view_;
   Tensor x_, scale_, bias_, added_, mask_;
   Tensor xhat_, rstd_;
+  Tensor mean_, var_;
+  Tensor count_;  // of what the mask leaves; undefined without one
   Tensor share_;  // weight of each element in the statistics, 1 / count; undefined without a mask
   Tensor is_empty_, is_lost_;
   Tensor dropped_;  // values of x that count as the mean
@@ -366,6 +409,16 @@ Tensor group_norm_formula(const Operands& operands, const CheckedNorm<c10::SymIn
       at::group_norm(input.to(dtype), norm.num_groups.guard_int(__FILE__, __LINE__),
                      to(weight, dtype), to(bias, dtype), norm.eps, /*cudnn_enabled=*/false);
   return with_epilogue(z, operands, norm);
+}
+
+std::tuple<Tensor, BatchMoments> batch_norm_train_formula(const Operands& operands,
+                                                          const CheckedNorm<c10::SymInt>& norm,
+                                                          bool unbiased) {
+  const Tensor none;
+  Formula formula(operands, norm, {none, none});
+  formula.drop_masked_out();
+  formula.normalize();
+  return {formula.output(), formula.moments(unbiased)};
 }
 
 Tensor batch_norm_eval_formula(const Operands& operands, const CheckedNorm<c10::SymInt>& norm,

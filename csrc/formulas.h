@@ -20,6 +20,17 @@ struct SavedStatistics {
 // y of group norm.
 Tensor group_norm_formula(const Operands& operands, const CheckedNorm<c10::SymInt>& norm);
 
+// What a batch adds to running statistics, [feature axes].
+struct BatchMoments {
+  Tensor mean, var;
+  Tensor is_empty;  // no value counts; undefined: some does everywhere
+};
+
+// y of batch norm in training.
+std::tuple<Tensor, BatchMoments> batch_norm_train_formula(const Operands& operands,
+                                                          const CheckedNorm<c10::SymInt>& norm,
+                                                          bool unbiased);
+
 // y of batch norm with running statistics.
 Tensor batch_norm_eval_formula(const Operands& operands, const CheckedNorm<c10::SymInt>& norm,
                                const Tensor& running_mean, const Tensor& running_var);

@@ -7,6 +7,7 @@
 #include "formulas.h"
 #include "outputs.h"
 #include "staging.h"
+#include "subclass.h"
 
 namespace normcore {
 namespace {
@@ -109,6 +110,7 @@ Tensor group_norm(const Tensor& input, std::int64_t num_groups, const OptionalTe
                   const OptionalTensor& bias, double eps, at::IntArrayRef axis,
                   at::OptionalIntArrayRef reduction_axes, const OptionalTensor& mask,
                   OptionalString activation, const OptionalTensor& residual, OptionalDType dtype) {
+  prepare_subclass(input);
   return std::get<0>(op::group_norm_forward().call(
       promote_input(input, {&weight, &bias, &residual}, dtype), weight, bias, residual, mask,
       num_groups, axis, reduction_axes, eps, activation, dtype.value_or(input.scalar_type())));
@@ -147,6 +149,12 @@ DoubleGradients group_norm_double_backward_formula(
 }
 
 TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
+  m.impl("group_norm", TORCH_FN(group_norm));
+  m.impl("_group_norm_decomposed", TORCH_FN(group_norm_decomposed));
+}
+
+// Without autograd (inference_mode) a tensor subclass would see the composite operator itself.
+TORCH_LIBRARY_IMPL(normcore, Python, m) {
   m.impl("group_norm", TORCH_FN(group_norm));
   m.impl("_group_norm_decomposed", TORCH_FN(group_norm_decomposed));
 }

@@ -1,17 +1,40 @@
 // Python extension normcore._C. Importing it loads libnormcore, which registers the operators
-// (torch.ops.normcore); calls go through those, so this module only tells how the library was
-// built.
+// (torch.ops.normcore); calls go through those. This module tells how the library was built, and
+// the library what it has to know of tensor subclasses.
 #include <normcore/build_info.h>
 #include <normcore/ops.h>
 #include <normcore/override_aten.h>
 #include <normcore/settings.h>
+#include <normcore/subclass.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 namespace py = pybind11;
 
+namespace {
+
+// A function of normcore._subclass, imported when it is first called.
+py::object of_subclasses(const char* name) {
+  return py::module_::import("normcore._subclass").attr(name);
+}
+
+void prepare(const at::Tensor& input) {
+  const py::gil_scoped_acquire gil;
+  of_subclasses("prepare")(input);
+}
+
+bool is_spread(const at::Tensor& input, const std::optional<at::Tensor>& running_mean,
+               at::IntArrayRef axis) {
+  const py::gil_scoped_acquire gil;
+  return of_subclasses("is_spread")(input, running_mean, axis).cast<bool>();
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Loads the native library of normcore.";
+  normcore::set_subclass_hooks({.prepare = prepare, .is_spread = is_spread});
   m.def(
       "build_info",
       [] {

@@ -5,9 +5,11 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from functools import wraps
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
@@ -15,6 +17,7 @@ from . import _C
 
 Initializer = Callable[[Tensor], Any]
 NormT = TypeVar("NormT", bound="NormBase")
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 _ACTIVATIONS: list[str] = _C.activation_names()
 
@@ -29,6 +32,28 @@ def result_type(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> torch.d
     if bias is not None:
         dtype = torch.promote_types(dtype, bias.dtype)
     return dtype
+
+
+def not_compiled(method: MethodT) -> MethodT:
+    """``torch.compiler.disable``, which imports the compiler, when `method` is first called."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return torch.compiler.disable(method)(*args, **kwargs)
+
+    return cast(MethodT, call)
+
+
+def is_recorded(x: Any) -> bool:
+    """Whether `x` stands for a tensor in a graph that torch.fx records."""
+    return isinstance(x, torch.fx.Proxy)
+
+
+def leaf(module: nn.Module, x: Any, **options: Any) -> Any:
+    """One node of the graph that torch.fx records, as for any module of torch.nn."""
+    given = {name: value for name, value in options.items() if value is not None}
+    path = x.tracer.path_of_module(module)
+    return x.tracer.create_proxy("call_module", path, (x,), given)
 
 
 def number(op: str, name: str, value: Any) -> float:
@@ -293,7 +318,7 @@ class NormBase(nn.Module):
             self.num_features, self._features, self.initialized = None, [], False
             raise
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _materialize_from(self, x: Tensor) -> None:
         self._materialize(self._feature_sizes(x), x.device if self.device is None else None)
 

@@ -13,7 +13,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Initializer, NormBase, integer, integers, number, result_type
+from ._base import (
+    Initializer,
+    NormBase,
+    integer,
+    integers,
+    is_recorded,
+    leaf,
+    not_compiled,
+    number,
+    result_type,
+)
 from .functional import (
     batch_norm_op,
     call_op,
@@ -170,6 +180,17 @@ class BatchNorm(NormBase):
                 output is computed everywhere. Pass it by keyword.
             residual: tensor of the shape of `x`, added before the activation. Pass it by keyword.
         """
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            recorded = is_recorded(x)
+            if recorded:
+                node: Tensor = leaf(
+                    self,
+                    x,
+                    use_running_average=use_running_average,
+                    mask=mask,
+                    residual=residual,
+                )
+                return node
         if not self.initialized:
             y: Tensor = self._first_call(x, use_running_average, mask, residual)
             return y
@@ -229,7 +250,7 @@ class BatchNorm(NormBase):
             return self.mean, self.var
 
     @torch.jit.unused
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _first_call(
         self,
         x: Tensor,
@@ -385,6 +406,11 @@ class GroupNorm(NormBase):
                 computed everywhere. Pass it by keyword.
             residual: tensor of the shape of `x`, added before the activation. Pass it by keyword.
         """
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            recorded = is_recorded(x)
+            if recorded:
+                node: Tensor = leaf(self, x, mask=mask, residual=residual)
+                return node
         if not self.initialized:
             y: Tensor = self._first_call(x, mask, residual)
             return y
@@ -430,7 +456,7 @@ class GroupNorm(NormBase):
             return call_op(group_norm_of_graph(), arguments, options)
 
     @torch.jit.unused
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _first_call(
         self,
         x: Tensor,

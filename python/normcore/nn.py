@@ -21,11 +21,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, instancenorm
 
-from ._base import check_activation
+from ._base import check_activation, is_recorded, leaf
 from .functional import (
     batch_norm,
     batch_norm_op,
@@ -102,19 +101,11 @@ class _Norm(nn.Module):
         Pass `mask` and `residual` by keyword: they would be keyword-only if TorchScript allowed it.
         """
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            recording = isinstance(input, torch.fx.Proxy)
-            if recording:
-                node: Tensor = self._leaf(input, mask, residual)
+            recorded = is_recorded(input)
+            if recorded:
+                node: Tensor = leaf(self, input, mask=mask, residual=residual)
                 return node
         return self._normalize(input, mask, residual)
-
-    @torch.jit.unused
-    def _leaf(self, input: Any, mask: Any, residual: Any) -> Any:
-        """One node of the graph that torch.fx records, as for any module of torch.nn."""
-        options = {"mask": mask, "residual": residual}
-        given = {name: value for name, value in options.items() if value is not None}
-        path = input.tracer.path_of_module(self)
-        return input.tracer.create_proxy("call_module", path, (input,), given)
 
     def _normalize(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         raise NotImplementedError

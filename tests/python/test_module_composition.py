@@ -56,6 +56,25 @@ def test_trace_without_warnings(recwarn: pytest.WarningsRecorder) -> None:
     assert not [w for w in recwarn if issubclass(w.category, torch.jit.TracerWarning)]
 
 
+@pytest.mark.parametrize("kind", ["BatchNorm", "GroupNorm"])
+@pytest.mark.parametrize("initialized", [True, False])
+def test_fx_leaves_the_modules_whole(kind: str, initialized: bool) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = getattr(normcore, kind)(num_features=32 if initialized else None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(torch.sin(x), residual=x) + self.norm(x)
+            return y
+
+    network = Network()
+    graph = torch.fx.symbolic_trace(network)
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["norm", "norm"]
+    x = torch.randn(4, 32)
+    assert torch.equal(copy.deepcopy(graph)(x), network(x))
+
+
 def test_functional_call() -> None:
     norm = normcore.BatchNorm(num_features=3)
     state = {name: t.clone() for name, t in norm.state_dict().items()}

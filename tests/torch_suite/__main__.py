@@ -16,14 +16,17 @@ import torch
 from entries import ENTRIES, MODULES, OPS
 from module_checks import ModuleChecks
 from op_checks import OpChecks
-from outcomes import Outcomes, summary
+from outcomes import Outcomes, Skip, summary
 from targets import BY_NAME
 
 
 def run_entry(entry: str, outcomes: Outcomes) -> None:
     checks = OpChecks if entry in OPS else ModuleChecks
     torch.manual_seed(0)
-    checks(entry, BY_NAME[outcomes.target], outcomes).run()
+    try:
+        checks(entry, BY_NAME[outcomes.target], outcomes).run()
+    except Skip as reason:
+        outcomes.skip(entry, reason)
 
 
 def main() -> int:

@@ -46,6 +46,10 @@ class Outcomes:
             status, message = "failed", traceback.format_exc(limit=-4)
         self.all.append(Outcome(self.target, entry, check, dtype, sample, status, message))
 
+    def skip(self, entry: str, reason: Skip) -> None:
+        """Of all checks of an entry."""
+        self.all.append(Outcome(self.target, entry, "", "", "", "skipped", str(reason)))
+
 
 def summary(outcomes: list[Outcome]) -> str:
     """A table of counts by target and entry, then the reasons of skips and what failed."""
