@@ -61,7 +61,8 @@ def call_op(
 
 def group_norm_of_graph() -> Callable[..., Tensor]:
     """The operator of group norm: under an exporter the one that decomposes into aten's."""
-    if torch.compiler.is_exporting():
+    # In torch 2.11 the compiler takes is_exporting() for true.
+    if torch.compiler.is_exporting() and torch.compiler._is_exporting_flag:
         return torch.ops.normcore._group_norm_decomposed
     return group_norm_op
 

@@ -71,9 +71,10 @@ class Ranks:
             self._ranks.append((process, here))
 
     def close(self) -> None:
-        for process, connection in self._ranks:
+        for _, connection in self._ranks:
             with contextlib.suppress(OSError):
                 connection.send(None)
+        for process, _ in self._ranks:
             process.join(timeout=2)
             process.kill()
         self._ranks = []
