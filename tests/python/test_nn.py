@@ -26,6 +26,7 @@ from nn_cases import (
 )
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from torch_version import IS_2_11
 
 import normcore
 import normcore.nn as NN
@@ -168,7 +169,10 @@ def test_errors(kind: str, size: tuple[int, ...], training: bool, options: dict[
     theirs.train(training)
     x = torch.randn(size, dtype=torch.float64)
     before = copy.deepcopy(ours.state_dict())
-    assert raised(lambda: ours(x)) == raised(lambda: theirs(x))
+    got, want = raised(lambda: ours(x)), raised(lambda: theirs(x))
+    if "eps" in options and IS_2_11:  # with another text
+        got, want = got[:1], want[:1]
+    assert got == want
     assert_same(ours.state_dict(), before, 0)
 
 

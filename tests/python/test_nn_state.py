@@ -25,6 +25,7 @@ from nn_cases import (
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from torch_version import IS_2_11
 
 import normcore.nn as NN
 
@@ -143,6 +144,8 @@ LATE = {
     ],
 )
 def test_late_changes(kind: str, change: str) -> None:
+    if (kind, change) == ("GroupNorm", "no weight") and IS_2_11:
+        pytest.skip("torch 2.11's own kernel asks an absent weight for its device")
     tracked = {} if kind == "GroupNorm" else {"track_running_stats": True}
     ours, theirs = pair(kind, affine=True, **tracked)
     x = torch.randn(4, 6, 5, 3, dtype=torch.float64)

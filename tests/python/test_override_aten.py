@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch_version import IS_2_11
 
 import normcore
 
@@ -221,6 +222,8 @@ def test_native_batch_norm(
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
 def test_native_group_norm(dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str) -> None:
+    if layout != "contiguous" and IS_2_11:
+        pytest.skip("the backward pass of torch 2.11 itself raises or crashes")
     x, dy = torch.randn(3, 4, 5, 6).to(dtype), torch.randn(3, 4, 5, 6).to(dtype)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
@@ -309,6 +312,7 @@ def test_errors_are_those_of_torch(name: str) -> None:
     assert str(got.value) == str(want.value)
 
 
+@pytest.mark.skipif(IS_2_11, reason="torch 2.11's own kernel asks an absent weight for its device")
 def test_absent_parameters_have_gradients() -> None:
     x, dy = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
 
