@@ -219,6 +219,7 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
 // A copy that under vmap varies with whatever one of `others` varies with.
 Tensor copy_beside(const Tensor& t, std::initializer_list<const OptionalTensor*> others) {
   auto copy = t.clone();
+  if (!is_transformed()) return copy;
   for (const auto* other : others) {
     if (has(*other)) copy = copy + (*other)->new_zeros({}, t.options());
   }

@@ -56,12 +56,15 @@ def assert_same(actual: Sequence[Tensor | None], expected: Sequence[Tensor | Non
 
 def operands(shape: Sequence[int], axis: int = 1) -> dict[str, Tensor]:
     channels = shape[axis]
+    element_mask = torch.rand(*shape) < 0.7
+    element_mask[:, 1] = False  # a channel without a value
     return {
         "input": (3 * torch.randn(*shape) + 2).requires_grad_(),
         "weight": torch.randn(channels).requires_grad_(),
         "bias": torch.randn(channels).requires_grad_(),
         "residual": torch.randn(*shape).requires_grad_(),
         "mask": torch.rand(shape[0], 1, *shape[2:]) < 0.7,
+        "element_mask": element_mask,
     }
 
 
@@ -82,7 +85,7 @@ class BatchNorm:
             given["bias"],
             self.options.get("training", True),
             self.options.get("momentum", 0.3),
-            mask=given.get("mask"),
+            mask=given.get("mask", given.get("element_mask")),
             activation=self.options.get("activation"),
             residual=given.get("residual"),
             num_batches_tracked=count,
@@ -110,6 +113,8 @@ def check_batch_norm(
     given = {name: t for name, t in operands(shape).items() if name in names}
     stats = statistics(shape[1])
     cotangent = torch.randn(*shape)
+    if "element_mask" in given:  # no gradient comes from what is NaN
+        cotangent[:, 1] = 0
     everywhere = [R] * len(placements)
     split = {
         name: spread(t, mesh, placements if name == "input" else everywhere)
@@ -137,6 +142,7 @@ def placements_of(t: Tensor) -> tuple[Placement, ...]:
 
 BASIC = ("input", "weight", "bias")
 ALL = (*BASIC, "residual", "mask")
+MASKED = (*BASIC, "element_mask")
 
 
 def check_communication(training: bool) -> None:
@@ -154,6 +160,8 @@ def check_communication(training: bool) -> None:
 
 def group_norm(given: dict[str, Tensor], **options: Any) -> Tensor:
     given = dict(given)
+    if "element_mask" in given:
+        given["mask"] = given.pop("element_mask")
     return ops.group_norm(
         given.pop("input"), options.pop("num_groups", 4), given.pop("weight"), given.pop("bias"),
         **given, **options

@@ -11,7 +11,7 @@ import dtensor_checks as checks
 import pytest
 import torch
 import torch.distributed as dist
-from dtensor_checks import ALL, BASIC, RANKS
+from dtensor_checks import ALL, BASIC, MASKED, RANKS
 from ranks import Ranks
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
@@ -29,7 +29,9 @@ def ranks() -> Iterator[Ranks]:
     group.close()
 
 
-@pytest.mark.parametrize("names", [BASIC, ALL], ids=["plain", "residual and mask"])
+@pytest.mark.parametrize(
+    "names", [BASIC, ALL, MASKED], ids=["plain", "residual and mask", "element mask"]
+)
 @pytest.mark.parametrize(
     ("placements", "stat_placements"),
     [
@@ -80,7 +82,9 @@ def test_batch_shards_stay_where_they_are(ranks: Ranks, training: bool) -> None:
     ranks.run(checks.check_communication, training)
 
 
-@pytest.mark.parametrize("names", [BASIC, ALL], ids=["plain", "residual and mask"])
+@pytest.mark.parametrize(
+    "names", [BASIC, ALL, MASKED], ids=["plain", "residual and mask", "element mask"]
+)
 @pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "per sample"])
 @pytest.mark.parametrize(
     ("placements", "stays"),
