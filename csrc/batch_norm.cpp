@@ -146,24 +146,53 @@ DoubleGradients batch_norm_double_backward(
   return gradients;
 }
 
-// running = (1 - weight) * running + weight * batch, and one batch more.
-void update_running(const BatchMoments& batch, const OptionalTensor& running_mean,
-                    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+// running = (1 - weight) * running + weight * batch, and one batch more. Nothing is written before
+// all of it is known.
+void update_running(const BatchMoments& batch, const RunningState& running,
                     std::optional<double> momentum) {
   const at::NoGradGuard no_grad;
-  const auto blend = [&](const Tensor& running, const Tensor& value) {
-    const auto old = running.to(value.scalar_type());
+  const auto& [mean, var, num_batches_tracked] = running;
+  // What was made in inference mode can be written there only.
+  const auto is_inference = [](const OptionalTensor& t) { return has(t) && t->is_inference(); };
+  std::optional<c10::InferenceMode> mode;
+  if (is_inference(mean) || is_inference(var) || is_inference(num_batches_tracked)) mode.emplace();
+
+  const auto blend = [&, &count = num_batches_tracked](const Tensor& old_value,
+                                                       const Tensor& value) {
+    const auto old = old_value.to(value.scalar_type());
     const auto step = value - old;
-    const auto updated = momentum.has_value()
-                             ? old + step * *momentum
-                             : old + step / (*num_batches_tracked + 1).to(value.scalar_type());
-    running.copy_(batch.is_empty.defined() ? at::where(batch.is_empty, old, updated) : updated);
+    const auto updated = momentum.has_value() ? old + step * *momentum
+                                              : old + step / (*count + 1).to(value.scalar_type());
+    return batch.is_empty.defined() ? at::where(batch.is_empty, old, updated) : updated;
   };
-  if (has(running_mean)) {
-    blend(*running_mean, batch.mean);
-    blend(*running_var, batch.var);
+  if (has(mean)) {
+    const auto new_mean = blend(*mean, batch.mean), new_var = blend(*var, batch.var);
+    mean->copy_(new_mean);
+    var->copy_(new_var);
   }
   if (has(num_batches_tracked)) num_batches_tracked->add_(1);
+}
+
+// y of batch norm in training, and the running statistics if the batch counts.
+Tensor train(const Operands& operands, const RunningState& running, bool counts,
+             at::IntArrayRef axis, std::optional<double> momentum, double eps, bool unbiased,
+             OptionalString activation, at::ScalarType y_dtype) {
+  const auto& [x, weight, bias, residual, mask] = operands;
+  const auto& [mean, var, num_batches_tracked] = running;
+  if (is_dtensor("batch_norm", operands, running)) {
+    check_no_grad("batch_norm", mean, var);
+    const auto norm = Check<c10::SymInt>::batch_norm_train(
+        operands, mean, var, num_batches_tracked, axis, momentum, eps, activation, y_dtype);
+    if (is_spread(x, running, axis)) {
+      const auto [y, moments] = batch_norm_train_formula(operands, norm, unbiased);
+      if (counts && x.sym_numel() != 0) update_running(moments, running, momentum);
+      return y;
+    }
+  }
+  const OptionalTensor none;
+  return std::get<0>(op::batch_norm_train().call(
+      x, weight, bias, residual, mask, counts ? mean : none, counts ? var : none,
+      counts ? num_batches_tracked : none, axis, momentum, eps, unbiased, activation, y_dtype));
 }
 
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
@@ -172,28 +201,13 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                   double eps, at::IntArrayRef axis, const OptionalTensor& mask,
                   OptionalString activation, const OptionalTensor& residual, bool unbiased,
                   const OptionalTensor& num_batches_tracked, OptionalDType dtype) {
-  prepare_subclass(input);
   const auto x =
       promote_input(input, {&weight, &bias, &residual, &running_mean, &running_var}, dtype);
   const auto y_dtype = dtype.value_or(input.scalar_type());
   if (training) {
-    const OptionalTensor none;
-    const bool counts = !is_recomputed(input);
-    if (is_spread(x, running_mean, axis)) {
-      check_no_grad("batch_norm", running_mean, running_var);
-      const Operands operands{x, weight, bias, residual, mask};
-      const auto [y, moments] =
-          batch_norm_train_formula(operands,
-                                   Check<c10::SymInt>::batch_norm_train(
-                                       operands, running_mean, running_var, num_batches_tracked,
-                                       axis, momentum, eps, activation, y_dtype),
-                                   unbiased);
-      if (counts) update_running(moments, running_mean, running_var, num_batches_tracked, momentum);
-      return y;
-    }
-    return std::get<0>(op::batch_norm_train().call(
-        x, weight, bias, residual, mask, counts ? running_mean : none, counts ? running_var : none,
-        counts ? num_batches_tracked : none, axis, momentum, eps, unbiased, activation, y_dtype));
+    return train({x, weight, bias, residual, mask},
+                 {running_mean, running_var, num_batches_tracked}, !is_recomputed(input), axis,
+                 momentum, eps, unbiased, activation, y_dtype);
   }
   TORCH_CHECK_VALUE(has(running_mean) && has(running_var),
                     "batch_norm: expected running_mean and running_var with training False, got ",
@@ -201,11 +215,15 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                     : has(running_var) ? "only running_var"
                                        : "None");
   check_ignored_mask(mask, input);
+  const OptionalTensor no_mask;
+  const Operands operands{x, weight, bias, residual, no_mask};
+  if (is_dtensor("batch_norm", operands, {running_mean, running_var, std::nullopt})) {
+    Check<c10::SymInt>::batch_norm_eval(operands, *running_mean, *running_var, axis, eps,
+                                        activation, y_dtype);
+  }
   if (is_recorded()) {
     check_no_grad("batch_norm", running_mean, running_var);
     check_no_tangent("batch_norm", "running_mean and running_var", running_mean, running_var);
-    const OptionalTensor no_mask;
-    const Operands operands{x, weight, bias, residual, no_mask};
     return batch_norm_eval_formula(
         operands,
         Check<c10::SymInt>::batch_norm_eval(operands, *running_mean, *running_var, axis, eps,
@@ -240,9 +258,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_functional(
       has(num_batches_tracked) ? OptionalTensor(num_batches_tracked->clone()) : std::nullopt;
   // Not batch_norm, which changes no statistics inside of a backward pass.
   const auto x = promote_input(input, {&weight, &bias, &residual, &stats[0], &stats[1]}, dtype);
-  const auto y = std::get<0>(
-      op::batch_norm_train().call(x, weight, bias, residual, mask, mean, var, count, axis, momentum,
-                                  eps, unbiased, activation, dtype.value_or(input.scalar_type())));
+  const auto y = train({x, weight, bias, residual, mask}, {mean, var, count}, /*counts=*/true, axis,
+                       momentum, eps, unbiased, activation, dtype.value_or(input.scalar_type()));
   return {y, mean, var};
 }
 

@@ -20,6 +20,7 @@
 #include <numeric>
 
 #include "context.h"
+#include "subclass.h"
 
 namespace normcore {
 namespace {
@@ -104,7 +105,8 @@ class SliceView {
   }
 
   Tensor sum_over_slices(const Tensor& t) const {
-    return reduced_.empty() ? t : t.sum(reduced_, /*keepdim=*/true);
+    // Once, while it is small: DTensor would add up what follows from it, values and gradients.
+    return reduced_.empty() ? t : gathered(t.sum(reduced_, /*keepdim=*/true));
   }
   Tensor sum_to_parameter(const Tensor& t, const Tensor& parameter) const {
     if (is_as_given_) return to_vector(sum_over_slices(t));

@@ -110,10 +110,15 @@ Tensor group_norm(const Tensor& input, std::int64_t num_groups, const OptionalTe
                   const OptionalTensor& bias, double eps, at::IntArrayRef axis,
                   at::OptionalIntArrayRef reduction_axes, const OptionalTensor& mask,
                   OptionalString activation, const OptionalTensor& residual, OptionalDType dtype) {
-  prepare_subclass(input);
-  return std::get<0>(op::group_norm_forward().call(
-      promote_input(input, {&weight, &bias, &residual}, dtype), weight, bias, residual, mask,
-      num_groups, axis, reduction_axes, eps, activation, dtype.value_or(input.scalar_type())));
+  const auto x = promote_input(input, {&weight, &bias, &residual}, dtype);
+  const auto y_dtype = dtype.value_or(input.scalar_type());
+  const Operands operands{x, weight, bias, residual, mask};
+  if (is_dtensor("group_norm", operands)) {
+    Check<c10::SymInt>::group_norm(operands, num_groups, axis, reduction_axes, eps, activation,
+                                   y_dtype);
+  }
+  return std::get<0>(op::group_norm_forward().call(x, weight, bias, residual, mask, num_groups,
+                                                   axis, reduction_axes, eps, activation, y_dtype));
 }
 
 Tensor group_norm_decomposed(const Tensor& input, std::int64_t num_groups,

@@ -1,11 +1,13 @@
-// What the operators ask about inputs of tensor subclasses (normcore/subclass.h).
+// What the operators ask about inputs of tensor subclasses.
 #pragma once
 
-#include "dispatch.h"
+#include "checks.h"
+#include "normcore/subclass.h"
 
 namespace normcore {
 
-void prepare_subclass(const Tensor& input);
-bool is_spread(const Tensor& input, const OptionalTensor& running_mean, at::IntArrayRef axis);
+bool is_dtensor(const char* op, const Operands& operands, const RunningState& running = {});
+bool is_spread(const Tensor& input, const RunningState& running, at::IntArrayRef axis);
+Tensor gathered(const Tensor& sum);
 
 }  // namespace normcore

@@ -19,22 +19,32 @@ py::object of_subclasses(const char* name) {
   return py::module_::import("normcore._subclass").attr(name);
 }
 
-void prepare(const at::Tensor& input) {
+bool is_dtensor(const char* op, const at::Tensor& input,
+                const std::vector<normcore::NamedTensor>& others) {
   const py::gil_scoped_acquire gil;
-  of_subclasses("prepare")(input);
+  py::dict given;
+  for (const auto& [name, tensor] : others) given[name] = py::cast(tensor);
+  return of_subclasses("is_dtensor")(op, input, given).cast<bool>();
 }
 
-bool is_spread(const at::Tensor& input, const std::optional<at::Tensor>& running_mean,
+bool is_spread(const at::Tensor& input, const normcore::RunningState& running,
                at::IntArrayRef axis) {
   const py::gil_scoped_acquire gil;
-  return of_subclasses("is_spread")(input, running_mean, axis).cast<bool>();
+  const auto& [mean, var, num_batches_tracked] = running;
+  return of_subclasses("is_spread")(input, mean, var, num_batches_tracked, axis).cast<bool>();
+}
+
+at::Tensor gathered(const at::Tensor& sum) {
+  const py::gil_scoped_acquire gil;
+  return of_subclasses("gathered")(sum).cast<at::Tensor>();
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Loads the native library of normcore.";
-  normcore::set_subclass_hooks({.prepare = prepare, .is_spread = is_spread});
+  normcore::set_subclass_hooks(
+      {.is_dtensor = is_dtensor, .is_spread = is_spread, .gathered = gathered});
   m.def(
       "build_info",
       [] {

@@ -35,11 +35,13 @@ def result_type(x: Tensor, scale: Tensor | None, bias: Tensor | None) -> torch.d
 
 
 def not_compiled(method: MethodT) -> MethodT:
-    """``torch.compiler.disable``, which imports the compiler, when `method` is first called."""
+    """``torch.compiler.disable``, which imports the compiler, where there is one at work."""
 
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return torch.compiler.disable(method)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(*args, **kwargs)
+        return method(*args, **kwargs)
 
     return cast(MethodT, call)
 
@@ -50,7 +52,16 @@ def is_recorded(x: Any) -> bool:
 
 
 def leaf(module: nn.Module, x: Any, **options: Any) -> Any:
-    """One node of the graph that torch.fx records, as for any module of torch.nn."""
+    """One node of the graph that torch.fx records, as for any module of torch.nn.
+
+    Raises:
+        RuntimeError: the module is the root of the graph, of which it cannot be a node.
+    """
+    if x.tracer.root is module:
+        raise RuntimeError(
+            f"{type(module).__name__}: expected torch.fx to record a model that holds the norm, "
+            "got the norm itself; wrap it in torch.nn.Sequential"
+        )
     given = {name: value for name, value in options.items() if value is not None}
     path = x.tracer.path_of_module(module)
     return x.tracer.create_proxy("call_module", path, (x,), given)

@@ -192,17 +192,80 @@ for _name in _RESULTS:
     _register(getattr(torch.ops.normcore, _name).default)
 
 
-def is_spread(input: Tensor, running_mean: Tensor | None, axis: Sequence[int]) -> bool:
+def is_dtensor(op: str, input: Tensor, others: dict[str, Tensor]) -> bool:
+    """Whether `input` is a DTensor, and then all of `others`.
+
+    Raises:
+        TypeError: one of them is not, or the counter would have to be added up first.
+    """
+    if not isinstance(input, DTensor):
+        return False
+    for name, tensor in others.items():
+        if not isinstance(tensor, DTensor) and tensor.ndim != 0:
+            raise TypeError(
+                f"{op}: expected {name} to be a DTensor like input, got a {type(tensor).__name__}; "
+                "torch.distributed.tensor.distribute_module makes DTensors of what a module holds"
+            )
+    counter = others.get("num_batches_tracked")
+    if isinstance(counter, DTensor) and any(p.is_partial() for p in counter.placements):
+        raise TypeError(
+            f"{op}: expected num_batches_tracked to have placements without Partial, "
+            f"got {counter.placements}"
+        )
+    return True
+
+
+class _Gather(torch.autograd.Function):
+    """The same tensor without shares, and so its gradient, which ``redistribute`` leaves shared."""
+
+    @staticmethod
+    def forward(sum: DTensor) -> DTensor:
+        placements = [Replicate() if p.is_partial() else p for p in sum.placements]
+        return sum.redistribute(placements=placements)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return gathered(grad)
+
+
+def gathered(sum: Tensor) -> Tensor:
+    """A sum with shares on several devices as the whole sum on all of them."""
+    if not isinstance(sum, DTensor) or not any(p.is_partial() for p in sum.placements):
+        return sum
+    result: Tensor = _Gather.apply(sum)
+    return result
+
+
+def is_spread(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    axis: Sequence[int],
+) -> bool:
     """Whether a batch norm in training takes statistics, or updates them, across devices."""
     if not isinstance(input, DTensor):
         return False
     features = _axes(axis, input.ndim)
-    stats = running_mean.placements if isinstance(running_mean, DTensor) else None
-    for dim, placement in enumerate(input.placements):
-        running = None if stats is None else stats[dim]
-        if placement == Replicate() and running in (None, Replicate()):
-            continue
-        is_by_feature = placement == Shard(features[0]) and running in (None, Shard(0))
-        if not (is_by_feature and _can_shard(input.shape, features, input.device_mesh.size())):
-            return True
-    return False
+    by_feature = Shard(features[0])
+    if not all(p in (Replicate(), by_feature) for p in input.placements):
+        return True
+    if by_feature in input.placements and not _can_shard(
+        input.shape, features, input.device_mesh.size()
+    ):
+        return True
+    # Where the statistics of the batch arise.
+    arising = tuple(Shard(0) if p == by_feature else Replicate() for p in input.placements)
+    here = tuple(Replicate() for _ in arising)
+    return any(
+        isinstance(t, DTensor) and t.placements != placements
+        for t, placements in (
+            (running_mean, arising),
+            (running_var, arising),
+            (num_batches_tracked, here),
+        )
+    )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,19 +22,20 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import normcore
 
 ops = torch.ops.normcore
 RANKS = 4
-MESHES: dict[int, tuple[int, ...]] = {1: (4,), 2: (2, 2)}
 R, S = Replicate(), Shard
 CLOSE: Any = {"rtol": 2e-5, "atol": 2e-5}
 
 
 def mesh_of(placements: Sequence[Placement]) -> DeviceMesh:
-    return init_device_mesh("cpu", MESHES[len(placements)])
+    size = dist.get_world_size()
+    return init_device_mesh("cpu", (size,) if len(placements) == 1 else (2, size // 2))
 
 
 def spread(t: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
@@ -93,8 +95,9 @@ class BatchNorm:
         )
 
 
-def statistics(channels: int) -> list[Tensor]:
-    return [torch.randn(channels), torch.rand(channels) + 0.5, torch.tensor(2)]
+def statistics(channels: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    mean, var = torch.randn(channels), torch.rand(channels) + 0.5
+    return [mean.to(dtype), var.to(dtype), torch.tensor(2)]
 
 
 def gradients(y: Tensor, given: dict[str, Tensor], cotangent: Tensor) -> list[Tensor | None]:
@@ -145,17 +148,132 @@ ALL = (*BASIC, "residual", "mask")
 MASKED = (*BASIC, "element_mask")
 
 
-def check_communication(training: bool) -> None:
+def check_statistics(
+    placement: Placement,
+    stat_placements: tuple[Placement, Placement],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    functional: bool,
+) -> None:
+    mesh = mesh_of([placement])
+    x, stats = torch.randn(*shape), statistics(shape[1], dtype)
+    split = [spread(t, mesh, [p]) for t, p in zip(stats, (*stat_placements, R), strict=True)]
+
+    def call(x: Tensor, mean: Tensor, var: Tensor, count: Tensor) -> list[Tensor]:
+        if functional:
+            return list(ops.batch_norm_functional(x, mean, var, num_batches_tracked=count))
+        y = ops.batch_norm(x, mean, var, training=True, num_batches_tracked=count)
+        return [y, mean, var, count]
+
+    actual, expected = call(spread(x, mesh, [placement]), *split), call(x, *stats)
+    for a, e in zip(actual, expected, strict=True):
+        tolerance = CLOSE if e.dtype == torch.float32 else {}
+        torch.testing.assert_close(full(a), e, **tolerance)
+    assert [placements_of(t) for t in actual[1:3]] == [(p,) for p in stat_placements]
+
+
+def count_of(communication: CommDebugMode) -> dict[str, int]:
+    return {op.__name__: n for op, n in communication.get_comm_counts().items()}
+
+
+class LargestCollective(TorchDispatchMode):
+    """Records how many values the largest tensor has that goes to another rank."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace and isinstance(args[0], Tensor):
+            self.values = max(self.values, args[0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def check_communication(training: bool, names: tuple[str, ...]) -> None:
+    """Only sums of channels travel, in both passes, and only in training."""
+    shape = (8, 6, 5)
     mesh = mesh_of([S(0)])
-    given = operands((8, 6, 5))
-    split = {name: spread(given[name], mesh, [S(0)] if name == "input" else [R]) for name in BASIC}
+    given = operands(shape)
+    split = {name: spread(given[name], mesh, [S(0)] if name == "input" else [R]) for name in names}
     stats = [spread(t, mesh, [R]) for t in statistics(6)]
-    with CommDebugMode() as communication:
+    cotangent = spread(torch.randn(*shape), mesh, [S(0)])
+    with CommDebugMode() as forward, LargestCollective() as largest:
         y = BatchNorm(split, stats, training=training)()
     assert placements_of(y) == (S(0),)
-    counts = {op.__name__: n for op, n in communication.get_comm_counts().items()}
-    assert set(counts) <= ({"all_reduce"} if training else set()), counts
-    assert bool(counts) == training
+    with CommDebugMode() as backward, largest:
+        gradients(y, {"input": split["input"]}, cotangent)
+    for communication in (forward, backward):
+        assert set(count_of(communication)) <= {"all_reduce"}, count_of(communication)
+        assert communication.get_total_counts() <= (4 if training else 0)
+    assert largest.values == (6 if training else 0)
+
+
+def state_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.to_local().clone() for t in tensors if isinstance(t, DTensor)]
+
+
+def check_errors(placement: Placement) -> None:
+    """They are those of plain tensors, and change nothing."""
+    mesh = mesh_of([placement])
+    x = torch.randn(8, 8, 4)
+    split = spread(x, mesh, [placement])
+    wrong: dict[str, dict[str, Any]] = {
+        "weight": {"weight": torch.ones(3)},
+        "mask": {"mask": torch.ones(8, 8, 3) > 0},
+        "residual": {"residual": torch.ones(8, 8, 3)},
+        "activation": {"activation": "tanh"},
+        "axis": {"axis": 5},
+        "eps": {"eps": -1.0},
+    }
+    stats = [spread(t, mesh, [R]) for t in statistics(8)]
+    before = state_of(stats)
+    for name, options in wrong.items():
+        on_mesh = {
+            n: spread(v, mesh, [R]) if isinstance(v, Tensor) else v for n, v in options.items()
+        }
+
+        def norms(x: Tensor, options: dict[str, Any], stats: list[Any]) -> Iterator[Any]:
+            mean, var, count = stats
+            more = {"training": True, "num_batches_tracked": count, **options}
+            yield lambda: ops.batch_norm(x, mean, var, **more)
+            yield lambda: ops.group_norm(x, 2, **options)
+
+        for ours, plain in zip(
+            norms(split, on_mesh, stats), norms(x, options, statistics(8)), strict=True
+        ):
+            with pytest.raises(Exception) as expected:  # noqa: PT011  (compared with another)
+                plain()
+            with pytest.raises(expected.type) as found:
+                ours()
+            assert str(found.value) == str(expected.value), name
+    for name in ("weight", "mask", "residual"):
+        plain_tensor = torch.ones(8) if name == "weight" else torch.ones(8, 8, 4)
+        for norm in (
+            lambda o: ops.batch_norm(split, None, None, training=True, **o),
+            lambda o: ops.group_norm(split, 2, **o),
+        ):
+            with pytest.raises(TypeError, match=f"_norm: expected {name} to be a DTensor like"):
+                norm({name: plain_tensor})
+    partial = DTensor.from_local(torch.tensor(0), mesh, [Partial()])
+    with pytest.raises(TypeError, match=r"num_batches_tracked .* without Partial"):
+        ops.batch_norm(split, *stats[:2], training=True, num_batches_tracked=partial)
+    assert all(map(torch.equal, state_of(stats), before))
+
+
+def check_first_call(name: str) -> None:
+    """Every public operator may be the first that meets a DTensor, in inference mode too."""
+    x = torch.randn(8, 6, 5)
+    with torch.inference_mode():
+        mesh = mesh_of([S(0)])
+        split = spread(x, mesh, [S(0)])
+        stats = [spread(t, mesh, [R]) for t in (torch.zeros(6), torch.ones(6))]
+        if name == "group_norm":
+            y, expected = ops.group_norm(split, 2), ops.group_norm(x, 2)
+        elif name == "batch_norm":
+            y = ops.batch_norm(split, *stats, training=True)
+            expected = ops.batch_norm(x, None, None, training=True)
+        else:
+            y = ops.batch_norm_functional(split, *stats)[0]
+            expected = ops.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(full(y), expected, **CLOSE)
 
 
 def group_norm(given: dict[str, Tensor], **options: Any) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,9 +75,52 @@ def test_batch_norm_of_uneven_shards(
     ranks.run(checks.check_batch_norm, shape, (placement,), (stats,), {}, BASIC)
 
 
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("shape", [(8, 8, 5), (0, 8, 5), (8, 8, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("placement", "stat_placements", "dtype"),
+    [
+        (R, (R, R), torch.float32),
+        (S(0), (R, R), torch.float32),
+        (S(0), (R, R), torch.bfloat16),
+        (S(1), (S(0), R), torch.float32),
+        (S(1), (R, S(0)), torch.float64),
+        (R, (R, S(0)), torch.float32),
+        (R, (S(0), R), torch.float32),
+    ],
+    ids=str,
+)
+def test_running_statistics(
+    ranks: Ranks,
+    placement: Placement,
+    stat_placements: tuple[Placement, Placement],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    functional: bool,
+) -> None:
+    ranks.run(checks.check_statistics, placement, stat_placements, dtype, shape, functional)
+
+
+@pytest.mark.parametrize("names", [BASIC, ALL], ids=["plain", "residual and mask"])
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_shards_stay_where_they_are(ranks: Ranks, training: bool) -> None:
-    ranks.run(checks.check_communication, training)
+def test_batch_shards_stay_where_they_are(
+    ranks: Ranks, training: bool, names: tuple[str, ...]
+) -> None:
+    ranks.run(checks.check_communication, training, names)
+
+
+@pytest.mark.parametrize("placement", [R, S(0), S(1)], ids=str)
+def test_errors(ranks: Ranks, placement: Placement) -> None:
+    ranks.run(checks.check_errors, placement)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "batch_norm_functional", "group_norm"])
+def test_the_first_call(name: str) -> None:
+    group = Ranks(2)
+    try:
+        group.run(checks.check_first_call, name)
+    finally:
+        group.close()
 
 
 @pytest.mark.parametrize(
@@ -146,13 +187,3 @@ def test_compiled_modules(ranks: Ranks) -> None:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_fully_sharded_modules(ranks: Ranks, dtype: torch.dtype | None) -> None:
     ranks.run(checks.check_fully_sharded, dtype)
-
-
-def test_importing_normcore_leaves_dtensor_alone() -> None:
-    code = "import sys, normcore; print('torch.distributed.tensor' in sys.modules)"
-    before = "import sys, torch; print('torch.distributed.tensor' in sys.modules)"
-    outputs = [
-        subprocess.run([sys.executable, "-c", c], capture_output=True, check=True, text=True).stdout
-        for c in (before, code)
-    ]
-    assert outputs[0] == outputs[1]

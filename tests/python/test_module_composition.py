@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -73,6 +75,24 @@ def test_fx_leaves_the_modules_whole(kind: str, initialized: bool) -> None:
     assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["norm", "norm"]
     x = torch.randn(4, 32)
     assert torch.equal(copy.deepcopy(graph)(x), network(x))
+
+
+@pytest.mark.parametrize("norm", [normcore.BatchNorm(), normcore.nn.GroupNorm(2, 4)], ids=str)
+def test_fx_cannot_record_a_norm_as_the_root(norm: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match=r"Norm: expected torch.fx to record a model"):
+        torch.fx.symbolic_trace(norm)
+
+
+def test_a_first_call_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys, torch, normcore\n"
+        "normcore.BatchNorm()(torch.randn(3, 4))\n"
+        "print('torch._dynamo' in sys.modules, 'torch.distributed.tensor' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True
+    )
+    assert result.stdout.split() == ["False", "False"]
 
 
 def test_functional_call() -> None:
