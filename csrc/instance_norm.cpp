@@ -53,6 +53,10 @@ TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
   m.impl("_instance_norm_train", TORCH_FN(instance_norm_train));
 }
 
+TORCH_LIBRARY_IMPL(normcore, Python, m) {
+  m.impl("_instance_norm_train", TORCH_FN(instance_norm_train));
+}
+
 TORCH_LIBRARY_IMPL(normcore, FuncTorchBatchedDecomposition, m) {
   m.impl("_instance_norm_train", TORCH_FN(instance_norm_train));
 }

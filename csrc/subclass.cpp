@@ -29,7 +29,7 @@ bool is_dtensor(const char* op, const Operands& operands, const RunningState& ru
 }
 
 bool is_spread(const Tensor& input, const RunningState& running, at::IntArrayRef axis) {
-  return hooks.is_spread != nullptr && is_subclass(input) && hooks.is_spread(input, running, axis);
+  return hooks.is_spread(input, running, axis);
 }
 
 Tensor gathered(const Tensor& sum) {

@@ -7,6 +7,7 @@
 namespace normcore {
 
 bool is_dtensor(const char* op, const Operands& operands, const RunningState& running = {});
+// Of a DTensor.
 bool is_spread(const Tensor& input, const RunningState& running, at::IntArrayRef axis);
 Tensor gathered(const Tensor& sum);
 

@@ -14,29 +14,34 @@ namespace py = pybind11;
 
 namespace {
 
-// A function of normcore._subclass, imported when it is first called.
-py::object of_subclasses(const char* name) {
-  return py::module_::import("normcore._subclass").attr(name);
+// The module normcore._dtensor; None while there are no DTensors.
+py::object dtensor_rules() {
+  return py::module_::import("normcore._subclass").attr("dtensor_rules")();
 }
 
 bool is_dtensor(const char* op, const at::Tensor& input,
                 const std::vector<normcore::NamedTensor>& others) {
   const py::gil_scoped_acquire gil;
+  const py::object rules = dtensor_rules();
+  if (rules.is_none()) return false;
   py::dict given;
   for (const auto& [name, tensor] : others) given[name] = py::cast(tensor);
-  return of_subclasses("is_dtensor")(op, input, given).cast<bool>();
+  return rules.attr("is_dtensor")(op, input, given).cast<bool>();
 }
 
-bool is_spread(const at::Tensor& input, const normcore::RunningState& running,
+bool is_spread(const at::Tensor& dtensor, const normcore::RunningState& running,
                at::IntArrayRef axis) {
   const py::gil_scoped_acquire gil;
   const auto& [mean, var, num_batches_tracked] = running;
-  return of_subclasses("is_spread")(input, mean, var, num_batches_tracked, axis).cast<bool>();
+  return dtensor_rules()
+      .attr("is_spread")(dtensor, mean, var, num_batches_tracked, axis)
+      .cast<bool>();
 }
 
 at::Tensor gathered(const at::Tensor& sum) {
   const py::gil_scoped_acquire gil;
-  return of_subclasses("gathered")(sum).cast<at::Tensor>();
+  const py::object rules = dtensor_rules();
+  return rules.is_none() ? sum : rules.attr("gathered")(sum).cast<at::Tensor>();
 }
 
 }  // namespace

@@ -241,15 +241,13 @@ def gathered(sum: Tensor) -> Tensor:
 
 
 def is_spread(
-    input: Tensor,
+    input: DTensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     axis: Sequence[int],
 ) -> bool:
     """Whether a batch norm in training takes statistics, or updates them, across devices."""
-    if not isinstance(input, DTensor):
-        return False
     features = _axes(axis, input.ndim)
     by_feature = Shard(features[0])
     if not all(p in (Replicate(), by_feature) for p in input.placements):

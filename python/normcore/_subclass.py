@@ -1,4 +1,4 @@
-"""What the operators do for inputs of tensor subclasses; the native library calls these functions.
+"""Where the native library asks for what it has to know of tensor subclasses.
 
 ``torch.distributed.tensor`` takes a second to import, so what is written for it (``_dtensor``)
 waits for somebody else to import it.
@@ -7,42 +7,13 @@ waits for somebody else to import it.
 from __future__ import annotations
 
 import sys
-
-from torch import Tensor
-
-
-def _has_dtensors() -> bool:
-    return "torch.distributed.tensor" in sys.modules
+from types import ModuleType
 
 
-def is_dtensor(op: str, input: Tensor, others: dict[str, Tensor]) -> bool:
-    """Whether `input` is a DTensor: then the rules are known, and `others` are checked."""
-    if not _has_dtensors():
-        return False
+def dtensor_rules() -> ModuleType | None:
+    """The module ``_dtensor``, which makes its rules known; None while there are no DTensors."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return None
     from . import _dtensor
 
-    return _dtensor.is_dtensor(op, input, others)
-
-
-def is_spread(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    axis: list[int],
-) -> bool:
-    """Whether no device can take the statistics of a batch norm in training by itself."""
-    if not _has_dtensors():
-        return False
-    from . import _dtensor
-
-    return _dtensor.is_spread(input, running_mean, running_var, num_batches_tracked, axis)
-
-
-def gathered(sum: Tensor) -> Tensor:
-    """A sum that is not added up over the devices yet, on all of them; anything else as it is."""
-    if not _has_dtensors():
-        return sum
-    from . import _dtensor
-
-    return _dtensor.gathered(sum)
+    return _dtensor

@@ -74,6 +74,18 @@ def test_wrapper_subclass(name: str, mode: Any) -> None:
         assert all(map(torch.equal, stats, expected_stats))
 
 
+def test_wrapper_subclass_of_an_instance_norm(mode: Any) -> None:
+    """Composed of other operators: the subclass sees those in every mode."""
+    with mode():
+        x = torch.randn(4, 6, 5)
+        Wrapper.seen.clear()
+        y = ops._instance_norm_train(Wrapper(x), Wrapper(torch.zeros(6)), Wrapper(torch.ones(6)))
+        assert "_instance_norm_train" not in Wrapper.seen
+        assert "_batch_norm_train" in Wrapper.seen
+        expected = ops._instance_norm_train(x, torch.zeros(6), torch.ones(6))
+        assert torch.equal(y.held, expected)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_dispatch_mode(name: str, mode: Any) -> None:
     with mode():

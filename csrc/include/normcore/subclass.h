@@ -28,7 +28,7 @@ struct SubclassHooks {
                      const std::vector<NamedTensor>& others) = nullptr;
   // Whether the statistics of a batch norm in training are those of values on several devices, or
   // have to be moved to where the running ones are.
-  bool (*is_spread)(const at::Tensor& input, const RunningState& running,
+  bool (*is_spread)(const at::Tensor& dtensor, const RunningState& running,
                     at::IntArrayRef axis) = nullptr;
   // A sum over several devices, on all of them.
   at::Tensor (*gathered)(const at::Tensor& sum) = nullptr;
