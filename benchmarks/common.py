@@ -110,6 +110,17 @@ def backward_of(norm: Norm, o: Operands) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: torch.autograd.grad(y, leaves, o.grad, retain_graph=True)
 
 
+def double_backward_of(norm: Norm, o: Operands) -> Callable[[], tuple[Tensor, ...]]:
+    """The double backward pass of one call, as a gradient penalty needs it.
+
+    It takes a gradient of that of x, and gives those of grad_output, x and weight.
+    """
+    x, grad = o.x.detach().requires_grad_(), o.grad.detach().requires_grad_()
+    (grad_x,) = torch.autograd.grad(norm(x), x, grad, create_graph=True)
+    leaves, cotangent = (grad, x, o.weight), o.grad.flip(0)
+    return lambda: torch.autograd.grad(grad_x, leaves, cotangent, retain_graph=True)
+
+
 def commit() -> str:
     """Of the source tree this file is in, with a mark if files differ from it.
 

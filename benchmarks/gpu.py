@@ -10,9 +10,10 @@ of a case take turns, and each takes its best time between two events:
 * warm: the mean of several replays in a row.
 
 "% copy" is the time of the copy, scaled to the bytes that an operation cannot avoid (forward: read
-x, write y; backward: read x and dy, write dx), over the time of the candidate; 100 % is as fast as
-a copy. Cases are run in the order of their importance until the time is over; torch.compile is left
-out of the later ones if its compilation would take their time. What was left out is listed.
+x, write y; backward: read x and dy, write dx; double backward: read three tensors, write two), over
+the time of the candidate; 100 % is as fast as a copy. Cases are run in the order of their
+importance until the time is over; torch.compile is left out of the later ones if its compilation
+would take their time. What was left out is listed.
 
 Without a device the exit code is 77. --rehearse takes small tensors on the CPU instead, to see that
 everything runs; TRITON_INTERPRET=1 adds the Triton kernels. Its times mean nothing.
@@ -45,6 +46,7 @@ from common import (
     backward_of,
     batch_norms,
     commit,
+    double_backward_of,
     group_norms,
     make_operands,
 )
@@ -273,8 +275,16 @@ def candidates(
             more_forward, more_backward = triton_candidates(case, o)
             forward |= more_forward
             backward |= more_backward
+    double: dict[str, Callable[[], Any]] = {}
+    for name, norm in zip(("normcore", "torch"), norms_of(case, o), strict=True):
+        with attempt(f"{case.name}, {name}", failures):
+            double[name] = double_backward_of(norm, o)
     operation = "batch_norm train" if case.norm == "batch_norm" else case.norm
-    found = {operation: forward, f"{case.norm} backward": backward}
+    found = {
+        operation: forward,
+        f"{case.norm} backward": backward,
+        f"{case.norm} double backward": double,
+    }
     if case.norm == "batch_norm":
         evaluations = zip(("normcore", "torch"), batch_norms(o, False), strict=True)
         found["batch_norm eval"] = {
@@ -296,7 +306,11 @@ def wanted(case: Case, o: Operands) -> dict[str, Tensor]:
     operation = "batch_norm train" if case.norm == "batch_norm" else case.norm
     with torch.no_grad():
         y = theirs(wide.x)
-    return {operation: y, f"{case.norm} backward": backward_of(theirs, wide)()[0]}
+    return {
+        operation: y,
+        f"{case.norm} backward": backward_of(theirs, wide)()[0],
+        f"{case.norm} double backward": double_backward_of(theirs, wide)()[0],
+    }
 
 
 def measure(
@@ -327,7 +341,9 @@ def measure(
                 break
             for name, pair in zip(prepared, watch.round(list(prepared.values())), strict=True):
                 times[name].append(pair)
-        bytes_over_copy = 1.5 if operation.endswith("backward") else 1.0
+        bytes_over_copy = 1.0
+        if operation.endswith("backward"):
+            bytes_over_copy = 2.5 if operation.endswith("double backward") else 1.5
         best = {n: [min(column) for column in zip(*t, strict=True)] for n, t in times.items()}
         for name, pairs in times.items():
             cold, warm = best[name]

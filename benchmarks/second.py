@@ -1,7 +1,7 @@
 """The command `second`: a double backward pass beside the backward pass, here and in torch.
 
-The backward pass gives gradients of x, weight and bias; the double backward pass takes a gradient
-of that of x, and gives those of grad_output, x and weight, as a gradient penalty needs them.
+The backward pass gives gradients of x, weight and bias; the double backward pass is that of
+common.double_backward_of().
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from rich.progress import track
 
 from . import pages
 from .cases import Shape, text_of
-from .common import Norm, Operands, batch_norms, group_norms, make_operands
+from .common import (
+    Norm,
+    Operands,
+    backward_of,
+    batch_norms,
+    double_backward_of,
+    group_norms,
+    make_operands,
+)
 from .documents import Document, write
 from .machine import facts
 from .markdown import description, microseconds, table
@@ -32,19 +40,8 @@ def pair(norm: str, o: Operands) -> dict[str, Norm]:
 
 
 def passes(norm: Norm, o: Operands) -> dict[str, Call]:
-    x, grad = o.x.detach().requires_grad_(), o.grad.detach().requires_grad_()
-    y = norm(x)
-    leaves = (x, o.weight, o.bias)
-    (grad_x,) = torch.autograd.grad(y, x, grad, create_graph=True)
-    cotangent = torch.randn_like(x)
-
-    def backward() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(y, leaves, grad, retain_graph=True)
-
-    def double() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(grad_x, (grad, x, o.weight), cotangent, retain_graph=True)
-
-    return {"backward": Call(backward, lambda: None), "double": Call(double, lambda: None)}
+    kinds = {"backward": backward_of, "double": double_backward_of}
+    return {name: Call(kind(norm, o), lambda: None) for name, kind in kinds.items()}
 
 
 def measure(norm: str, shape: Shape, layout: str, dtype: str, repeats: int) -> dict[str, Any]:

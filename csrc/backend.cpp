@@ -159,13 +159,17 @@ void run(const kernels::BatchNormInferenceArgs& args, c10::Device device) {
 void run(const kernels::BatchNormBackwardArgs& args, c10::Device device) {
   run_on("batch_norm", args, device);
 }
+void run(const kernels::BatchNormDoubleBackwardArgs& args, c10::Device device) {
+  run_on("batch_norm", args, device);
+}
 void run(const kernels::GroupNormForwardArgs& args, c10::Device device) {
   run_on("group_norm", args, device);
 }
 void run(const kernels::GroupNormBackwardArgs& args, c10::Device device) {
   run_on("group_norm", args, device);
 }
-void run(const kernels::BatchNormDoubleBackwardArgs& args) { run_on_cpu("batch_norm", args); }
-void run(const kernels::GroupNormDoubleBackwardArgs& args) { run_on_cpu("group_norm", args); }
+void run(const kernels::GroupNormDoubleBackwardArgs& args, c10::Device device) {
+  run_on("group_norm", args, device);
+}
 
 }  // namespace normcore::backend

@@ -21,12 +21,10 @@ kernels::MutableTensor mutable_view(const at::Tensor& t);
 void run(const kernels::BatchNormForwardArgs& args, c10::Device device);
 void run(const kernels::BatchNormInferenceArgs& args, c10::Device device);
 void run(const kernels::BatchNormBackwardArgs& args, c10::Device device);
+void run(const kernels::BatchNormDoubleBackwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormForwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormBackwardArgs& args, c10::Device device);
-
-// On the CPU; other devices have no such kernels.
-void run(const kernels::BatchNormDoubleBackwardArgs& args);
-void run(const kernels::GroupNormDoubleBackwardArgs& args);
+void run(const kernels::GroupNormDoubleBackwardArgs& args, c10::Device device);
 
 // Whether CUDA kernels may read it in vectors. Tensors without data: as if storage were aligned.
 bool is_aligned(const at::Tensor& t);

@@ -140,7 +140,7 @@ DoubleGradients batch_norm_double_backward(
     args.cotangents = staging.read(cotangents);
     args.grad_grad_y = staging.write(grad_grad_output);
     args.grad = staging.write(Gradients{x, w, b, r});
-    backend::run(args);
+    backend::run(args, input.device());
     staging.finish();
   }
   return gradients;
@@ -312,7 +312,7 @@ TORCH_LIBRARY_IMPL(normcore, CUDA, m) {
   m.impl("_batch_norm_train", TORCH_FN(batch_norm_train<std::int64_t>));
   m.impl("_batch_norm_eval", TORCH_FN(batch_norm_eval<std::int64_t>));
   m.impl("_batch_norm_backward", TORCH_FN(batch_norm_backward<std::int64_t>));
-  m.impl("_batch_norm_double_backward", TORCH_FN(batch_norm_double_backward_formula));
+  m.impl("_batch_norm_double_backward", TORCH_FN(batch_norm_double_backward<std::int64_t>));
 }
 
 TORCH_LIBRARY_IMPL(normcore, Meta, m) {

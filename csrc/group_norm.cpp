@@ -100,7 +100,7 @@ DoubleGradients group_norm_double_backward(
     args.cotangents = staging.read(cotangents);
     args.grad_grad_y = staging.write(grad_grad_output);
     args.grad = staging.write(Gradients{x, w, b, r});
-    backend::run(args);
+    backend::run(args, input.device());
     staging.finish();
   }
   return gradients;
@@ -181,7 +181,7 @@ TORCH_LIBRARY_IMPL(normcore, CPU, m) {
 TORCH_LIBRARY_IMPL(normcore, CUDA, m) {
   m.impl("_group_norm", TORCH_FN(group_norm_forward<std::int64_t>));
   m.impl("_group_norm_backward", TORCH_FN(group_norm_backward<std::int64_t>));
-  m.impl("_group_norm_double_backward", TORCH_FN(group_norm_double_backward_formula));
+  m.impl("_group_norm_double_backward", TORCH_FN(group_norm_double_backward<std::int64_t>));
 }
 
 TORCH_LIBRARY_IMPL(normcore, Meta, m) {

@@ -46,10 +46,25 @@ __device__ inline float fast_erfc(float x) {
   return x < 0.0f ? 2.0f - tail : tail;
 }
 
-// The argument of the sigmoid in gelu's tanh form.
+// sigmoid(z) and sigmoid(-z): neither is the rest of the other, which would have no digits left.
+struct SigmoidPair {
+  float sigmoid, complement;
+
+  __device__ explicit SigmoidPair(float z) {
+    const float e = fast_exp(-std::fabs(z)), near = fast_divide(1.0f, 1.0f + e), far = e * near;
+    sigmoid = z < 0.0f ? far : near;
+    complement = z < 0.0f ? near : far;
+  }
+};
+
+// The argument of the sigmoid in gelu's tanh form, and its derivative.
 __device__ inline float gelu_tanh_argument(float z) {
   return 2.0f * static_cast<float>(kSqrtTwoOverPi) *
          (z + static_cast<float>(kGeluTanhCubic) * z * z * z);
+}
+__device__ inline float gelu_tanh_slope(float z) {
+  return 2.0f * static_cast<float>(kSqrtTwoOverPi) *
+         (1.0f + 3.0f * static_cast<float>(kGeluTanhCubic) * z * z);
 }
 
 // T: of the tensor, A: of z.
@@ -73,14 +88,36 @@ __device__ A activation_derivative_of(A z) {
     return std::fma(z * sigmoid, A{1} - sigmoid, sigmoid);
   } else if constexpr (sizeof(T) == 2 && kActivation == Activation::kGeluTanh) {
     const A sigmoid = fast_sigmoid(gelu_tanh_argument(z));
-    const A slope = 2.0f * static_cast<float>(kSqrtTwoOverPi) *
-                    (1.0f + 3.0f * static_cast<float>(kGeluTanhCubic) * z * z);
-    return std::fma(z * sigmoid * slope, A{1} - sigmoid, sigmoid);
+    return std::fma(z * sigmoid * gelu_tanh_slope(z), A{1} - sigmoid, sigmoid);
   } else if constexpr (sizeof(T) == 2 && kActivation == Activation::kGelu) {
     const A density = static_cast<float>(kInvSqrtTwoPi) * fast_exp(-0.5f * z * z);
     return std::fma(z, density, 0.5f * fast_erfc(-z * static_cast<float>(kSqrtHalf)));
   } else {
     return activate_derivative(kActivation, z);
+  }
+}
+
+// Both derivatives at z.
+template <class T, Activation kActivation, class A>
+__device__ void activation_derivatives_of(A z, A& first, A& second) {
+  if constexpr (sizeof(T) == 2 && kActivation == Activation::kSiLU) {
+    const SigmoidPair s(z);
+    first = std::fma(z * s.sigmoid, s.complement, s.sigmoid);
+    second = s.sigmoid * s.complement * std::fma(z, s.complement - s.sigmoid, A{2});
+  } else if constexpr (sizeof(T) == 2 && kActivation == Activation::kGeluTanh) {
+    const SigmoidPair s(gelu_tanh_argument(z));
+    const A rate = gelu_tanh_slope(z), slope = s.sigmoid * s.complement;
+    constexpr A kBend = static_cast<A>(12.0 * kSqrtTwoOverPi * kGeluTanhCubic);
+    const A turn = std::fma(rate * rate, s.complement - s.sigmoid, kBend * z);
+    first = std::fma(z * rate, slope, s.sigmoid);
+    second = slope == A{0} ? A{0} : slope * std::fma(z, turn, A{2} * rate);
+  } else if constexpr (sizeof(T) == 2 && kActivation == Activation::kGelu) {
+    const A density = static_cast<float>(kInvSqrtTwoPi) * fast_exp(-0.5f * z * z);
+    first = std::fma(z, density, 0.5f * fast_erfc(-z * static_cast<float>(kSqrtHalf)));
+    second = A{2} * density - z * (z * density);
+  } else {
+    first = activate_derivative(kActivation, z);
+    second = activate_second_derivative(kActivation, z);
   }
 }
 
@@ -99,6 +136,17 @@ __device__ void derive_all(Activation activation, A (&z)[kWidth]) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       z[i] = activation_derivative_of<T, decltype(constant)::value>(z[i]);
+    }
+  });
+}
+
+template <class T, class A, int kWidth>
+__device__ void derive_twice_all(Activation activation, const A (&z)[kWidth], A (&first)[kWidth],
+                                 A (&second)[kWidth]) {
+  visit_activation(activation, [&](auto constant) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      activation_derivatives_of<T, decltype(constant)::value>(z[i], first[i], second[i]);
     }
   });
 }

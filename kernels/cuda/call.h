@@ -24,18 +24,12 @@ struct ShiftedSums {
   double count, pivot, sum, square;
 };
 
-// Over values of a channel: g, g * (x - center), and how many values count.
-struct ChannelSums {
-  double g, g_centered, count;
-};
-
 // Gradients of a channel's scale and bias.
 struct ParameterSums {
   double scale, bias;
 };
 
 static_assert(sizeof(ShiftedSums) == kShiftedSumsBytes);
-static_assert(sizeof(ChannelSums) == kChannelSumsBytes);
 static_assert(sizeof(ParameterSums) == kParameterSumsBytes);
 
 struct ForwardCall {
@@ -51,6 +45,7 @@ struct ForwardCall {
   unsigned* counters = nullptr;
 };
 
+// Sums and slices are of the types of the pass (gradient_pass.h).
 struct BackwardCall {
   NormInput input;
   std::int64_t num_groups = 0;
@@ -59,13 +54,20 @@ struct BackwardCall {
   bool batch_statistics = true;
   NormGradients grad;
   std::int64_t samples_per_block = 1;
-  void* slice_gradients = nullptr;      // workspace: SliceGradient of every slice; null where
-                                        // nothing flows through the statistics, or one launch does
+  void* slices = nullptr;  // workspace: what the second launch takes of every slice; null
+                           // where nothing flows through the statistics, or one
+                           // launch does
   ParameterSums* parameters = nullptr;  // workspace: per block of samples and channel; null where
                                         // nothing is left to be summed
-  ChannelSums* records = nullptr;       // workspace: per chunk and channel in it
-  ChannelSums* channel_sums = nullptr;  // workspace: per sample and channel
+  void* records = nullptr;              // workspace: sums per chunk and channel in it
+  void* channel_sums = nullptr;         // workspace: sums per sample and channel
   unsigned* counters = nullptr;
+};
+
+// Its grad: those of x, scale, bias and residual.
+struct DoubleBackwardCall : BackwardCall {
+  GradientCotangents cotangents;
+  MutableTensor grad_grad_y;
 };
 
 }  // namespace normcore::kernels::cuda

@@ -1,6 +1,6 @@
 // From run-time choices to kernel instantiations. Every combination that plan_cuda() can choose is
-// instantiated here, and no other: x stays in registers for 16- and 32-bit dtypes only, few vectors
-// per thread exist only where a vector has several elements. kPlain kernels are for the common calls:
+// instantiated here, and no other: x stays in registers for 16- and 32-bit dtypes and passes with few
+// vectors only, few vectors per thread exist only where a vector has several elements. kPlain kernels are for the common calls:
 // no mask, whole vectors only, all tensors but parameters in the dtype of x. They take a third to a
 // sixth of the instructions.
 #pragma once
@@ -31,6 +31,12 @@ inline bool is_plain(const BackwardCall& call) {
          has_dtype(call.grad.residual, dtype);
 }
 
+inline bool is_plain(const DoubleBackwardCall& call) {
+  const DType dtype = call.input.x.dtype;
+  return is_plain(static_cast<const BackwardCall&>(call)) && has_dtype(call.cotangents.x, dtype) &&
+         has_dtype(call.cotangents.residual, dtype) && has_dtype(call.grad_grad_y, dtype);
+}
+
 template <class... Parameters>
 Status launch_blocks(void (*kernel)(Parameters...), const CudaPlan& plan, std::int64_t blocks,
                      CudaStream stream, std::type_identity_t<Parameters>... arguments) {
@@ -43,49 +49,46 @@ Status launch_blocks(void (*kernel)(Parameters...), const CudaPlan& plan, std::i
 }
 
 // Calls start.operator()<T, kWidth, kVectors, kStage, kPlain>(blocks) for every launch of the plan.
-template <int kFewVectors, int kManyVectors, class T, int kWidth, bool kPlain, class Start>
+template <CudaKernels kKernels, class T, int kWidth, bool kPlain, class Start>
 Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
+  constexpr int kVectors = kKernels.vectors, kFewVectors = kKernels.few_vectors;
   switch (plan.path) {
     case CudaPath::kPack:
     case CudaPath::kBlock:
-      if constexpr (!std::is_same_v<T, double>) {
+      if constexpr (!std::is_same_v<T, double> && kFewVectors != 0) {
         if constexpr (kWidth > 1) {
           if (plan.vectors == kFewVectors) {
             return start.template operator()<T, kWidth, kFewVectors, Stage::kResident, kPlain>(
                 plan.blocks);
           }
         }
-        return start.template operator()<T, kWidth, kManyVectors, Stage::kResident, kPlain>(
+        return start.template operator()<T, kWidth, kVectors, Stage::kResident, kPlain>(
             plan.blocks);
       }
       break;
     case CudaPath::kSplit: {
       const Status status =
-          start.template operator()<T, kWidth, kManyVectors, Stage::kReduce, kPlain>(plan.blocks);
+          start.template operator()<T, kWidth, kVectors, Stage::kReduce, kPlain>(plan.blocks);
       if (!status.ok() || plan.apply_blocks == 0) return status;
-      return start.template operator()<T, kWidth, kManyVectors, Stage::kApply, kPlain>(
+      return start.template operator()<T, kWidth, kVectors, Stage::kApply, kPlain>(
           plan.apply_blocks);
     }
     case CudaPath::kStream:
-      return start.template operator()<T, kWidth, kManyVectors, Stage::kApply, kPlain>(plan.blocks);
+      return start.template operator()<T, kWidth, kVectors, Stage::kApply, kPlain>(plan.blocks);
   }
   return Status::invalid("the plan has no kernel");
 }
 
-template <int kFewVectors, int kManyVectors, class Start>
+template <CudaKernels kKernels, class Start>
 Status for_each_stage(DType x, const CudaPlan& plan, bool is_plain, const Start& start) {
   return visit_dtype(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    constexpr int kWidth = static_cast<int>(kVectorBytes / sizeof(T));
-    if (plan.width != kWidth) {
-      return for_each_stage_of<kFewVectors, kManyVectors, T, 1, false>(plan, start);
-    }
+    constexpr auto kWidth = static_cast<int>(kKernels.width(sizeof(T)));
+    if (plan.width != kWidth) return for_each_stage_of<kKernels, T, 1, false>(plan, start);
     if constexpr (!std::is_same_v<T, double>) {
-      if (is_plain) {
-        return for_each_stage_of<kFewVectors, kManyVectors, T, kWidth, true>(plan, start);
-      }
+      if (is_plain) return for_each_stage_of<kKernels, T, kWidth, true>(plan, start);
     }
-    return for_each_stage_of<kFewVectors, kManyVectors, T, kWidth, false>(plan, start);
+    return for_each_stage_of<kKernels, T, kWidth, false>(plan, start);
   });
 }
 

@@ -40,8 +40,10 @@ Status start(cuda::ForwardCall call, const Problem& problem, const CudaPlan& pla
              : cuda::rows_forward(call, rows_tiling(problem, plan), plan, stream);
 }
 
-Status start(cuda::BackwardCall call, const Problem& problem, const CudaPlan& plan,
-             const CudaWorkspace& workspace, CudaStream stream) {
+// Of either backward pass.
+template <class Call>
+Status start_gradient(Call call, const Problem& problem, const CudaPlan& plan,
+                      const CudaWorkspace& workspace, CudaStream stream) {
   const bool wants_parameters = call.grad.scale || call.grad.bias;
   if (problem.extent.numel() == 0) {
     const std::int64_t samples = call.input.affine_per_sample ? call.input.extent.n : 1;
@@ -52,20 +54,58 @@ Status start(cuda::BackwardCall call, const Problem& problem, const CudaPlan& pl
   if (const Status status = check_plan(problem, plan, workspace); !status.ok()) return status;
   const CudaWorkspaceLayout layout = cuda_workspace_layout(problem, plan);
   call.samples_per_block = plan.samples_per_block;
-  if (plan.path == CudaPath::kSplit) {
-    call.slice_gradients = part<void>(workspace, layout.slice_gradients);
-  }
-  call.records = part<cuda::ChannelSums>(workspace, layout.records);
-  call.channel_sums = part<cuda::ChannelSums>(workspace, layout.channel_sums);
+  if (plan.path == CudaPath::kSplit) call.slices = part<void>(workspace, layout.slices);
+  call.records = part<void>(workspace, layout.records);
+  call.channel_sums = part<void>(workspace, layout.channel_sums);
   call.counters = workspace.counters;
   const bool sums_parameters = layout.sample_blocks != 0 && wants_parameters;
   if (sums_parameters) call.parameters = part<cuda::ParameterSums>(workspace, layout.parameters);
   const Status status =
       plan.layout == Layout::kNCS
-          ? cuda::planes_backward(call, planes_tiling(problem, plan), plan, stream)
-          : cuda::rows_backward(call, rows_tiling(problem, plan), plan, stream);
+          ? cuda::planes_gradient(call, planes_tiling(problem, plan), plan, stream)
+          : cuda::rows_gradient(call, rows_tiling(problem, plan), plan, stream);
   if (!status.ok() || !sums_parameters) return status;
   return cuda::sum_parameters(call, call.input.extent.c, layout.sample_blocks, stream);
+}
+
+// What the args of both backward passes of a norm have in common.
+template <class Args>
+void set_gradient(cuda::BackwardCall& call, const Args& args) {
+  call.input = args.input;
+  call.grad_y = args.grad_y;
+  call.rstd = args.rstd;
+  call.grad = args.grad;
+}
+template <class Args>
+void set_batch_norm(cuda::BackwardCall& call, const Args& args) {
+  set_gradient(call, args);
+  call.mean = args.mean;
+  call.batch_statistics = args.batch_statistics;
+}
+template <class Args>
+void set_group_norm(cuda::BackwardCall& call, const Args& args) {
+  set_gradient(call, args);
+  call.num_groups = args.num_groups;
+  call.mean = {args.mean, DType::kFloat64};
+}
+
+Status start(const cuda::BackwardCall& call, const Problem& problem, const CudaPlan& plan,
+             const CudaWorkspace& workspace, CudaStream stream) {
+  if (problem.extent.numel() != 0) {
+    const Status status = check_gradients(call.input, call.grad_y, call.mean, call.rstd, call.grad);
+    if (!status.ok()) return status;
+  }
+  return start_gradient(call, problem, plan, workspace, stream);
+}
+
+Status start(const cuda::DoubleBackwardCall& call, const Problem& problem, const CudaPlan& plan,
+             const CudaWorkspace& workspace, CudaStream stream) {
+  if (problem.extent.numel() != 0) {
+    const Status status = check_double_backward(call.input, call.grad_y, call.mean, call.rstd,
+                                                call.cotangents, call.grad_grad_y, call.grad);
+    if (!status.ok()) return status;
+  }
+  return start_gradient(call, problem, plan, workspace, stream);
 }
 
 }  // namespace
@@ -100,18 +140,17 @@ Status run(const BatchNormInferenceArgs& args, const CudaPlan& plan, const CudaW
 Status run(const BatchNormBackwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
            CudaStream stream) {
   cuda::BackwardCall call;
-  call.input = args.input;
-  call.grad_y = args.grad_y;
-  call.mean = args.mean;
-  call.rstd = args.rstd;
-  call.batch_statistics = args.batch_statistics;
-  call.grad = args.grad;
-  const Problem problem = problem_of(args);
-  if (problem.extent.numel() != 0) {
-    const Status status = check_gradients(args.input, args.grad_y, args.mean, args.rstd, args.grad);
-    if (!status.ok()) return status;
-  }
-  return start(call, problem, plan, workspace, stream);
+  set_batch_norm(call, args);
+  return start(call, problem_of(args), plan, workspace, stream);
+}
+
+Status run(const BatchNormDoubleBackwardArgs& args, const CudaPlan& plan,
+           const CudaWorkspace& workspace, CudaStream stream) {
+  cuda::DoubleBackwardCall call;
+  set_batch_norm(call, args);
+  call.cotangents = args.cotangents;
+  call.grad_grad_y = args.grad_grad_y;
+  return start(call, problem_of(args), plan, workspace, stream);
 }
 
 Status run(const GroupNormForwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
@@ -131,18 +170,18 @@ Status run(const GroupNormBackwardArgs& args, const CudaPlan& plan, const CudaWo
            CudaStream stream) {
   if (const Status status = check_groups(args.input, args.num_groups); !status.ok()) return status;
   cuda::BackwardCall call;
-  call.input = args.input;
-  call.num_groups = args.num_groups;
-  call.grad_y = args.grad_y;
-  call.mean = {args.mean, DType::kFloat64};
-  call.rstd = args.rstd;
-  call.grad = args.grad;
-  const Problem problem = problem_of(args);
-  if (problem.extent.numel() != 0) {
-    const Status status = check_gradients(args.input, args.grad_y, call.mean, args.rstd, args.grad);
-    if (!status.ok()) return status;
-  }
-  return start(call, problem, plan, workspace, stream);
+  set_group_norm(call, args);
+  return start(call, problem_of(args), plan, workspace, stream);
+}
+
+Status run(const GroupNormDoubleBackwardArgs& args, const CudaPlan& plan,
+           const CudaWorkspace& workspace, CudaStream stream) {
+  if (const Status status = check_groups(args.input, args.num_groups); !status.ok()) return status;
+  cuda::DoubleBackwardCall call;
+  set_group_norm(call, args);
+  call.cotangents = args.cotangents;
+  call.grad_grad_y = args.grad_grad_y;
+  return start(call, problem_of(args), plan, workspace, stream);
 }
 
 }  // namespace normcore::kernels

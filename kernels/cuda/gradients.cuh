@@ -1,66 +1,35 @@
-// Sums of the backward pass: over a channel (of one sample, for group norm), and from there to what
-// grad_x needs of a slice and to the gradients of scale and bias.
+// Sums of channels (of one sample, for group norm) in the backward passes, from the threads that
+// start them to the gradients of scale and bias. A set of sums is Sums<Value>: sums of Value, of which
+// one is the `count` of values that count, and for_each(a, b, f) calls f(sum of a, the same of b).
 #pragma once
 
-#include <cmath>
+#include <cstdint>
 
 #include "cuda/call.h"
-#include "cuda/epilogue.cuh"
+#include "cuda/elements.cuh"
 #include "cuda/reduce.cuh"
-#include "cuda/statistics.cuh"
-#include "plan/cuda_constants.h"
 
 namespace normcore::kernels::cuda {
 
-// Over values of a channel: g, g * (x - center), and how many values count.
-template <class A>
-struct PartialSums {
-  A g, g_centered, count;
-
-  template <int kWidth, class T, class Affines>
-  __device__ void add(const Vector<T, kWidth>& x, const A (&gradient)[kWidth], unsigned counting,
-                      int i, const Affines& affine) {
-    // What is masked out and has no gradient is 0 even if x is not a number.
-    if ((counting >> i & 1) == 0 && gradient[i] == A{0}) return;
-    g += gradient[i];
-    g_centered = std::fma(gradient[i], convert_from<A>(x[i]) - affine[i].center, g_centered);
-  }
-};
-
-__device__ inline void merge(ChannelSums& total, const ChannelSums& other) {
-  total.g += other.g;
-  total.g_centered += other.g_centered;
-  total.count += other.count;
+template <class Total, class Part>
+__device__ void merge(Total& total, const Part& part) {
+  Total::for_each(total, part, [](double& a, auto b) { a += static_cast<double>(b); });
 }
 
 // All sums that `items` ask for, by the whole block: sum i has `terms` terms, of which `lanes`
-// neighbouring threads (a power of two up to 32) take turns. term(i, j) gives PartialSums; the
-// first of the lanes calls store(i, ChannelSums).
-template <class Term, class Store>
+// neighbouring threads (a power of two up to 32) take turns. term(i, j) gives Sums of any value; the
+// first of the lanes calls store(i, total).
+template <class Total, class Term, class Store>
 __device__ void sum_terms(std::uint32_t items, std::uint32_t terms, unsigned lanes, Term term,
                           Store store) {
   const unsigned group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   for (std::uint32_t first = 0; first < items; first += blockDim.x / lanes) {
     const std::uint32_t item = first + group;
-    ChannelSums sums{0.0, 0.0, 0.0};
-    for (std::uint32_t j = lane; item < items && j < terms; j += lanes) {
-      const auto part = term(item, j);
-      sums.g += static_cast<double>(part.g);
-      sums.g_centered += static_cast<double>(part.g_centered);
-      sums.count += static_cast<double>(part.count);
-    }
-    sums.g = warp_sum(sums.g, lanes);
-    sums.g_centered = warp_sum(sums.g_centered, lanes);
-    sums.count = warp_sum(sums.count, lanes);
-    if (item < items && lane == 0) store(item, sums);
+    Total total{};
+    for (std::uint32_t j = lane; item < items && j < terms; j += lanes) merge(total, term(item, j));
+    Total::for_each(total, total, [&](double& sum, double own) { sum = warp_sum(own, lanes); });
+    if (item < items && lane == 0) store(item, total);
   }
-}
-
-// The lanes that `terms` terms deserve.
-__device__ inline unsigned lanes_for(std::uint32_t terms) {
-  unsigned lanes = 1;
-  while (lanes < kWarp && lanes < terms) lanes *= 2;
-  return lanes;
 }
 
 // A channel's gradients of scale and bias in one sample, or in all of batch norm's.
@@ -81,41 +50,16 @@ __device__ inline void store_parameters(const BackwardCall& call, std::int64_t s
   if (call.grad.bias) store_element(call.grad.bias, i, bias);
 }
 
-// Completes a slice of `channels` channels: stores the gradients of its parameters and returns what
-// grad_x needs. sums(i) are those of channel first_channel + i. Called by `lanes` neighbouring
-// threads of a warp, all of whose threads take part.
-template <class A, class Sums>
-__device__ SliceGradient<A> finish_slice(const BackwardCall& call, bool is_active,
-                                         const SliceStatistics<A>& statistics, std::int64_t sample,
-                                         std::int64_t first_channel, std::uint32_t channels,
-                                         unsigned lane, unsigned lanes, Sums sums) {
-  double count = 0.0, h = 0.0, h_centered = 0.0;
-  for (std::uint32_t i = lane; is_active && i < channels; i += lanes) count += sums(i).count;
-  count = warp_sum(count, lanes);
-  // A slice without a valid value has NaN statistics: where no g comes in, none goes out.
-  const bool is_empty = call.batch_statistics && count == 0.0;
-  const double rstd = is_empty ? 0.0 : static_cast<double>(statistics.rstd);
-  const double rounding = is_empty ? 0.0 : static_cast<double>(statistics.rounding);
-  for (std::uint32_t i = lane; is_active && i < channels; i += lanes) {
-    const ChannelSums channel = sums(i);
-    const double g_centered = channel.g_centered - rounding * channel.g;
-    const std::int64_t at =
-        (call.input.affine_per_sample ? sample * call.input.extent.c : 0) + first_channel + i;
-    const double scale = call.input.scale ? load_element<double>(call.input.scale, at) : 1.0;
-    h += scale * channel.g;
-    h_centered += scale * g_centered;
-    store_parameters(call, sample, first_channel + i, g_centered * rstd, channel.g);
-  }
-  h = warp_sum(h, lanes);
-  h_centered = warp_sum(h_centered, lanes);
-  if (!call.batch_statistics) return {A{0}, A{0}, A{0}};
-  const double slope = -rstd * rstd * rstd * h_centered / count;
-  const double offset = -rstd * h / count - slope * rounding;
-  // With nothing else in the slice y does not depend on x: exactly 0, not the difference of equal terms.
+// Where scale and bias of a channel are.
+__device__ inline std::int64_t affine_index(const NormInput& input, std::int64_t sample,
+                                            std::int64_t channel) {
+  return input.affine_per_sample ? sample * input.extent.c + channel : channel;
+}
+
+// Values of a slice, masked-out ones included.
+__device__ inline std::int64_t slice_size(const BackwardCall& call) {
   const Extent& e = call.input.extent;
-  const std::int64_t size = e.s * (call.num_groups == 0 ? e.n : e.c / call.num_groups);
-  if (count == 1.0 && size == 1) return {A{0}, A{0}, A{1}};
-  return {static_cast<A>(slope), static_cast<A>(offset), A{0}};
+  return e.s * (call.num_groups == 0 ? e.n : e.c / call.num_groups);
 }
 
 }  // namespace normcore::kernels::cuda

@@ -8,11 +8,15 @@ namespace normcore::kernels::cuda {
 
 Status planes_forward(const ForwardCall& call, const PlanesTiling& tiling, const CudaPlan& plan,
                       CudaStream stream);
-Status planes_backward(const BackwardCall& call, const PlanesTiling& tiling, const CudaPlan& plan,
+Status planes_gradient(const BackwardCall& call, const PlanesTiling& tiling, const CudaPlan& plan,
                        CudaStream stream);
+Status planes_gradient(const DoubleBackwardCall& call, const PlanesTiling& tiling,
+                       const CudaPlan& plan, CudaStream stream);
 Status rows_forward(const ForwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
                     CudaStream stream);
-Status rows_backward(const BackwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
+Status rows_gradient(const BackwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
+                     CudaStream stream);
+Status rows_gradient(const DoubleBackwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
                      CudaStream stream);
 
 // Stores `count` gradients of scale and bias: sums of call.parameters over `blocks` blocks of

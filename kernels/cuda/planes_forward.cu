@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kMaxThreads,
 
 Status planes_forward(const ForwardCall& call, const PlanesTiling& tiling, const CudaPlan& plan,
                       CudaStream stream) {
-  return for_each_stage<kForwardFewVectors, kForwardVectors>(
+  return for_each_stage<kForwardKernels>(
       call.input.x.dtype, plan, is_plain(call) && call.input.extent.s % plan.width == 0,
       [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
         return launch_blocks(planes_forward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan,

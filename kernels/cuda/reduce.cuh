@@ -4,6 +4,8 @@
 // type, above it in float64.
 #pragma once
 
+#include <cstdint>
+
 #include "cuda/launch.cuh"
 #include "plan/cuda_constants.h"
 
@@ -18,6 +20,13 @@ __device__ A warp_sum(A value, unsigned lanes) {
     value += __shfl_xor_sync(~0u, value, static_cast<int>(offset));
   }
   return value;
+}
+
+// The lanes that `terms` terms deserve.
+__device__ inline unsigned lanes_for(std::uint32_t terms) {
+  unsigned lanes = 1;
+  while (lanes < kWarp && lanes < terms) lanes *= 2;
+  return lanes;
 }
 
 template <int kValues>

@@ -6,7 +6,6 @@
 
 #include "cuda/dispatch.cuh"
 #include "cuda/epilogue.cuh"
-#include "cuda/gradients.cuh"
 #include "cuda/passes.h"
 #include "cuda/reduce.cuh"
 #include "cuda/rows.cuh"
@@ -309,7 +308,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_at_once(kPlain, kStage, 2)
 
 Status rows_forward(const ForwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
                     CudaStream stream) {
-  return for_each_stage<kForwardFewVectors, kForwardVectors>(
+  return for_each_stage<kForwardKernels>(
       call.input.x.dtype, plan, is_plain(call),
       [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
         return launch_blocks(rows_forward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks,

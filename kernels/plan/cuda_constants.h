@@ -13,11 +13,23 @@ inline constexpr std::int64_t kSectorBytes = 32;  // of memory: read as a whole 
 
 // ---- what the kernels are compiled for
 
-// Vectors that a thread holds, by pass. Forward: x. Backward: x and grad_y, or the gradient behind
-// the activation in the arithmetic type.
-inline constexpr int kForwardVectors = 8, kForwardFewVectors = 2;
-inline constexpr int kBackwardVectors = 4, kBackwardFewVectors = 1;
-// Of those, how many at once where nothing is held.
+// The kernels of a pass. Vectors that a thread holds: of x forward, of x and grad_y, or the gradient
+// behind the activation in the arithmetic type, backward; and of the cotangent of grad_x, at once, in
+// the double backward pass, where nothing is held from sums to outputs (few_vectors = 0). Its sums of
+// columns leave no registers for longer vectors.
+struct CudaKernels {
+  int vectors, few_vectors;
+  std::int64_t max_width;  // elements of a vector
+
+  // Of elements of so many bytes.
+  constexpr std::int64_t width(std::size_t bytes) const {
+    const std::int64_t whole = kVectorBytes / static_cast<std::int64_t>(bytes);
+    return whole < max_width ? whole : max_width;
+  }
+};
+inline constexpr CudaKernels kForwardKernels{8, 2, kVectorBytes},
+    kBackwardKernels{4, 1, kVectorBytes}, kDoubleBackwardKernels{2, 0, 4};
+// Of the former, how many at once where nothing is held.
 inline constexpr int kApplyVectors = 4;
 
 // Largest block, which is also that of kSplit and kStream: what its threads hold leaves registers for
@@ -42,9 +54,9 @@ inline constexpr int kParameterChannels = 32, kParameterLanes = 8;
 
 // ---- what plan_cuda() aims at
 
-// Rows: neighbouring bytes that a resident tile of columns should have, and lanes of a row of kSplit
-// with vectors (128 bytes) and without.
-inline constexpr std::int64_t kRowBytes = 128, kColumnLanes = 8, kNarrowColumnLanes = 32;
+// Rows: neighbouring bytes that a tile of columns should have, and lanes of a row of kSplit without
+// vectors.
+inline constexpr std::int64_t kRowBytes = 128, kNarrowColumnLanes = 32;
 // kSplit and kStream: blocks before chunks grow, and the most batches of a chunk, so that float32 sums
 // stay short.
 inline constexpr std::int64_t kPlanesForwardBlocksPerMultiprocessor = 16,

@@ -25,7 +25,7 @@ std::int64_t power_of_two(std::int64_t at_least) {
 }
 
 bool is_group_norm(const Problem& p) { return p.num_groups != 0; }
-bool is_backward(const Problem& p) { return p.pass == Pass::kBackward; }
+bool is_backward(const Problem& p) { return is_backward(p.pass); }
 std::int64_t channels_per_slice(const Problem& p) {
   return is_group_norm(p) ? p.extent.c / p.num_groups : 1;
 }
@@ -34,10 +34,18 @@ std::int64_t slice_count(const Problem& p) {
 }
 std::size_t arithmetic_bytes(const Problem& p) { return size_of(compute_type(p.dtype)); }
 
-int few_vectors(const Problem& p) {
-  return is_backward(p) ? kBackwardFewVectors : kForwardFewVectors;
+const CudaKernels& kernels_of(const Problem& p) {
+  if (p.pass == Pass::kDoubleBackward) return kDoubleBackwardKernels;
+  return p.pass == Pass::kBackward ? kBackwardKernels : kForwardKernels;
 }
-int many_vectors(const Problem& p) { return is_backward(p) ? kBackwardVectors : kForwardVectors; }
+
+// Of a channel and of a slice, in a backward pass.
+std::size_t sums_of_channel(const Problem& p) {
+  return p.pass == Pass::kDoubleBackward ? kDoubleBackwardSums : kBackwardSums;
+}
+std::size_t values_of_slice(const Problem& p) {
+  return p.pass == Pass::kDoubleBackward ? kDoubleBackwardSliceValues : kBackwardSliceValues;
+}
 
 // Whether there are statistics or sums to reduce.
 bool reduces(const Problem& p) { return p.pass == Pass::kForward || (is_backward(p) && p.reduces); }
@@ -49,9 +57,7 @@ Layout layout_of(const Problem& p) {
   return p.layout;
 }
 
-std::int64_t full_width(const Problem& p) {
-  return kVectorBytes / static_cast<std::int64_t>(size_of(p.dtype));
-}
+std::int64_t full_width(const Problem& p) { return kernels_of(p).width(size_of(p.dtype)); }
 
 std::int64_t granules_per_segment(std::int64_t s, std::int64_t width) {
   return s % width == 0 ? s / width : (s + width - 2) / width + 1;
@@ -80,8 +86,17 @@ class Planner {
  private:
   bool may_take(CudaPath path) const { return !options_.path || *options_.path == path; }
 
-  // Float64 has no registers to spare; a pass that reduces nothing has nothing to keep.
-  bool may_reside() const { return reduces(problem_) && problem_.dtype != DType::kFloat64; }
+  // Float64 has no registers to spare, and some passes have none; one that reduces nothing has nothing
+  // to keep.
+  bool may_reside() const {
+    return reduces(problem_) && problem_.dtype != DType::kFloat64 &&
+           kernels_of(problem_).few_vectors != 0;
+  }
+  const char* why_not_resident(const char* too_large) const {
+    if (kernels_of(problem_).few_vectors == 0) return "sums of many kinds leave no registers";
+    return problem_.dtype == DType::kFloat64 ? "float64 takes too many registers to hold a slice"
+                                             : too_large;
+  }
 
   std::int64_t max_threads() const {
     return std::min<std::int64_t>(kMaxThreads, options_.max_threads);
@@ -105,7 +120,7 @@ class Planner {
   }
 
   bool plan_split_or_stream(const char* split_reason) {
-    plan_.vectors = many_vectors(problem_);
+    plan_.vectors = kernels_of(problem_).vectors;
     plan_.path = reduces(problem_) ? CudaPath::kSplit : CudaPath::kStream;
     plan_.reason =
         plan_.path == CudaPath::kSplit ? split_reason : "nothing to reduce: one pointwise sweep";
@@ -130,10 +145,10 @@ class Planner {
       set_shared_planes(plan_.lanes);
       return true;
     }
-    const char* const reason = problem_.dtype == DType::kFloat64
-                                   ? "float64 takes too many registers to hold a slice"
-                                   : "the slice does not fit into the registers of a block";
-    if (!plan_split_or_stream(reason)) return false;
+    if (!plan_split_or_stream(
+            why_not_resident("the slice does not fit into the registers of a block"))) {
+      return false;
+    }
     plan_.threads = plan_.lanes = static_cast<int>(max_threads());
     if (ceil_div(slots, plan_.threads) > kMaxCount) return false;
     set_batches_of_planes();
@@ -161,12 +176,12 @@ class Planner {
   }
 
   bool plan_packed_planes(std::int64_t slots) {
-    const std::int64_t many = many_vectors(problem_);
+    const auto& [many, few, max_width] = kernels_of(problem_);
     if (slots > kWarp * many || !may_take(CudaPath::kPack)) return false;
-    const bool is_few = plan_.width > 1 && slots <= kWarp * few_vectors(problem_);
+    const bool is_few = plan_.width > 1 && slots <= kWarp * few;
     plan_.path = CudaPath::kPack;
     plan_.reason = "slices of a few vectors: several share a block, each is read once";
-    plan_.vectors = is_few ? few_vectors(problem_) : static_cast<int>(many);
+    plan_.vectors = is_few ? few : many;
     plan_.lanes = static_cast<int>(power_of_two(ceil_div(slots, plan_.vectors)));
     set_sample_blocks();
     const std::int64_t units =
@@ -177,10 +192,10 @@ class Planner {
   }
 
   bool plan_block_planes(std::int64_t slots) {
-    const std::int64_t many = many_vectors(problem_), few = few_vectors(problem_);
+    const auto& [many, few, max_width] = kernels_of(problem_);
     if (slots > max_threads() * many || !may_take(CudaPath::kBlock)) return false;
     const bool is_few = plan_.width > 1 && slots <= max_threads() * few;
-    plan_.vectors = static_cast<int>(is_few ? few : many);
+    plan_.vectors = is_few ? few : many;
     set_sample_blocks();
     const std::int64_t units =
         resident_units(is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c);
@@ -192,15 +207,20 @@ class Planner {
     return true;
   }
 
-  // Sums of slots (or lanes), then of channels.
+  bool is_resident() const {
+    return plan_.path == CudaPath::kPack || plan_.path == CudaPath::kBlock;
+  }
+
+  // Sums of slots (or lanes), and of channels that stay there.
   std::size_t shared_bytes_of_planes(std::int64_t lanes) const {
     if (!is_backward(problem_)) return 0;
     const PlanesTiling tiling = planes_tiling(problem_, plan_);
     const std::int64_t units = plan_.threads / lanes;
     const std::int64_t per_lane = tiling.has_several_channels() ? plan_.vectors * plan_.batches : 1;
-    const std::int64_t records = units * tiling.channels_per_chunk();
-    return static_cast<std::size_t>(units * lanes * per_lane) * 3 * arithmetic_bytes(problem_) +
-           static_cast<std::size_t>(records) * kChannelSumsBytes;
+    const std::int64_t totals = is_resident() ? units * tiling.channels_per_chunk() : 0;
+    const auto sums = static_cast<std::size_t>(units * lanes * per_lane);
+    return sums_of_channel(problem_) *
+           (sums * arithmetic_bytes(problem_) + static_cast<std::size_t>(totals) * sizeof(double));
   }
   void set_shared_planes(std::int64_t lanes) { plan_.shared_bytes = shared_bytes_of_planes(lanes); }
 
@@ -211,12 +231,12 @@ class Planner {
     plan_.width = problem_.aligned && c % width == 0 ? static_cast<int>(width) : 1;
     const std::int64_t rows =
         is_group_norm(problem_) ? problem_.extent.s : problem_.extent.n * problem_.extent.s;
-    const char* reason = "float64 takes too many registers to hold a slice";
-    if (may_reside() && plan_resident_rows(rows, reason)) return true;
-    if (!plan_split_or_stream(reason)) return false;
+    const char* too_large = "";
+    if (may_reside() && plan_resident_rows(rows, too_large)) return true;
+    if (!plan_split_or_stream(why_not_resident(too_large))) return false;
     plan_.samples_per_block = 1;
     const std::int64_t column_lanes =
-        std::min(plan_.width > 1 ? kColumnLanes : kNarrowColumnLanes, c / plan_.width);
+        std::min(plan_.width > 1 ? lanes_of_row() : kNarrowColumnLanes, c / plan_.width);
     plan_.threads = static_cast<int>(max_threads());
     const std::int64_t row_lanes = plan_.threads / column_lanes;
     plan_.lanes = static_cast<int>(column_lanes * row_lanes);
@@ -243,8 +263,8 @@ class Planner {
     why_not = "a tile of rows and whole slices does not fit into the registers of a block";
     const auto bytes = static_cast<std::int64_t>(size_of(problem_.dtype));
     const std::int64_t c = problem_.extent.c;
-    const bool is_few = plan_.width > 1 && rows <= few_vectors(problem_);
-    const std::int64_t vectors = is_few ? few_vectors(problem_) : many_vectors(problem_);
+    const auto& [many, few, max_width] = kernels_of(problem_);
+    const std::int64_t vectors = plan_.width > 1 && rows <= few ? few : many;
     const std::int64_t row_lanes = ceil_div(rows, vectors);
     const std::int64_t whole = std::lcm(channels_per_slice(problem_), plan_.width);
     if (whole / plan_.width * row_lanes > max_threads()) return false;
@@ -254,7 +274,7 @@ class Planner {
       columns += whole;
     }
     const std::int64_t lanes = columns / plan_.width * row_lanes;
-    const std::size_t unit_bytes = shared_bytes_of_rows(columns, row_lanes);
+    const std::size_t unit_bytes = resident_bytes_of_rows(columns, row_lanes);
     if (unit_bytes > kMaxDynamicShared) return false;
     if (!options_.path && columns * bytes < kSectorBytes && c * bytes >= kSectorBytes) {
       why_not =
@@ -289,22 +309,37 @@ class Planner {
     return true;
   }
 
-  // Sums of lanes and of channels, and coefficients, of one group of lanes.
-  std::size_t shared_bytes_of_rows(std::int64_t columns, std::int64_t row_lanes) const {
+  // Those that read kRowBytes with vectors.
+  std::int64_t lanes_of_row() const {
+    return kRowBytes / (plan_.width * static_cast<std::int64_t>(size_of(problem_.dtype)));
+  }
+
+  // Sums of the lanes of a unit.
+  std::size_t lane_bytes_of_rows(std::int64_t columns, std::int64_t row_lanes) const {
+    const std::size_t sums = is_backward(problem_) ? sums_of_channel(problem_) : 3;
+    return static_cast<std::size_t>(columns * row_lanes) * sums * arithmetic_bytes(problem_);
+  }
+  // And in a resident pass sums of channels, and coefficients.
+  std::size_t resident_bytes_of_rows(std::int64_t columns, std::int64_t row_lanes) const {
     const std::size_t arithmetic = arithmetic_bytes(problem_);
-    const auto lane_sums = static_cast<std::size_t>(row_lanes) * 3 * arithmetic;
-    const std::size_t of_column = is_backward(problem_)
-                                      ? lane_sums + kChannelSumsBytes + 3 * arithmetic
-                                      : lane_sums + 4 * arithmetic;
-    return static_cast<std::size_t>(columns) * of_column;
+    const std::size_t of_column =
+        is_backward(problem_)
+            ? sums_of_channel(problem_) * sizeof(double) + values_of_slice(problem_) * arithmetic
+            : 4 * arithmetic;
+    return lane_bytes_of_rows(columns, row_lanes) + static_cast<std::size_t>(columns) * of_column;
   }
 
   void set_shared_rows(const RowsTiling& tiling) {
-    plan_.shared_bytes = tiling.units * shared_bytes_of_rows(tiling.columns, tiling.row_lanes);
+    const bool keeps_columns = is_resident() || !is_backward(problem_);
+    plan_.shared_bytes =
+        tiling.units * (keeps_columns ? resident_bytes_of_rows(tiling.columns, tiling.row_lanes)
+                                      : lane_bytes_of_rows(tiling.columns, tiling.row_lanes));
     if (plan_.path != CudaPath::kSplit) return;
     // The last block merges with one record per thread.
-    const auto threads = static_cast<std::size_t>(plan_.threads);
-    plan_.shared_bytes = std::max(plan_.shared_bytes, threads * kShiftedSumsBytes);
+    const std::size_t record =
+        is_backward(problem_) ? sums_of_channel(problem_) * sizeof(double) : kShiftedSumsBytes;
+    plan_.shared_bytes =
+        std::max(plan_.shared_bytes, static_cast<std::size_t>(plan_.threads) * record);
   }
 
   const Problem& problem_;
@@ -407,9 +442,10 @@ CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan
     const std::int64_t plane_chunks = planes.slices * planes.chunks;
     if (is_backward(problem)) {
       take(layout.records, is_rows ? row_records : plane_chunks * planes.channels_per_chunk(),
-           kChannelSumsBytes);
-      take(layout.channel_sums, (is_group_norm(problem) ? e.n : 1) * e.c, kChannelSumsBytes);
-      take(layout.slice_gradients, slice_count(problem), 3 * arithmetic);
+           sums_of_channel(problem) * sizeof(double));
+      take(layout.channel_sums, (is_group_norm(problem) ? e.n : 1) * e.c,
+           sums_of_channel(problem) * sizeof(double));
+      take(layout.slices, slice_count(problem), values_of_slice(problem) * arithmetic);
     } else {
       take(layout.records, is_rows ? row_records : plane_chunks,
            is_rows ? 4 * arithmetic : kShiftedSumsBytes);

@@ -15,8 +15,11 @@
 namespace normcore::kernels {
 
 // Sizes of what kernels keep in the workspace and in shared memory (cuda/call.h).
-inline constexpr std::size_t kShiftedSumsBytes = 32, kChannelSumsBytes = 24,
-                             kParameterSumsBytes = 16;
+inline constexpr std::size_t kShiftedSumsBytes = 32, kParameterSumsBytes = 16;
+// Sums of a channel, and values that are known of a slice (cuda/backward_pass.cuh,
+// cuda/double_backward_pass.cuh).
+inline constexpr std::size_t kBackwardSums = 3, kBackwardSliceValues = 3;
+inline constexpr std::size_t kDoubleBackwardSums = 11, kDoubleBackwardSliceValues = 6;
 
 // kNCS. A slice is `segments` runs of s neighbouring elements: the channels of a group (group norm),
 // or the samples of a channel (batch norm). Each segment is covered by `granules` vectors, aligned
@@ -86,11 +89,11 @@ RowsTiling rows_tiling(const Problem& problem, const CudaPlan& plan);
 
 // The parts of a call's workspace: offsets in bytes, each a multiple of 256.
 struct CudaWorkspaceLayout {
-  std::size_t records = 0;          // partial sums of chunks (kSplit)
-  std::size_t channel_sums = 0;     // backward, and forward of group norm over kNSC (kSplit)
-  std::size_t slice_gradients = 0;  // backward (kSplit)
-  std::size_t parameters = 0;       // backward of group norm: per block of samples and channel
-  std::int64_t sample_blocks = 0;   // 0: parameter gradients need no second sum
+  std::size_t records = 0;         // partial sums of chunks (kSplit)
+  std::size_t channel_sums = 0;    // backward, and forward of group norm over kNSC (kSplit)
+  std::size_t slices = 0;          // backward (kSplit)
+  std::size_t parameters = 0;      // backward of group norm: per block of samples and channel
+  std::int64_t sample_blocks = 0;  // 0: parameter gradients need no second sum
   std::size_t total = 0;
 };
 

@@ -33,8 +33,17 @@ Problem backward(const NormInput& input, std::int64_t num_groups, ConstTensor gr
   return p;
 }
 
-Problem double_backward(const NormInput& input, std::int64_t num_groups) {
-  return Problem(with_rows_of_channels(input), num_groups, Pass::kDoubleBackward);
+Problem double_backward(const NormInput& input, std::int64_t num_groups, ConstTensor grad_y,
+                        const GradientCotangents& cotangents, ConstTensor grad_grad_y,
+                        const NormGradients& grad, bool batch_statistics) {
+  Problem p(with_rows_of_channels(input), num_groups, Pass::kDoubleBackward);
+  p.aligned =
+      are_aligned({input.x.data, input.residual.data, grad_y.data, cotangents.x.data,
+                   cotangents.residual.data, grad_grad_y.data, grad.x.data, grad.residual.data});
+  p.applies = grad_grad_y || grad.x || grad.residual;
+  const bool through_statistics = grad.x || (cotangents.x && p.applies);
+  p.reduces = grad.scale || grad.bias || (batch_statistics && through_statistics);
+  return p;
 }
 
 }  // namespace
@@ -51,7 +60,8 @@ Problem problem_of(const BatchNormBackwardArgs& args) {
   return backward(args.input, kBatchNorm, args.grad_y, args.grad, args.batch_statistics);
 }
 Problem problem_of(const BatchNormDoubleBackwardArgs& args) {
-  return double_backward(args.input, kBatchNorm);
+  return double_backward(args.input, kBatchNorm, args.grad_y, args.cotangents, args.grad_grad_y,
+                         args.grad, args.batch_statistics);
 }
 Problem problem_of(const GroupNormForwardArgs& args) {
   return forward(args.input, args.num_groups, Pass::kForward, args.y);
@@ -60,7 +70,8 @@ Problem problem_of(const GroupNormBackwardArgs& args) {
   return backward(args.input, args.num_groups, args.grad_y, args.grad, true);
 }
 Problem problem_of(const GroupNormDoubleBackwardArgs& args) {
-  return double_backward(args.input, args.num_groups);
+  return double_backward(args.input, args.num_groups, args.grad_y, args.cotangents,
+                         args.grad_grad_y, args.grad, true);
 }
 
 }  // namespace normcore::kernels

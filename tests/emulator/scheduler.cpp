@@ -22,6 +22,14 @@ constexpr unsigned kWarpSize = 32, kMaxThreads = 1024, kMaxCluster = 16;
 // What a thread waits for.
 enum class Wait : std::uint8_t { kNothing, kPause, kBlock, kCluster, kWarp };
 
+// What the lanes of a warp do together.
+struct WarpCall {
+  WarpOperation operation{};
+  unsigned mask = 0;
+  int line = 0;
+  bool operator==(const WarpCall&) const = default;
+};
+
 struct Block;
 
 struct Thread {
@@ -31,8 +39,7 @@ struct Thread {
   unsigned linear = 0;
   Wait wait = Wait::kNothing;
   Site site{};
-  WarpOperation operation{};
-  unsigned mask = 0;
+  WarpCall call;
   bool is_done = false;
   unsigned cluster_arrived = 0, cluster_waited = 0;
 };
@@ -55,6 +62,7 @@ struct Cluster {
 
 struct Warp {
   unsigned present = 0, waiting = 0;
+  std::optional<WarpCall> call;  // of all lanes that wait, if it is the same
   std::uint64_t values[kWarpSize];
   int arguments[kWarpSize];
   char arrivals[kWarpSize], departures[kWarpSize];  // of a lane, for the race detector
@@ -199,11 +207,10 @@ class Grid {
            to_string(self));
     }
     const unsigned others = warp.waiting & mask;
-    for (unsigned rest = others; rest != 0; rest &= rest - 1) {
+    const WarpCall call{operation, mask, site.line};
+    for (unsigned rest = warp.call == call ? 0 : others; rest != 0; rest &= rest - 1) {
       const Thread& other = lane_thread(static_cast<unsigned>(std::countr_zero(rest)));
-      if (other.operation == operation && other.mask == mask && other.site.line == site.line) {
-        continue;
-      }
+      if (other.call == call) continue;
       fail("divergent warp: " + to_string(self) + " at " + to_string(site) + ", " +
            to_string(other) + " at " + to_string(other.site));
     }
@@ -220,9 +227,13 @@ class Grid {
         make_ready(lane_thread(static_cast<unsigned>(std::countr_zero(rest))));
       }
     } else {
+      if (warp.waiting == 0) {
+        warp.call = call;
+      } else if (warp.call != call) {
+        warp.call.reset();
+      }
       warp.waiting |= bit;
-      self.operation = operation;
-      self.mask = mask;
+      self.call = call;
       suspend(Wait::kWarp, site);
     }
     if (orders) race::acquire(&warp.departures[lane]);

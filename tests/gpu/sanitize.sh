@@ -21,7 +21,7 @@ if [ ${#selection[@]} -eq 0 ]; then
   # Every path on plain calls; every epilogue, parameters per sample and masks on planes and rows of odd sizes, which take
   # every other way in a kernel.
   plain="test_small and (float32 or bfloat16)"
-  fused="(test_epilogue or test_affine_map or test_mask) and bfloat16 and (odd or several_blocks or many_rows)"
+  fused="(test_epilogue or test_affine_map or test_mask or test_double) and bfloat16 and (odd or several_blocks or many_rows)"
   selection=(tests/gpu/test_agreement.py -k "($plain) or ($fused)")
 fi
 

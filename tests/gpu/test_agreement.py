@@ -115,3 +115,26 @@ def test_large_mean(norm: str, shape: Shape, ratio: float) -> None:
     expected = workload.expected().value["y"]
     y = workload.to("cuda").forward().cpu()
     assert (y - expected).abs().max() < 1e-6 * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=name_of)
+@pytest.mark.parametrize("norm", NORMS)
+def test_double_backward(
+    norm: str, shape: Shape, dtype: torch.dtype, activation: str | None
+) -> None:
+    """Against the CPU in float64, up to the rounding of results."""
+    masked = activation is not None and norm != "batch_norm eval"
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    options = {"activation": activation, "masked": masked, "residual": activation is not None}
+    workload = Workload.random(norm, shape, dtype, parameters, **options)
+    exact = workload.to("cpu").in_float64().run_double()
+    on_device = workload.to("cuda")
+    poison_freed_memory()
+    results = on_device.run_double()
+    assert results.keys() == exact.keys()
+    bound = max(1e-12, {torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps))
+    for name, result in results.items():
+        error = (result.cpu().double() - exact[name]).norm() / exact[name].norm().clamp_min(1e-30)
+        assert error <= bound, f"{name}: {error}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from devices import needs_cuda
@@ -14,16 +16,18 @@ import normcore
 pytestmark = needs_cuda
 
 
-def record(workload: Workload) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
+def record(
+    workload: Workload, run: Callable[[Workload], dict[str, Tensor]] = Workload.run
+) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
     """A graph of one run on the workload's own tensors, and the results it writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        workload.to("cuda").run()
+        run(workload.to("cuda"))
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = workload.run()
+        results = run(workload)
     return graph, results
 
 
@@ -50,6 +54,19 @@ def test_replay(norm: str, shape: Shape, dtype: torch.dtype, cumulative: bool) -
         assert_same_bits(results, eager.run(), f"in replay {step}")
         if cumulative:
             assert captured.operands["num_batches_tracked"].item() == 4 + step
+
+
+@pytest.mark.parametrize("shape", [SMALL[1], SMALL[2], SMALL[6]], ids=name_of)
+@pytest.mark.parametrize("norm", NORMS)
+def test_replay_of_double_backward(norm: str, shape: Shape) -> None:
+    workload = Workload.random(norm, shape, activation="silu").to("cuda")
+    want = workload.run_double()
+    graph, results = record(workload, Workload.run_double)
+    for step in range(3):
+        for t in results.values():
+            t.fill_(float("nan"))
+        graph.replay()
+        assert_same_bits(results, want, f"in replay {step}")
 
 
 @pytest.mark.parametrize("shape", [SMALL[2], SMALL[6]], ids=name_of)

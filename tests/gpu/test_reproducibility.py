@@ -49,6 +49,16 @@ def test_a_thousand_runs(norm: str, shape: Shape, dtype: torch.dtype) -> None:
     assert differ.item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [SMALL[2], SMALL[6], LARGE[0], LARGE[3]], ids=name_of)
+@pytest.mark.parametrize("norm", NORMS)
+def test_double_backward_runs(norm: str, shape: Shape, dtype: torch.dtype) -> None:
+    workload = Workload.random(norm, shape, dtype, activation="silu").to("cuda")
+    want = workload.run_double()
+    for run in range(100):
+        assert_same_bits(workload.run_double(), want, f"in run {run}")
+
+
 @pytest.fixture
 def batch_invariant() -> Iterator[None]:
     normcore.set_batch_invariant(True)
@@ -66,7 +76,12 @@ def test_batch_invariance(norm: str, shape: Shape, dtype: torch.dtype) -> None:
     """A sample's output and gradient are the same bits alone and in any batch."""
     options = {"masked": True} if norm == "group_norm" else {}
     whole = Workload.random(norm, shape, dtype, activation="gelu", **options).to("cuda")
-    want = whole.run()
+
+    def of_samples(workload: Workload) -> dict[str, Tensor]:
+        first, second = workload.run(), workload.run_double()
+        return {"y": first["y"], "x": first["x"]} | {f"second {n}": second[n] for n in ("dy", "x")}
+
+    want = of_samples(whole)
     samples = shape.size[0]
     for begin, end in {(0, 1), (samples - 1, samples), (0, samples // 2)}:
         if begin == end:
@@ -75,12 +90,9 @@ def test_batch_invariance(norm: str, shape: Shape, dtype: torch.dtype) -> None:
         operands = dict(whole.operands)
         if "mask" in operands:
             operands["mask"] = operands["mask"][part]
-        got = Workload(norm, shape, whole.x[part], whole.dy[part], operands).run()
-        assert_same_bits(
-            {name: got[name] for name in ("y", "x")},
-            {name: want[name][part] for name in ("y", "x")},
-            f"for samples {begin} to {end}",
-        )
+        got = of_samples(Workload(norm, shape, whole.x[part], whole.dy[part], operands))
+        expected = {name: t[part] for name, t in want.items()}
+        assert_same_bits(got, expected, f"for samples {begin} to {end}")
 
 
 @pytest.mark.usefixtures("batch_invariant")

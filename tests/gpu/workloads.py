@@ -110,6 +110,13 @@ class Workload:
         operands = {k: v.clone() if isinstance(v, Tensor) else v for k, v in operands.items()}
         return Workload(self.norm, self.shape, x, dy, operands)
 
+    def in_float64(self) -> Workload:
+        def widen(t: Any) -> Any:
+            return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+        operands = {k: widen(v) for k, v in self.operands.items() if k != "dtype"}
+        return Workload(self.norm, self.shape, widen(self.x), widen(self.dy), operands)
+
     @property
     def function(self) -> Callable[..., Tensor]:
         return NF.group_norm if self.norm == "group_norm" else NF.batch_norm
@@ -124,6 +131,19 @@ class Workload:
         if self.norm == "batch_norm":
             results |= {n: self.operands[f"running_{n}"].detach() for n in ("mean", "var")}
         return results
+
+    def run_double(self) -> dict[str, Tensor]:
+        """Gradients of what the backward pass gives, towards its operands."""
+        names = [n for n in ("weight", "bias", "residual") if n in self.operands]
+        leaves = {"dy": self.dy, "x": self.x} | {n: self.operands[n] for n in names}
+        leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+        operands = self.operands | {n: leaves[n] for n in names}
+        y = self.function(leaves["x"], **operands)
+        inputs = [t for name, t in leaves.items() if name != "dy"]
+        first = torch.autograd.grad(y, inputs, leaves["dy"], create_graph=True)
+        cotangents = [t.detach().flip(-1) + 0.25 for t in inputs]
+        second = torch.autograd.grad(first, leaves.values(), cotangents, allow_unused=True)
+        return {n: t for n, t in zip(leaves, second, strict=True) if t is not None}
 
     def expected(self) -> reference.Expected:
         """The same in float64, with plain torch operators."""

@@ -57,4 +57,6 @@ const Runner& other_runner() {
   return runner;
 }
 
+bool runners_are_slow() { return false; }
+
 }  // namespace normcore::kernels::testing

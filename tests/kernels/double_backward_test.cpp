@@ -24,40 +24,30 @@ void check(const NormCase& c, bool from_batch = true, const WantedOfDoubleBackwa
   check_double_backward(inputs, Cotangents(c), from_batch, wanted);
 }
 
-// Small shapes take every variant, larger ones another one for another layout and dtype.
 class DoubleBackwardShapes : public ShapeTest {
  protected:
-  template <class Check>
-  void for_each_case(bool group_norm, Check check) {
-    const auto& [shape, layout] = GetParam();
-    for (const DType x : kAllDTypes) {
-      const std::vector<NormCase> cases = variants(shape, layout, x, group_norm);
-      const bool is_small = shape.extent.numel() <= 400;
-      const std::size_t number = shape.name.size() + 2 * static_cast<std::size_t>(x) +
-                                 (layout == Layout::kNCS ? 0 : 5) + (group_norm ? 3 : 0);
-      for (std::size_t i = 0; i < cases.size(); ++i) {
-        if (is_small || i == number % cases.size()) check(cases[i]);
-      }
-    }
-  }
+  DoubleBackwardShapes() : ShapeTest(400, 100) {}
 };
 
 INSTANTIATE_TEST_SUITE_P(All, DoubleBackwardShapes, all_shapes(), name_of_shape);
 
 TEST_P(DoubleBackwardShapes, BatchNorm) {
-  for_each_case(false, [](const NormCase& c) { check(c); });
+  for_each_variant(
+      false, [](Inputs& inputs) { check_double_backward(inputs, Cotangents(inputs.norm_case)); });
 }
 
 // For given statistics there is no mask.
 TEST_P(DoubleBackwardShapes, BatchNormOfRunningStatistics) {
-  for_each_case(false, [](NormCase c) {
+  for_each_variant(false, [](Inputs& inputs) {
+    NormCase c = inputs.norm_case;
     c.garbage_under_mask = false;
     check(c, false);
   });
 }
 
 TEST_P(DoubleBackwardShapes, GroupNorm) {
-  for_each_case(true, [](const NormCase& c) { check(c); });
+  for_each_variant(
+      true, [](Inputs& inputs) { check_double_backward(inputs, Cotangents(inputs.norm_case)); });
 }
 
 NormCase small_case(Layout layout, std::int64_t num_groups, DType x = DType::kFloat32) {

@@ -15,7 +15,7 @@ namespace {
 constexpr int kThreadCounts[] = {1, 2, 3, 8, 64, 256};
 
 TEST(Plan, IsLegalForEveryShape) {
-  for_each_problem(kAllPasses, [](const Problem& p) {
+  for_each_problem([](const Problem& p) {
     for (const int threads : kThreadCounts) {
       const CpuPlan plan = plan_cpu(p, threads);
       const std::string what = to_string(p) + ": " + describe(plan);
@@ -35,14 +35,14 @@ TEST(Plan, IsLegalForEveryShape) {
 
 // A leaf of the reduction tree keeps float32 chains short: at most 1024 additions per lane.
 TEST(Plan, ChunksAreShort) {
-  for_each_problem(kAllPasses, [](const Problem& p) {
+  for_each_problem([](const Problem& p) {
     const CpuPlan plan = plan_cpu(p, 1);
     ASSERT_LE(plan.chunk, p.layout == Layout::kNCS ? 4096 : 1024) << to_string(p);
   });
 }
 
 TEST(Plan, ReductionTreeDoesNotDependOnThreads) {
-  for_each_problem(kAllPasses, [](const Problem& p) {
+  for_each_problem([](const Problem& p) {
     const CpuPlan one = plan_cpu(p, 1);
     for (const int threads : kThreadCounts) {
       const CpuPlan plan = plan_cpu(p, threads);
@@ -54,7 +54,7 @@ TEST(Plan, ReductionTreeDoesNotDependOnThreads) {
 }
 
 TEST(Plan, ReductionTreeOfGroupNormDoesNotDependOnTheBatch) {
-  for_each_problem(kAllPasses, [](const Problem& p) {
+  for_each_problem([](const Problem& p) {
     if (p.num_groups == 0) return;
     Problem sample = p;
     sample.extent.n = 1;
@@ -67,7 +67,7 @@ TEST(Plan, ReductionTreeOfGroupNormDoesNotDependOnTheBatch) {
 
 // Scratch memory: less than the tensor in float64, beside what slices, parameters and threads need.
 TEST(Plan, WorkspaceIsSmall) {
-  for_each_problem(kAllPasses, [](const Problem& p) {
+  for_each_problem([](const Problem& p) {
     for (const int threads : {1, 2, 8, 64}) {
       const CpuPlan plan = plan_cpu(p, threads);
       const std::int64_t slices = p.num_groups == 0 ? p.extent.c : p.extent.n * p.num_groups;

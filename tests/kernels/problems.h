@@ -19,14 +19,12 @@ inline std::string to_string(const Problem& p) {
   return text.str();
 }
 
-// Passes that run on every device.
-inline constexpr Pass kForwardAndBackward[] = {Pass::kForward, Pass::kInference, Pass::kBackward};
 inline constexpr Pass kAllPasses[] = {Pass::kForward, Pass::kInference, Pass::kBackward,
                                       Pass::kDoubleBackward};
 
 // Calls body(problem) for some thousand problems, tiny to beyond 2^31 elements.
-template <class Body, class Passes>
-void for_each_problem(const Passes& passes, Body body) {
+template <class Body>
+void for_each_problem(Body body) {
   struct Channels {
     std::int64_t c, groups;  // with some of the channels, where c divides
   };
@@ -37,7 +35,7 @@ void for_each_problem(const Passes& passes, Body body) {
       for (const std::int64_t s : {1, 2, 4, 5, 7, 64, 65, 1000, 4096, 4097, 70000}) {
         for (const Layout layout : kBothLayouts) {
           for (const std::int64_t num_groups : std::set<std::int64_t>{0, 1, groups, c}) {
-            for (const Pass pass : passes) {
+            for (const Pass pass : kAllPasses) {
               if (num_groups != 0 && pass == Pass::kInference) continue;
               Problem problem;
               problem.extent = {n, c, s};

@@ -36,6 +36,8 @@ const std::vector<EqualRunners>& all_runners();
 // the same bits.
 const Runner& default_runner();
 const Runner& other_runner();
+// Whether a call takes a thousand times as long as the kernels it is about.
+bool runners_are_slow();
 
 // For entries that are overloads: all of them are Derived::run_any(args).
 template <class Derived>

@@ -31,9 +31,13 @@ Status run(const BatchNormInferenceArgs& args, const CudaPlan& plan, const CudaW
            CudaStream stream);
 Status run(const BatchNormBackwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
            CudaStream stream);
+Status run(const BatchNormDoubleBackwardArgs& args, const CudaPlan& plan,
+           const CudaWorkspace& workspace, CudaStream stream);
 Status run(const GroupNormForwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
            CudaStream stream);
 Status run(const GroupNormBackwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
            CudaStream stream);
+Status run(const GroupNormDoubleBackwardArgs& args, const CudaPlan& plan,
+           const CudaWorkspace& workspace, CudaStream stream);
 
 }  // namespace normcore::kernels

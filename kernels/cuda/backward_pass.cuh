@@ -1,0 +1,220 @@
+// The backward pass: with g the gradient behind the activation, grad_x = gain * g
+// + slope * (x - center) + offset. A pass says what planes_gradient.cuh and rows_gradient.cuh do to
+// the vectors, channels and slices that they walk over:
+//   Operands      of a vector, as loaded; held in registers
+//   Sums          over the values of a channel (gradients.cuh)
+//   Slice         what is known of a slice beside its statistics: prepare() before its sums are,
+//                 finish_slice() from them, zeros where nothing flows through the statistics
+//   Coefficients  of a channel of a slice: per vector (planes) or per element of it (rows)
+//   Terms         what sums and outputs are made of, per element
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "cuda/call.h"
+#include "cuda/epilogue.cuh"
+#include "cuda/gradients.cuh"
+#include "cuda/statistics.cuh"
+
+namespace normcore::kernels::cuda {
+
+// Vectors of a gradient, held as they are in memory where it has the dtype of x.
+template <bool kPlain, class T, int kWidth>
+using GradientVector = Vector<std::conditional_t<kPlain, T, Arithmetic<T>>, kWidth>;
+
+template <bool kPlain, class T, int kWidth>
+__device__ GradientVector<kPlain, T, kWidth> load_gradients(ConstTensor tensor, std::int64_t index,
+                                                            Span span) {
+  if constexpr (kPlain) {
+    return load_vector<T, kWidth>(static_cast<const T*>(tensor.data), index, span);
+  } else {
+    Arithmetic<T> values[kWidth];
+    load_values<kPlain, T>(tensor, index, span, values);
+    return GradientVector<kPlain, T, kWidth>::from(values);
+  }
+}
+
+// Over values of a channel: g, g * (x - center), and how many values count.
+template <class Value>
+struct BackwardSums {
+  Value g, g_centered, count;
+
+  template <class Other, class F>
+  __device__ static void for_each(BackwardSums& a, const BackwardSums<Other>& b, F f) {
+    f(a.g, b.g);
+    f(a.g_centered, b.g_centered);
+    f(a.count, b.count);
+  }
+};
+static_assert(sizeof(BackwardSums<double>) == kBackwardSums * sizeof(double));
+
+// How grad_x of a slice depends on x through the statistics.
+template <class A>
+struct BackwardSlice {
+  A slope, offset;
+  A is_constant;  // 1 for a slice of one value: y does not depend on x, grad_x is 0, or NaN with g
+};
+static_assert(sizeof(BackwardSlice<double>) == kBackwardSliceValues * sizeof(double));
+
+template <class ElementT, int kVectorWidth, bool kIsPlain>
+struct BackwardPass {
+  using T = ElementT;
+  using A = Arithmetic<T>;
+  static constexpr int kWidth = kVectorWidth;
+  static constexpr bool kPlain = kIsPlain;
+  static constexpr int kBlocks = 2;  // at once, where nothing is held
+  using Call = BackwardCall;
+  template <class Value>
+  using Sums = BackwardSums<Value>;
+  using Slice = BackwardSlice<A>;
+
+  struct Operands {
+    Vector<T, kWidth> x;
+    GradientVector<kPlain, T, kWidth> grad_y;
+
+    __device__ void load(const Call& call, std::int64_t index, Span span) {
+      x = load_vector<T, kWidth>(static_cast<const T*>(call.input.x.data), index, span);
+      grad_y = load_gradients<kPlain, T, kWidth>(call.grad_y, index, span);
+    }
+    __device__ void keep_packed() {
+      cuda::keep_packed(x);
+      cuda::keep_packed(grad_y);
+    }
+  };
+
+  struct Coefficients : Affine<A> {
+    A slope, offset;
+    __device__ const Coefficients& operator[](int) const { return *this; }
+
+    __device__ void set(const Slice& slice) {
+      slope = slice.slope;
+      offset = slice.offset;
+      if (slice.is_constant != A{0}) this->gain = A{0};
+    }
+  };
+
+  struct Terms {
+    A g[kWidth];
+  };
+
+  __device__ static bool applies(const Call& call) { return call.grad.x || call.grad.residual; }
+
+  __device__ static SliceStatistics<A> statistics(const Call& call, std::int64_t slice) {
+    return load_statistics<A>(call, slice);
+  }
+
+  __device__ static Slice prepare(const Call&, std::int64_t, std::int64_t) {
+    return {A{0}, A{0}, A{0}};
+  }
+
+  __device__ static Coefficients coefficients(const Call& call,
+                                              const SliceStatistics<A>& statistics,
+                                              const Slice& slice, std::int64_t sample,
+                                              std::int64_t channel) {
+    Coefficients out{Affine<A>::of(call.input, statistics, sample, channel), A{0}, A{0}};
+    out.set(slice);
+    return out;
+  }
+
+  // Those that the sums need.
+  __device__ static Coefficients coefficients_of_sums(const Call& call,
+                                                      const SliceStatistics<A>& statistics,
+                                                      const Slice& slice, std::int64_t sample,
+                                                      std::int64_t channel) {
+    // Without an activation only the center is of interest.
+    if (call.input.activation == Activation::kNone) {
+      return {{statistics.center, A{0}, A{0}}, A{0}, A{0}};
+    }
+    return coefficients(call, statistics, slice, sample, channel);
+  }
+
+  // A masked-out value whose grad_y is 0 passes nothing on, not even a NaN: its g is 0, and what has
+  // g = 0 and does not count is taken out of every sum.
+  template <class PerElement>
+  __device__ static Terms terms(const Call& call, const Operands& in, std::int64_t index, Span span,
+                                unsigned counting, const PerElement& coefficients) {
+    Terms out;
+    A(&g)[kWidth] = out.g;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) g[i] = convert_from<A>(in.grad_y[i]);
+    if (call.input.activation == Activation::kNone) return out;
+    A z[kWidth];
+    pre_activation<kPlain>(call.input, in.x, index, span, coefficients, z);
+    derive_all<T>(call.input.activation, z);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const bool is_used = (counting >> i & 1) != 0 || g[i] != A{0};
+      g[i] = is_used ? g[i] * z[i] : A{0};
+    }
+    return out;
+  }
+
+  // Of element i; its count is left to the caller.
+  template <class PerElement>
+  __device__ static void add(Sums<A>& sums, const Operands& in, const Terms& terms,
+                             unsigned counting, int i, const PerElement& coefficients) {
+    const A g = terms.g[i];
+    if ((counting >> i & 1) == 0 && g == A{0}) return;
+    sums.g += g;
+    sums.g_centered =
+        std::fma(g, convert_from<A>(in.x[i]) - coefficients[i].center, sums.g_centered);
+  }
+
+  template <class PerElement>
+  __device__ static void apply(const Call& call, const Operands& in, const Terms& terms,
+                               std::int64_t index, Span span, unsigned counting,
+                               const PerElement& coefficients) {
+    const A(&g)[kWidth] = terms.g;
+    if (call.grad.residual) store_values<kPlain, T>(call.grad.residual, index, span, g);
+    if (!call.grad.x) return;
+    A dx[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const auto& c = coefficients[i];
+      const bool counts = (counting >> i & 1) != 0, is_used = counts || g[i] != A{0};
+      const A centered = convert_from<A>(in.x[i]) - c.center;
+      const A through = std::fma(c.slope, centered, c.offset);
+      const A direct = g[i] * c.gain;
+      dx[i] = !is_used ? A{0} : call.batch_statistics && counts ? direct + through : direct;
+    }
+    store_values<kPlain, T>(call.grad.x, index, span, dx);
+  }
+
+  // Completes a slice of `channels` channels and stores the gradients of its parameters. sums(i) are
+  // those of channel first_channel + i. Called by `lanes` neighbouring threads of a warp, all of whose
+  // threads take part.
+  template <class SumsOf>
+  __device__ static Slice finish_slice(const Call& call, bool is_active,
+                                       const SliceStatistics<A>& statistics, std::int64_t sample,
+                                       std::int64_t first_channel, std::uint32_t channels,
+                                       unsigned lane, unsigned lanes, SumsOf sums) {
+    double count = 0.0, h = 0.0, h_centered = 0.0;
+    for (std::uint32_t i = lane; is_active && i < channels; i += lanes) count += sums(i).count;
+    count = warp_sum(count, lanes);
+    // A slice without a valid value has NaN statistics: where no g comes in, none goes out.
+    const bool is_empty = call.batch_statistics && count == 0.0;
+    const double rstd = is_empty ? 0.0 : static_cast<double>(statistics.rstd);
+    const double rounding = is_empty ? 0.0 : static_cast<double>(statistics.rounding);
+    for (std::uint32_t i = lane; is_active && i < channels; i += lanes) {
+      const Sums<double> channel = sums(i);
+      const double g_centered = channel.g_centered - rounding * channel.g;
+      const std::int64_t at = affine_index(call.input, sample, first_channel + i);
+      const double scale = call.input.scale ? load_element<double>(call.input.scale, at) : 1.0;
+      h += scale * channel.g;
+      h_centered += scale * g_centered;
+      store_parameters(call, sample, first_channel + i, g_centered * rstd, channel.g);
+    }
+    h = warp_sum(h, lanes);
+    h_centered = warp_sum(h_centered, lanes);
+    if (!call.batch_statistics) return {A{0}, A{0}, A{0}};
+    const double slope = -rstd * rstd * rstd * h_centered / count;
+    const double offset = -rstd * h / count - slope * rounding;
+    // With nothing else in the slice y does not depend on x: exactly 0, not the difference of equal
+    // terms.
+    if (count == 1.0 && slice_size(call) == 1) return {A{0}, A{0}, A{1}};
+    return {static_cast<A>(slope), static_cast<A>(offset), A{0}};
+  }
+};
+
+}  // namespace normcore::kernels::cuda

@@ -1,0 +1,21 @@
+// The double backward pass over kNCS tensors.
+#include "cuda/dispatch.cuh"
+#include "cuda/double_backward_pass.cuh"
+#include "cuda/passes.h"
+#include "cuda/planes_gradient.cuh"
+
+namespace normcore::kernels::cuda {
+
+Status planes_gradient(const DoubleBackwardCall& call, const PlanesTiling& tiling,
+                       const CudaPlan& plan, CudaStream stream) {
+  return for_each_stage<kDoubleBackwardKernels>(
+      call.input.x.dtype, plan, is_plain(call) && call.input.extent.s % plan.width == 0,
+      [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
+        return with_double_backward_pass<T, kWidth, kStage, kPlain>(call, [&]<class Pass>() {
+          return launch_blocks(planes_gradient_kernel<Pass, kVectors, kStage>, plan, blocks, stream,
+                               call, tiling);
+        });
+      });
+}
+
+}  // namespace normcore::kernels::cuda

@@ -1,0 +1,295 @@
+// Backward passes over kNSC tensors: every stage of every path is this one kernel. What a Pass is:
+// backward_pass.cuh.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/call.h"
+#include "cuda/gradients.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/rows.cuh"
+#include "cuda/statistics.cuh"
+#include "plan/cuda_constants.h"
+
+namespace normcore::kernels::cuda {
+
+template <class Pass, int kVectors, Stage kStage>
+class RowsGradient {
+ public:
+  static constexpr int kWidth = Pass::kWidth;
+  using A = typename Pass::A;
+  using Call = typename Pass::Call;
+  using Chunk = RowsChunk<kWidth, kVectors, Pass::kPlain>;
+  using Coefficients = PerColumn<typename Pass::Coefficients, kWidth>;
+  using Operands = typename Pass::Operands;
+  using Slice = typename Pass::Slice;
+  using Sums = typename Pass::template Sums<A>;
+  using Totals = typename Pass::template Sums<double>;
+
+  __device__ RowsGradient(const Call& call, const RowsTiling& tiling)
+      : call_(call),
+        tiling_(tiling),
+        has_unit_(threadIdx.x < tiling.unit_threads() * tiling.units),
+        unit_(has_unit_ ? threadIdx.x / tiling.unit_threads() : 0),
+        all_columns_(tiling.units * tiling.columns) {}
+
+  // The chunks of all units; index(unit) is that of a unit, negative if it has none.
+  template <class Index>
+  __device__ void run(Index index) const {
+    const std::int64_t own = index(unit_);
+    const Chunk chunk(call_.input, call_.num_groups, tiling_, own < 0 ? 0 : own, own >= 0);
+    Operands operands[kVectors];
+    if constexpr (kStage == Stage::kApply) {
+      if (!Pass::applies(call_)) return;
+      const auto of_columns =
+          coefficients(chunk, [&](auto column) { return slice(chunk, column); });
+      load(chunk, 0, operands);
+      apply(chunk, of_columns, operands);
+    } else {
+      const auto before_sums = [&](std::int64_t column) {
+        const std::int64_t channels = chunk.channels_per_slice();
+        return Pass::prepare(call_, chunk.tile(), chunk.slice_of(column) * channels);
+      };
+      Coefficients of_columns = coefficients(chunk, before_sums);
+      load(chunk, 0, operands);
+      sum_columns(chunk, of_columns, operands);
+      if constexpr (kStage == Stage::kReduce) {
+        finish_split(chunk);
+      } else {
+        finish_resident(index);
+        if (!Pass::applies(call_)) return;
+        // Loaded again, for want of registers to keep them in.
+        if constexpr (!Pass::kPlain) of_columns = coefficients(chunk, before_sums);
+        set_slices(chunk, of_columns);
+        apply(chunk, of_columns, operands);
+      }
+    }
+  }
+
+ private:
+  __device__ bool has_column(const Chunk& chunk, int i) const {
+    return has_unit_ && chunk.column() + i < call_.input.extent.c;
+  }
+  __device__ std::int64_t slice_index(const Chunk& chunk, std::int64_t column) const {
+    return chunk.tile() * chunk.slices_per_tile() + chunk.slice_of(column);
+  }
+
+  template <class SliceOf>
+  __device__ Coefficients coefficients(const Chunk& chunk, SliceOf slice_of) const {
+    Coefficients out;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      out.values[i] = {};
+      if (!has_column(chunk, i)) continue;
+      const std::int64_t column = chunk.column() + i;
+      const auto statistics = Pass::statistics(call_, slice_index(chunk, column));
+      out.values[i] = Pass::coefficients(call_, statistics, slice_of(column), chunk.tile(), column);
+    }
+    return out;
+  }
+
+  // As the first launch left it.
+  __device__ Slice slice(const Chunk& chunk, std::int64_t column) const {
+    if (call_.slices == nullptr) return {};
+    return static_cast<const Slice*>(call_.slices)[slice_index(chunk, column)];
+  }
+
+  __device__ void set_slices(const Chunk& chunk, Coefficients& of_columns) const {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (!has_column(chunk, i)) continue;
+      const std::uint32_t local = chunk.local_slice(chunk.column() + i);
+      of_columns.values[i].set(shared_slices()[unit_ * slices_per_unit() + local]);
+    }
+  }
+
+  __device__ void load(const Chunk& chunk, std::uint32_t batch,
+                       Operands (&operands)[kVectors]) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      RowsPosition p;
+      if (chunk.at(batch, k, p)) operands[k].load(call_, p.index, Span{0, kWidth});
+    }
+  }
+
+  // Calls f(k, position, counting elements, terms) for the vectors of a batch.
+  template <class F>
+  __device__ void for_each_vector(const Chunk& chunk, std::uint32_t batch,
+                                  const Coefficients& coefficients, Operands (&operands)[kVectors],
+                                  F f) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      RowsPosition p;
+      if (!chunk.at(batch, k, p)) continue;
+      operands[k].keep_packed();
+      keep_order();
+      const unsigned counting = chunk.counting(call_.input.mask, p);
+      f(k, p, counting,
+        Pass::terms(call_, operands[k], p.index, Span{0, kWidth}, counting, coefficients));
+    }
+  }
+
+  __device__ void apply(const Chunk& chunk, const Coefficients& coefficients,
+                        Operands (&operands)[kVectors]) const {
+    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
+      if (batch != 0) load(chunk, batch, operands);
+      for_each_vector(chunk, batch, coefficients, operands,
+                      [&](int k, const RowsPosition& p, unsigned counting, const auto& terms) {
+                        Pass::apply(call_, operands[k], terms, p.index, Span{0, kWidth}, counting,
+                                    coefficients);
+                      });
+    }
+  }
+
+  // Shared memory: the sums of every column (float64, so first; kResident), those of every column in
+  // every row of lanes, and what is known of every slice (kResident).
+  __device__ Totals* column_totals() const { return dynamic_shared<Totals>(); }
+  __device__ Sums* lane_sums() const {
+    const unsigned totals = kStage == Stage::kResident ? all_columns_ : 0;
+    return reinterpret_cast<Sums*>(column_totals() + totals);
+  }
+  __device__ Slice* shared_slices() const {
+    return reinterpret_cast<Slice*>(lane_sums() + all_columns_ * tiling_.row_lanes);
+  }
+  __device__ std::uint32_t slices_per_unit() const {
+    return tiling_.by_channels_per_slice.quotient(tiling_.columns);
+  }
+
+  // Sums of every column of the block over the rows of its chunk: to shared memory, or to the
+  // workspace (kReduce).
+  __device__ void sum_columns(const Chunk& chunk, const Coefficients& coefficients,
+                              Operands (&operands)[kVectors]) const {
+    Sums sums[kWidth] = {};
+    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
+      if (batch != 0) load(chunk, batch, operands);
+      for_each_vector(chunk, batch, coefficients, operands,
+                      [&](int k, const RowsPosition&, unsigned counting, const auto& terms) {
+#pragma unroll
+                        for (int i = 0; i < kWidth; ++i) {
+                          Pass::add(sums[i], operands[k], terms, counting, i, coefficients);
+                          if constexpr (!Pass::kPlain) {
+                            sums[i].count += (counting >> i & 1) != 0 ? A{1} : A{0};
+                          }
+                        }
+                      });
+    }
+    if (has_unit_) {
+      const unsigned at =
+          (unit_ * tiling_.row_lanes + chunk.row_lane()) * tiling_.columns + chunk.local_column();
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        if constexpr (Pass::kPlain) sums[i].count = static_cast<A>(chunk.own_rows());
+        lane_sums()[at + i] = sums[i];
+      }
+    }
+    __syncthreads();
+    const std::int64_t c = call_.input.extent.c;
+    sum_terms<Totals>(
+        all_columns_, tiling_.row_lanes, 1,
+        [&](std::uint32_t column, std::uint32_t row) {
+          const unsigned unit = tiling_.by_columns.quotient(column);
+          return lane_sums()[column + (unit * (tiling_.row_lanes - 1) + row) * tiling_.columns];
+        },
+        [&](std::uint32_t column, const Totals& totals) {
+          if constexpr (kStage == Stage::kReduce) {
+            const std::int64_t channel =
+                static_cast<std::int64_t>(chunk.column_tile()) * tiling_.columns + column;
+            if (channel >= c) return;
+            const std::int64_t first = (chunk.tile() * tiling_.chunks + chunk.chunk()) * c;
+            static_cast<Totals*>(call_.records)[first + channel] = totals;
+          } else {
+            column_totals()[column] = totals;
+          }
+        });
+    __syncthreads();
+  }
+
+  // What is known of the slices of every unit, each by a few lanes.
+  template <class Index>
+  __device__ void finish_resident(Index index) const {
+    const Chunk first(call_.input, call_.num_groups, tiling_, 0, true);
+    const auto width = static_cast<std::uint32_t>(first.channels_per_slice());
+    const std::uint32_t slices = slices_per_unit(), items = tiling_.units * slices;
+    const unsigned lanes = lanes_for(width), lane = threadIdx.x % lanes;
+    for (std::uint32_t at = 0; at < items; at += blockDim.x / lanes) {
+      const std::uint32_t item = at + threadIdx.x / lanes;
+      const std::uint32_t unit = item < items ? item / slices : 0, local = item % slices;
+      const std::int64_t own = index(unit);
+      const Chunk chunk(call_.input, call_.num_groups, tiling_, own < 0 ? 0 : own, true);
+      const bool is_active = item < items && own >= 0 && local < chunk.slices();
+      const std::int64_t channel =
+          (chunk.first_slice() + (is_active ? local : 0)) * chunk.channels_per_slice();
+      const auto statistics = Pass::statistics(call_, slice_index(chunk, channel));
+      const Totals* const totals = column_totals() + unit * tiling_.columns + local * width;
+      const Slice slice =
+          Pass::finish_slice(call_, is_active, statistics, chunk.tile(), channel, width, lane,
+                             lanes, [&](std::uint32_t i) { return totals[i]; });
+      if (is_active && lane == 0) shared_slices()[item] = slice;
+    }
+    __syncthreads();
+  }
+
+  // The last block to arrive merges the records of whole slices, column by column.
+  __device__ void finish_split(const Chunk& chunk) const {
+    const std::int64_t c = call_.input.extent.c;
+    const RowsFinish finish(tiling_, c, chunk.tile(), chunk.column_tile());
+    if (!is_last_block(call_.counters + finish.counter, finish.blocks)) return;
+    const Totals* const records = static_cast<const Totals*>(call_.records) +
+                                  chunk.tile() * tiling_.chunks * c + finish.first_channel;
+    Totals* const all =
+        static_cast<Totals*>(call_.channel_sums) + chunk.tile() * c + finish.first_channel;
+    merge_columns<Totals>(
+        records, c, static_cast<std::uint32_t>(finish.channels), tiling_.chunks,
+        [&](std::uint32_t column, const Totals& totals) { all[column] = totals; });
+    __syncthreads();
+    const auto width = static_cast<std::uint32_t>(chunk.channels_per_slice());
+    const auto slices = static_cast<std::uint32_t>(finish.channels / width);
+    const unsigned lanes = lanes_for(width), lane = threadIdx.x % lanes;
+    for (std::uint32_t at = 0; at < slices; at += blockDim.x / lanes) {
+      const std::uint32_t local_slice = at + threadIdx.x / lanes;
+      const bool is_active = local_slice < slices;
+      const std::int64_t local = static_cast<std::int64_t>(is_active ? local_slice : 0) * width;
+      const std::int64_t channel = finish.first_channel + local;
+      const std::int64_t index = slice_index(chunk, channel);
+      const Slice slice = Pass::finish_slice(call_, is_active, Pass::statistics(call_, index),
+                                             chunk.tile(), channel, width, lane, lanes,
+                                             [&](std::uint32_t i) { return all[local + i]; });
+      if (is_active && lane == 0) static_cast<Slice*>(call_.slices)[index] = slice;
+    }
+  }
+
+  const Call& call_;
+  const RowsTiling& tiling_;
+  bool has_unit_;  // threads that are left over work for none
+  unsigned unit_, all_columns_;
+};
+
+template <class Pass, int kVectors, Stage kStage>
+__global__ void __launch_bounds__(kMaxThreads, blocks_at_once(Pass::kPlain, kStage, Pass::kBlocks))
+    rows_gradient_kernel(const __grid_constant__ typename Pass::Call call,
+                         const __grid_constant__ RowsTiling tiling) {
+  const RowsGradient<Pass, kVectors, kStage> gradient(call, tiling);
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * tiling.units;
+  if constexpr (kStage == Stage::kResident) {
+    // The samples of a block one after the other, for the sums over samples.
+    const std::int64_t per_block = call.samples_per_block;
+    for (std::int64_t i = 0; i < per_block; ++i) {
+      gradient.run([&](unsigned unit) -> std::int64_t {
+        const std::int64_t block = tiling.by_column_tiles.quotient_of(first + unit);
+        const std::int64_t sample = block * per_block + i;
+        if (sample >= tiling.tiles) return -1;
+        return first + unit + (sample - block) * tiling.column_tiles;
+      });
+    }
+  } else {
+    const std::int64_t chunks = tiling.tiles * tiling.chunks * tiling.column_tiles;
+    gradient.run([&](unsigned unit) -> std::int64_t {
+      const std::int64_t index = first + unit;
+      if (index >= chunks) return -1;
+      // What the first launch read last may still be in the cache.
+      return kStage == Stage::kApply ? chunks - 1 - index : index;
+    });
+  }
+}
+
+}  // namespace normcore::kernels::cuda
