@@ -71,7 +71,8 @@ demo: $(installed) ## train on real data in Python, evaluate the exported model 
 test: $(installed) ## C++ tests, then Python tests of the installed package from outside the source tree
 	cmake --build $(build)
 	ctest --test-dir $(build) --output-on-failure --parallel $$(nproc) --progress
-	cd build && python -m pytest --config-file=../pyproject.toml ../tests/python ../tests/gpu ../tests/torch_suite
+	cd build && python -m pytest --config-file=../pyproject.toml --numprocesses=$$(nproc) --dist=loadfile \
+	  ../tests/python ../tests/gpu ../tests/torch_suite
 
 .PHONY: bench
 bench: $(installed) ## speed of the CPU kernels alone, and beside torch, in build/

@@ -117,7 +117,9 @@ def double_backward_of(norm: Norm, o: Operands) -> Callable[[], tuple[Tensor, ..
     """
     x, grad = o.x.detach().requires_grad_(), o.grad.detach().requires_grad_()
     (grad_x,) = torch.autograd.grad(norm(x), x, grad, create_graph=True)
-    leaves, cotangent = (grad, x, o.weight), o.grad.flip(0)
+    generator = torch.Generator(x.device).manual_seed(1)
+    cotangent = torch.empty_like(x).normal_(generator=generator)
+    leaves = (grad, x, o.weight)
     return lambda: torch.autograd.grad(grad_x, leaves, cotangent, retain_graph=True)
 
 

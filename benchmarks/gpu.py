@@ -309,7 +309,6 @@ def wanted(case: Case, o: Operands) -> dict[str, Tensor]:
     return {
         operation: y,
         f"{case.norm} backward": backward_of(theirs, wide)()[0],
-        f"{case.norm} double backward": double_backward_of(theirs, wide)()[0],
     }
 
 

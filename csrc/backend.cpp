@@ -61,14 +61,14 @@ kernels::CudaOptions cuda_options() {
 #if defined(NORMCORE_CUDA)
 
 template <class Args>
-void run_on_cuda(const char* op, const Args& args, c10::Device device) {
+bool try_on_cuda(const char* op, const Args& args, c10::Device device) {
   const c10::DeviceGuard guard(device);
   const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
   const kernels::CudaStream handle{stream.native_handle()};
   kernels::CudaDevice facts;
   check(kernels::query_device(device.index(), facts), op);
   const auto plan = kernels::plan_cuda(problem_of(args), facts, cuda_options());
-  TORCH_CHECK(plan, op, ": the input is too large for a CUDA grid");
+  if (!plan) return false;
   // Zeroed for every call and not kept: graphs may record the call, and torch may have redirected its
   // allocator to the pool of one.
   at::Tensor workspace, counters;
@@ -83,19 +83,28 @@ void run_on_cuda(const char* op, const Args& args, c10::Device device) {
     memory.counters = reinterpret_cast<unsigned*>(counters.mutable_data_ptr<std::int32_t>());
   }
   check(kernels::run(args, *plan, memory, handle), op);
+  return true;
 }
 
 #endif
 
 template <class Args>
-void run_on(const char* op, const Args& args, c10::Device device) {
-  if (device.is_cpu()) return run_on_cpu(op, args);
+bool try_on(const char* op, const Args& args, c10::Device device) {
+  if (device.is_cpu()) {
+    run_on_cpu(op, args);
+    return true;
+  }
 #if defined(NORMCORE_CUDA)
-  if (device.is_cuda()) return run_on_cuda(op, args, device);
+  if (device.is_cuda()) return try_on_cuda(op, args, device);
 #endif
   TORCH_CHECK_NOT_IMPLEMENTED(false, op, ": no kernels for device ", device,
                               " in this build; move the tensors to the CPU",
                               device.is_cuda() ? ", or build normcore with nvcc" : "");
+}
+
+template <class Args>
+void run_on(const char* op, const Args& args, c10::Device device) {
+  TORCH_CHECK(try_on(op, args, device), op, ": the input is too large for a CUDA grid");
 }
 
 }  // namespace
@@ -159,17 +168,17 @@ void run(const kernels::BatchNormInferenceArgs& args, c10::Device device) {
 void run(const kernels::BatchNormBackwardArgs& args, c10::Device device) {
   run_on("batch_norm", args, device);
 }
-void run(const kernels::BatchNormDoubleBackwardArgs& args, c10::Device device) {
-  run_on("batch_norm", args, device);
-}
 void run(const kernels::GroupNormForwardArgs& args, c10::Device device) {
   run_on("group_norm", args, device);
 }
 void run(const kernels::GroupNormBackwardArgs& args, c10::Device device) {
   run_on("group_norm", args, device);
 }
-void run(const kernels::GroupNormDoubleBackwardArgs& args, c10::Device device) {
-  run_on("group_norm", args, device);
+bool try_run(const kernels::BatchNormDoubleBackwardArgs& args, c10::Device device) {
+  return try_on("batch_norm", args, device);
+}
+bool try_run(const kernels::GroupNormDoubleBackwardArgs& args, c10::Device device) {
+  return try_on("group_norm", args, device);
 }
 
 }  // namespace normcore::backend

@@ -21,10 +21,11 @@ kernels::MutableTensor mutable_view(const at::Tensor& t);
 void run(const kernels::BatchNormForwardArgs& args, c10::Device device);
 void run(const kernels::BatchNormInferenceArgs& args, c10::Device device);
 void run(const kernels::BatchNormBackwardArgs& args, c10::Device device);
-void run(const kernels::BatchNormDoubleBackwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormForwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormBackwardArgs& args, c10::Device device);
-void run(const kernels::GroupNormDoubleBackwardArgs& args, c10::Device device);
+// False, and nothing has happened, where a device has no kernel for the call (cuda_plan.h).
+bool try_run(const kernels::BatchNormDoubleBackwardArgs& args, c10::Device device);
+bool try_run(const kernels::GroupNormDoubleBackwardArgs& args, c10::Device device);
 
 // Whether CUDA kernels may read it in vectors. Tensors without data: as if storage were aligned.
 bool is_aligned(const at::Tensor& t);

@@ -140,7 +140,12 @@ DoubleGradients batch_norm_double_backward(
     args.cotangents = staging.read(cotangents);
     args.grad_grad_y = staging.write(grad_grad_output);
     args.grad = staging.write(Gradients{x, w, b, r});
-    backend::run(args, input.device());
+    if (!backend::try_run(args, input.device())) {
+      return batch_norm_double_backward_formula(grad_grad_input, grad_grad_weight, grad_grad_bias,
+                                                grad_grad_residual, grad_output, input, weight,
+                                                bias, residual, mask, mean, rstd, axis,
+                                                batch_statistics, eps, activation, output_mask);
+    }
     staging.finish();
   }
   return gradients;

@@ -1,12 +1,17 @@
 // The backward pass: with g the gradient behind the activation, grad_x = gain * g
 // + slope * (x - center) + offset. A pass says what planes_gradient.cuh and rows_gradient.cuh do to
-// the vectors, channels and slices that they walk over:
-//   Operands      of a vector, as loaded; held in registers
-//   Sums          over the values of a channel (gradients.cuh)
-//   Slice         what is known of a slice beside its statistics: prepare() before its sums are,
-//                 finish_slice() from them, zeros where nothing flows through the statistics
-//   Coefficients  of a channel of a slice: per vector (planes) or per element of it (rows)
-//   Terms         what sums and outputs are made of, per element
+// the vectors, channels and slices that they walk over. Its types:
+//   Call          arguments; a BackwardCall
+//   Operands      of a vector: load()ed, and held in registers
+//   Sums          over the values of a channel (gradients.cuh); add() of one element
+//   Slice         what is known of a slice beside its statistics(): prepare() before its sums are
+//                 there, finish_slice() from them, zeros where nothing flows through the statistics
+//   Coefficients  of a channel of a slice, from coefficients(): per vector (planes) or per element of
+//                 it (rows). set() takes another slice, if kKeepsCoefficients
+//   Terms         what sums and outputs are made of, per element, from terms()
+// applies() says whether there are outputs over the extent, apply() stores them. T, kWidth and kPlain
+// are the template arguments, A is the arithmetic type, kBlocks how many blocks of kReduce and kApply
+// a multiprocessor should have registers for.
 #pragma once
 
 #include <cmath>
@@ -64,6 +69,8 @@ struct BackwardPass {
   static constexpr int kWidth = kVectorWidth;
   static constexpr bool kPlain = kIsPlain;
   static constexpr int kBlocks = 2;  // at once, where nothing is held
+  // Whether coefficients of columns stay in registers while their slices are finished.
+  static constexpr bool kKeepsCoefficients = kPlain;
   using Call = BackwardCall;
   template <class Value>
   using Sums = BackwardSums<Value>;
@@ -111,22 +118,14 @@ struct BackwardPass {
   __device__ static Coefficients coefficients(const Call& call,
                                               const SliceStatistics<A>& statistics,
                                               const Slice& slice, std::int64_t sample,
-                                              std::int64_t channel) {
+                                              std::int64_t channel, bool for_sums = false) {
+    // Without an activation sums need the center only.
+    if (for_sums && call.input.activation == Activation::kNone) {
+      return {{statistics.center, A{0}, A{0}}, A{0}, A{0}};
+    }
     Coefficients out{Affine<A>::of(call.input, statistics, sample, channel), A{0}, A{0}};
     out.set(slice);
     return out;
-  }
-
-  // Those that the sums need.
-  __device__ static Coefficients coefficients_of_sums(const Call& call,
-                                                      const SliceStatistics<A>& statistics,
-                                                      const Slice& slice, std::int64_t sample,
-                                                      std::int64_t channel) {
-    // Without an activation only the center is of interest.
-    if (call.input.activation == Activation::kNone) {
-      return {{statistics.center, A{0}, A{0}}, A{0}, A{0}};
-    }
-    return coefficients(call, statistics, slice, sample, channel);
   }
 
   // A masked-out value whose grad_y is 0 passes nothing on, not even a NaN: its g is 0, and what has

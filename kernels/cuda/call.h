@@ -45,7 +45,7 @@ struct ForwardCall {
   unsigned* counters = nullptr;
 };
 
-// Sums and slices are of the types of the pass (gradient_pass.h).
+// Sums and slices are of the types of the pass (backward_pass.cuh, double_backward_pass.cuh).
 struct BackwardCall {
   NormInput input;
   std::int64_t num_groups = 0;

@@ -1,6 +1,6 @@
 // From run-time choices to kernel instantiations. Every combination that plan_cuda() can choose is
-// instantiated here, and no other: x stays in registers for 16- and 32-bit dtypes and passes with few
-// vectors only, few vectors per thread exist only where a vector has several elements. kPlain kernels are for the common calls:
+// instantiated here, and no other: x stays in registers for 16- and 32-bit dtypes only, few vectors
+// per thread exist only where a vector has several elements. kPlain kernels are for the common calls:
 // no mask, whole vectors only, all tensors but parameters in the dtype of x. They take a third to a
 // sixth of the instructions.
 #pragma once
@@ -55,7 +55,7 @@ Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
   switch (plan.path) {
     case CudaPath::kPack:
     case CudaPath::kBlock:
-      if constexpr (!std::is_same_v<T, double> && kFewVectors != 0) {
+      if constexpr (!std::is_same_v<T, double>) {
         if constexpr (kWidth > 1) {
           if (plan.vectors == kFewVectors) {
             return start.template operator()<T, kWidth, kFewVectors, Stage::kResident, kPlain>(

@@ -52,6 +52,7 @@ struct DoubleBackwardPass {
   static constexpr int kWidth = kVectorWidth;
   static constexpr bool kPlain = kIsPlain;
   static constexpr int kBlocks = 1;
+  static constexpr bool kKeepsCoefficients = false;
   using Call = DoubleBackwardCall;
   template <class Value>
   using Sums = DoubleBackwardSums<Value, kCurved>;
@@ -100,17 +101,22 @@ struct DoubleBackwardPass {
     return out;
   }
 
-  // With the first u that counts in the first channel, if it is among the first few: taken off,
-  // nothing cancels where u is nearly constant.
+  // With a u of the first channel that counts: taken off, nothing cancels where u is nearly constant.
+  // It is looked for all over the slice, in steps of the golden ratio: what is masked out is often
+  // one piece. If most of the slice is, none may be found.
   __device__ static Slice prepare(const Call& call, std::int64_t sample, std::int64_t channel) {
-    constexpr std::int64_t kTries = 32;
+    constexpr std::uint32_t kTries = 32, kGoldenStep = 2654435769;  // the ratio less 1, times 2^32
     Slice out{};
     if (!call.cotangents.x || !call.batch_statistics) return out;
     const auto& [n, c, s] = call.input.extent;
     const bool by_sample = call.num_groups != 0;
     const std::int64_t first = by_sample ? sample * s : 0, rows = by_sample ? s : n * s;
     const Mask& mask = call.input.mask;
-    for (std::int64_t row = first; row < first + (rows < kTries ? rows : kTries); ++row) {
+    for (std::uint32_t i = 0; i < kTries && i < rows; ++i) {
+      const double part = static_cast<double>(i * kGoldenStep) * 0x1p-32;
+      const std::int64_t row =
+          first +
+          (rows <= kTries ? i : static_cast<std::int64_t>(part * static_cast<double>(rows)));
       const std::int64_t index = call.input.layout == Layout::kNSC
                                      ? row * c + channel
                                      : (row / s * c + channel) * s + row % s;
@@ -125,7 +131,7 @@ struct DoubleBackwardPass {
   __device__ static Coefficients coefficients(const Call& call,
                                               const SliceStatistics<A>& statistics,
                                               const Slice& slice, std::int64_t sample,
-                                              std::int64_t channel) {
+                                              std::int64_t channel, bool /*for_sums*/ = false) {
     Coefficients out{};
     static_cast<Affine<A>&>(out) = Affine<A>::of(call.input, statistics, sample, channel);
     const std::int64_t i = affine_index(call.input, sample, channel);
@@ -144,13 +150,6 @@ struct DoubleBackwardPass {
     out.slope = slice.slope;
     out.offset = slice.offset;
     return out;
-  }
-
-  __device__ static Coefficients coefficients_of_sums(const Call& call,
-                                                      const SliceStatistics<A>& statistics,
-                                                      const Slice& slice, std::int64_t sample,
-                                                      std::int64_t channel) {
-    return coefficients(call, statistics, slice, sample, channel);
   }
 
   // A masked-out value whose grad_y is 0 takes part as x = center where x is not finite, and with a

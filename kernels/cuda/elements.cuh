@@ -1,5 +1,5 @@
 // Elements as the CUDA kernels see them: conversion to and from the arithmetic type, and vectors of
-// kWidth neighbouring elements. A vector of x holds kVectorBytes; the tensors beside it may have other
+// kWidth neighbouring elements. A vector of x holds up to kVectorBytes; the tensors beside it may have other
 // dtypes, whose vectors of as many elements are narrower or wider. At the ends of a run only a part
 // of a vector exists: a Span says which, and what lies outside of it is neither read nor written.
 #pragma once

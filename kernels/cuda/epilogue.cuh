@@ -19,7 +19,7 @@ struct Affine {
 
   __device__ static Affine of(const NormInput& input, const SliceStatistics<A>& statistics,
                               std::int64_t sample, std::int64_t channel) {
-    const std::int64_t i = input.affine_per_sample ? sample * input.extent.c + channel : channel;
+    const std::int64_t i = affine_index(input, sample, channel);
     const A scale = input.scale ? load_element<A>(input.scale, i) : A{1};
     const A bias = input.bias ? load_element<A>(input.bias, i) : A{0};
     const A gain = statistics.rstd * scale;

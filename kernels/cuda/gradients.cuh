@@ -45,15 +45,9 @@ __device__ inline void store_parameters(const BackwardCall& call, std::int64_t s
     out.bias += bias;
     return;
   }
-  const std::int64_t i = call.input.affine_per_sample ? sample * c + channel : channel;
+  const std::int64_t i = affine_index(call.input, sample, channel);
   if (call.grad.scale) store_element(call.grad.scale, i, scale);
   if (call.grad.bias) store_element(call.grad.bias, i, bias);
-}
-
-// Where scale and bias of a channel are.
-__device__ inline std::int64_t affine_index(const NormInput& input, std::int64_t sample,
-                                            std::int64_t channel) {
-  return input.affine_per_sample ? sample * input.extent.c + channel : channel;
 }
 
 // Values of a slice, masked-out ones included.

@@ -125,6 +125,12 @@ class PlanesGradient {
     Sums* const own = slot_sums() + unit_ * slots_;
     Sums total{};
     const bool is_per_slot = tiling_.has_several_channels();
+    const bool is_same_affine = chunk.has_one_affine(call_.input);
+    const auto coefficients_at = [&](std::uint32_t segment) {
+      return Pass::coefficients(call_, statistics, slice, chunk.sample(segment),
+                                chunk.channel(segment), /*for_sums=*/true);
+    };
+    Coefficients coefficients = coefficients_at(chunk.first_segment());
     for (std::uint32_t batch = 0; batch < batches(); ++batch) {
       if (batch != 0) load(chunk, slots, batch, operands);
 #pragma unroll
@@ -135,8 +141,7 @@ class PlanesGradient {
           const PlanesPosition p = chunk.at(slot);
           const unsigned counting = chunk.counting(call_.input.mask, p);
           operands[k].keep_packed();
-          const auto coefficients = Pass::coefficients_of_sums(
-              call_, statistics, slice, chunk.sample(p.segment), chunk.channel(p.segment));
+          if (!is_same_affine) coefficients = coefficients_at(p.segment);
           const auto terms =
               Pass::terms(call_, operands[k], p.index, p.span, counting, coefficients);
           total.count += static_cast<A>(__popc(counting));

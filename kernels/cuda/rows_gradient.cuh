@@ -58,9 +58,12 @@ class RowsGradient {
       } else {
         finish_resident(index);
         if (!Pass::applies(call_)) return;
-        // Loaded again, for want of registers to keep them in.
-        if constexpr (!Pass::kPlain) of_columns = coefficients(chunk, before_sums);
-        set_slices(chunk, of_columns);
+        if constexpr (Pass::kKeepsCoefficients) {
+          set_slices(chunk, of_columns);
+        } else {  // loaded again
+          of_columns =
+              coefficients(chunk, [&](auto column) { return shared_slice(chunk, column); });
+        }
         apply(chunk, of_columns, operands);
       }
     }
@@ -94,12 +97,15 @@ class RowsGradient {
     return static_cast<const Slice*>(call_.slices)[slice_index(chunk, column)];
   }
 
+  // As this launch left it (kResident).
+  __device__ const Slice& shared_slice(const Chunk& chunk, std::int64_t column) const {
+    return shared_slices()[unit_ * slices_per_unit() + chunk.local_slice(column)];
+  }
   __device__ void set_slices(const Chunk& chunk, Coefficients& of_columns) const {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       if (!has_column(chunk, i)) continue;
-      const std::uint32_t local = chunk.local_slice(chunk.column() + i);
-      of_columns.values[i].set(shared_slices()[unit_ * slices_per_unit() + local]);
+      of_columns.values[i].set(shared_slice(chunk, chunk.column() + i));
     }
   }
 

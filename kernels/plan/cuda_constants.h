@@ -13,10 +13,9 @@ inline constexpr std::int64_t kSectorBytes = 32;  // of memory: read as a whole 
 
 // ---- what the kernels are compiled for
 
-// The kernels of a pass. Vectors that a thread holds: of x forward, of x and grad_y, or the gradient
-// behind the activation in the arithmetic type, backward; and of the cotangent of grad_x, at once, in
-// the double backward pass, where nothing is held from sums to outputs (few_vectors = 0). Its sums of
-// columns leave no registers for longer vectors.
+// The kernels of a pass. Vectors that a thread holds: forward of x, backward of x and grad_y (or the
+// gradient behind the activation in the arithmetic type), double backward of the cotangent of grad_x
+// as well, where sums of many kinds leave registers for fewer and shorter ones.
 struct CudaKernels {
   int vectors, few_vectors;
   std::int64_t max_width;  // elements of a vector
@@ -28,12 +27,13 @@ struct CudaKernels {
   }
 };
 inline constexpr CudaKernels kForwardKernels{8, 2, kVectorBytes},
-    kBackwardKernels{4, 1, kVectorBytes}, kDoubleBackwardKernels{2, 0, 4};
-// Of the former, how many at once where nothing is held.
+    kBackwardKernels{4, 1, kVectorBytes}, kDoubleBackwardKernels{2, 2, 4};
+// Forward, how many at once where nothing is held.
 inline constexpr int kApplyVectors = 4;
 
 // Largest block, which is also that of kSplit and kStream: what its threads hold leaves registers for
-// a second one in a multiprocessor, so that one loads while the other computes.
+// a second one in a multiprocessor, so that one loads while the other computes (but for sums of rows in
+// the double backward pass).
 inline constexpr int kMaxThreads = 256;
 
 // Shared memory per block, static and dynamic together: what a kernel gets without asking, and what
@@ -64,6 +64,9 @@ inline constexpr std::int64_t kPlanesForwardBlocksPerMultiprocessor = 16,
 inline constexpr std::int64_t kRowsBlocksPerMultiprocessor = 2, kMaxRowsBatches = 32;
 // Blocks of samples that parameter gradients of group norm are summed over.
 inline constexpr std::int64_t kSampleBlocks = 512;
+// Double backward: the most bytes of workspace per byte of x, beyond some. Slices that need more are
+// too short for kSplit, and better off without a kernel.
+inline constexpr std::size_t kMaxWorkspaceRatio = 4, kFreeWorkspace = std::size_t{16} << 20;
 // Of the parts of a workspace.
 inline constexpr std::size_t kWorkspaceAlignment = 256;
 

@@ -80,22 +80,35 @@ class Planner {
     if (plan_.blocks > kMaxGrid || plan_.apply_blocks > kMaxGrid) return std::nullopt;
     if (plan_.path != CudaPath::kSplit) plan_.counters = problem_.cumulative ? 1 : 0;
     plan_.workspace_bytes = cuda_workspace_layout(problem_, plan_).total;
+    if (problem_.pass == Pass::kDoubleBackward && !is_worth_its_workspace()) return std::nullopt;
     return plan_;
   }
 
  private:
   bool may_take(CudaPath path) const { return !options_.path || *options_.path == path; }
 
-  // Float64 has no registers to spare, and some passes have none; one that reduces nothing has nothing
-  // to keep.
-  bool may_reside() const {
-    return reduces(problem_) && problem_.dtype != DType::kFloat64 &&
-           kernels_of(problem_).few_vectors != 0;
+  // Float64 has no registers to spare; a pass that reduces nothing has nothing to keep.
+  bool may_reside() const { return reduces(problem_) && problem_.dtype != DType::kFloat64; }
+
+  // The same for every number of samples if results have to be.
+  bool is_worth_its_workspace() const {
+    constexpr std::int64_t kSamples = 1024;
+    Problem p = problem_;
+    if (options_.batch_invariant && is_group_norm(p)) p.extent.n = kSamples;
+    const std::size_t tensor = size_of(p.dtype) * static_cast<std::size_t>(p.extent.numel());
+    return cuda_workspace_layout(p, plan_).total <= kFreeWorkspace + kMaxWorkspaceRatio * tensor;
   }
-  const char* why_not_resident(const char* too_large) const {
-    if (kernels_of(problem_).few_vectors == 0) return "sums of many kinds leave no registers";
-    return problem_.dtype == DType::kFloat64 ? "float64 takes too many registers to hold a slice"
-                                             : too_large;
+
+  // Vectors are aligned in memory: samples that start within one would be cut in their own way, or
+  // without vectors if they came alone.
+  bool has_aligned_samples() const {
+    const Extent& e = problem_.extent;
+    return e.c * e.s * static_cast<std::int64_t>(size_of(problem_.dtype)) % kVectorBytes == 0;
+  }
+  // The width, or 1 where vectors would depend on what else is in the batch.
+  int invariant(std::int64_t width) const {
+    const bool is_cut = options_.batch_invariant && is_group_norm(problem_);
+    return is_cut && !has_aligned_samples() ? 1 : static_cast<int>(width);
   }
 
   std::int64_t max_threads() const {
@@ -134,9 +147,7 @@ class Planner {
     plan_.width = problem_.aligned && e.s > 1 ? static_cast<int>(full_width(problem_)) : 1;
     // Runs much shorter than a vector would leave most of it empty.
     if (2 * e.s <= plan_.width) plan_.width = 1;
-    // Vectors are aligned in memory: samples that start within a vector would be cut in their own way.
-    const bool is_cut_by_sample = is_group_norm(problem_) && e.c * e.s % plan_.width != 0;
-    if (options_.batch_invariant && is_cut_by_sample) plan_.width = 1;
+    plan_.width = invariant(plan_.width);
     const std::int64_t segments = is_group_norm(problem_) ? channels_per_slice(problem_) : e.n;
     const std::int64_t granules = granules_per_segment(e.s, plan_.width);
     if (granules > kMaxCount || segments > kMaxCount) return false;
@@ -145,10 +156,10 @@ class Planner {
       set_shared_planes(plan_.lanes);
       return true;
     }
-    if (!plan_split_or_stream(
-            why_not_resident("the slice does not fit into the registers of a block"))) {
-      return false;
-    }
+    const char* const reason = problem_.dtype == DType::kFloat64
+                                   ? "float64 takes too many registers to hold a slice"
+                                   : "the slice does not fit into the registers of a block";
+    if (!plan_split_or_stream(reason)) return false;
     plan_.threads = plan_.lanes = static_cast<int>(max_threads());
     if (ceil_div(slots, plan_.threads) > kMaxCount) return false;
     set_batches_of_planes();
@@ -228,12 +239,12 @@ class Planner {
 
   bool plan_rows() {
     const std::int64_t c = problem_.extent.c, width = full_width(problem_);
-    plan_.width = problem_.aligned && c % width == 0 ? static_cast<int>(width) : 1;
+    plan_.width = problem_.aligned && c % width == 0 ? invariant(width) : 1;
     const std::int64_t rows =
         is_group_norm(problem_) ? problem_.extent.s : problem_.extent.n * problem_.extent.s;
-    const char* too_large = "";
-    if (may_reside() && plan_resident_rows(rows, too_large)) return true;
-    if (!plan_split_or_stream(why_not_resident(too_large))) return false;
+    const char* reason = "float64 takes too many registers to hold a slice";
+    if (may_reside() && plan_resident_rows(rows, reason)) return true;
+    if (!plan_split_or_stream(reason)) return false;
     plan_.samples_per_block = 1;
     const std::int64_t column_lanes =
         std::min(plan_.width > 1 ? lanes_of_row() : kNarrowColumnLanes, c / plan_.width);

@@ -21,6 +21,22 @@ std::vector<float> arguments() {
 // A result below this may be flushed to 0.
 constexpr double kUnderflow = 1e-36, kRelative = 2e-5;
 
+// Sum of the sizes of the terms of the second derivative, which cancel where it is 0.
+template <Activation kActivation>
+double terms_of_second(double z) {
+  const auto decay = [](double u) { return 1.0 / ((1.0 + std::exp(-u)) * (1.0 + std::exp(u))); };
+  if constexpr (kActivation == Activation::kSiLU) {
+    return decay(z) * (2.0 + std::fabs(z));
+  } else if constexpr (kActivation == Activation::kGelu) {
+    return kInvSqrtTwoPi * std::exp(-0.5 * z * z) * (2.0 + z * z);
+  } else {
+    const double argument = 2.0 * kSqrtTwoOverPi * (z + kGeluTanhCubic * z * z * z);
+    const double rate = 2.0 * kSqrtTwoOverPi * (1.0 + 3.0 * kGeluTanhCubic * z * z);
+    const double turn = rate * rate + 12.0 * kSqrtTwoOverPi * kGeluTanhCubic * std::fabs(z);
+    return decay(argument) * (2.0 * rate + std::fabs(z) * turn);
+  }
+}
+
 template <Activation kActivation>
 void expect_close() {
   for (const float z : arguments()) {
@@ -32,6 +48,13 @@ void expect_close() {
     const double term = z == 0.0f ? 0.5 : want / z, terms = std::fabs(term) + std::fabs(slope);
     const double got_slope = activation_derivative_of<__nv_bfloat16, kActivation>(z);
     EXPECT_LE(std::fabs(got_slope - slope), kRelative * terms + kUnderflow) << z;
+    float first, second;
+    activation_derivatives_of<__nv_bfloat16, kActivation>(z, first, second);
+    EXPECT_LE(std::fabs(first - slope), kRelative * terms + kUnderflow) << z;
+    const double curvature = activate_second_derivative(kActivation, static_cast<double>(z));
+    EXPECT_LE(std::fabs(second - curvature),
+              kRelative * terms_of_second<kActivation>(z) + kUnderflow)
+        << z;
   }
 }
 

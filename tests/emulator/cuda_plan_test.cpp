@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <sstream>
 #include <string>
+#include <utility>
 
 #include "norm_case.h"
 #include "plan/cuda_constants.h"
@@ -33,7 +34,8 @@ void for_each_plan(const CudaOptions& options, Body body) {
         if (!problem.reduces && !problem.applies) continue;
         const auto plan = plan_cuda(problem, device, options);
         if (!plan) {
-          ASSERT_TRUE(options.path || is_beyond_memory(problem)) << to_string(problem);
+          const bool may_be_none = options.path || problem.pass == Pass::kDoubleBackward;
+          ASSERT_TRUE(may_be_none || is_beyond_memory(problem)) << to_string(problem);
           continue;
         }
         body(problem, *plan);
@@ -59,7 +61,11 @@ void expect_legal(const Problem& p, const CudaPlan& plan) {
     ASSERT_GE(plan.counters, 1) << what;
     ASSERT_EQ(plan.apply_blocks, p.applies ? plan.blocks : 0) << what;
   }
-  if (p.dtype == DType::kFloat64 || p.pass == Pass::kDoubleBackward) {
+  if (p.pass == Pass::kDoubleBackward) {
+    const std::size_t tensor = size_of(p.dtype) * static_cast<std::size_t>(p.extent.numel());
+    ASSERT_LE(plan.workspace_bytes, kFreeWorkspace + kMaxWorkspaceRatio * tensor) << what;
+  }
+  if (p.dtype == DType::kFloat64) {
     ASSERT_TRUE(is_split || plan.path == CudaPath::kStream) << what;
   }
 }
@@ -116,7 +122,7 @@ TEST(CudaPlan, IsLegalAndCoversEveryShape) {
 // What fits without asking only if the kernel had no static shared memory.
 TEST(CudaPlan, SomeNeedTheSharedMemoryOfTheStaticPart) {
   Problem p;
-  p.extent = {1, 1024, 8};
+  p.extent = {4, 64, 1 << 16};
   p.layout = Layout::kNSC;
   p.num_groups = 1;
   p.pass = Pass::kDoubleBackward;
@@ -150,10 +156,18 @@ TEST(CudaPlan, BatchInvariantPlansDoNotDependOnTheBatchSize) {
     if (is_beyond_memory(problem)) return;
     Problem one = problem;
     one.extent.n = 1;
+    // A sample may start anywhere in the batch's memory.
+    const std::size_t sample_bytes =
+        size_of(one.dtype) * static_cast<std::size_t>(one.extent.numel());
+    if (one.num_groups != 0) one.aligned = sample_bytes % kVectorBytes == 0;
     const auto alone = plan_cuda(one, kDevices[0], options);
     const auto together = plan_cuda(problem, kDevices[0], options);
-    ASSERT_TRUE(alone && together);
     const auto what = to_string(problem);
+    ASSERT_EQ(alone.has_value(), together.has_value()) << what;
+    if (!alone) {
+      ASSERT_EQ(problem.pass, Pass::kDoubleBackward) << what;
+      return;
+    }
     ASSERT_EQ(alone->path == CudaPath::kSplit, together->path == CudaPath::kSplit) << what;
     ASSERT_EQ(alone->width, together->width) << what;
     ASSERT_EQ(alone->vectors, together->vectors) << what;
@@ -163,6 +177,27 @@ TEST(CudaPlan, BatchInvariantPlansDoNotDependOnTheBatchSize) {
       ASSERT_EQ(alone->rows_per_chunk, together->rows_per_chunk) << what;
     }
   });
+}
+
+// The partial sums of the double backward pass are no larger than a few tensors; what is short is read
+// once, and what is too short for that has no kernel.
+TEST(CudaPlan, DoubleBackwardOfShortSlices) {
+  Problem p;
+  p.pass = Pass::kDoubleBackward;
+  p.dtype = DType::kBFloat16;
+  for (const auto& [extent, num_groups] :
+       {std::pair(Extent{4096, 256, 1}, 32), std::pair(Extent{65536, 64, 4}, 32),
+        std::pair(Extent{4096, 256, 49}, 32), std::pair(Extent{1 << 25, 64, 1}, 8)}) {
+    p.extent = extent;
+    p.num_groups = num_groups;
+    const auto plan = plan_cuda(p, kDevices[0]);
+    ASSERT_TRUE(plan) << to_string(p);
+    EXPECT_TRUE(plan->path == CudaPath::kPack || plan->path == CudaPath::kBlock) << describe(*plan);
+    EXPECT_LE(plan->workspace_bytes, std::size_t{4} << 20) << describe(*plan);
+  }
+  p.num_groups = 1;
+  p.extent = {1 << 19, 1 << 12, 1};
+  EXPECT_FALSE(plan_cuda(p, kDevices[0]));
 }
 
 // Kernels count vectors, segments and chunks in 32 bits.

@@ -88,6 +88,27 @@ def test_more_than_two_to_the_31_elements(norm: str, axis: int) -> None:
         assert torch.equal(got[0], got[1])
 
 
+@pytest.mark.usefixtures("most_of_the_memory")
+@pytest.mark.parametrize("axis", [1, 2], ids=["planes", "rows"])
+def test_second_derivative_of_more_than_two_to_the_31_elements(axis: int) -> None:
+    needed = 10 * PERIOD * REPETITIONS * 2 * 2  # x, dy, y, dx, a cotangent, two results, copies
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of device memory")
+    short = torch.randn((1, 2, PERIOD) if axis == 1 else (1, PERIOD, 2)).bfloat16().cuda()
+    long = short.repeat([1, 1, REPETITIONS] if axis == 1 else [1, REPETITIONS, 1])
+    assert long.numel() > 2**31
+
+    def run(x: Tensor) -> list[Tensor]:
+        leaf, dy = x.detach().requires_grad_(), x.roll(1, axis).requires_grad_()
+        y = NF.group_norm(leaf, 2, axis=axis, activation="silu")
+        (grad,) = torch.autograd.grad(y, leaf, dy, create_graph=True)
+        return [ends(t, 3 - axis) for t in torch.autograd.grad(grad, (dy, leaf), x.flip(axis))]
+
+    for got, want in zip(run(long), run(short), strict=True):
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-5)
+        assert torch.equal(got[0], got[1])
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_memory_is_returned(norm: str) -> None:
     """After a call nothing stays allocated but its results."""

@@ -36,7 +36,7 @@ struct CudaOptions {
 struct CudaPlan {
   CudaPath path = CudaPath::kStream;
   Layout layout = Layout::kNCS;  // as which the tensor is treated: some are of both
-  int width = 1;                 // elements per vector: 16 bytes of x, or 1
+  int width = 1;                 // elements per vector: up to 16 bytes of x, or 1
   int vectors = 1;               // per thread, at once
   int batches = 1;               // of so many vectors, one after the other (kSplit, kStream)
   int threads = 32;              // per block
@@ -54,7 +54,9 @@ struct CudaPlan {
   const char* reason = "";    // why this path, static storage
 };
 
-// Nothing if options.path cannot run the problem, or the grid were larger than any device takes.
+// Nothing if options.path cannot run the problem, or the grid were larger than any device takes, or a
+// double backward pass would need a workspace of several times the tensor: of short slices of many
+// channels that do not fit into a block, and of float64.
 std::optional<CudaPlan> plan_cuda(const Problem& problem, const CudaDevice& device,
                                   const CudaOptions& options = {});
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "normcore/kernels/activation.h"
+#include "normcore/kernels/host_device.h"
 #include "normcore/kernels/types.h"
 
 namespace normcore::kernels {
@@ -31,6 +32,12 @@ struct NormInput {
 // Entries of scale and of bias.
 inline std::int64_t affine_count(const NormInput& input) {
   return input.extent.c * (input.affine_per_sample ? input.extent.n : 1);
+}
+
+// Where those of a channel are.
+NORMCORE_HOST_DEVICE inline std::int64_t affine_index(const NormInput& input, std::int64_t sample,
+                                                      std::int64_t channel) {
+  return input.affine_per_sample ? sample * input.extent.c + channel : channel;
 }
 
 // Gradients of a norm; a null pointer is a gradient that nobody asked for (it costs nothing).
