@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -40,11 +41,12 @@ class ShapeTest : public ::testing::TestWithParam<std::tuple<Shape, Layout>> {
   }
 
  private:
+  // In the list of shapes, or behind it.
   static std::size_t index_of_shape() {
     const std::string& name = std::get<0>(GetParam()).name;
-    std::size_t index = 0;
-    while (shapes()[index].name != name) ++index;
-    return index;
+    const auto found = std::find_if(shapes().begin(), shapes().end(),
+                                    [&](const Shape& shape) { return shape.name == name; });
+    return static_cast<std::size_t>(found - shapes().begin());
   }
 
   std::int64_t all_up_to_;
