@@ -64,11 +64,7 @@ class PlanesGradient {
     if (!Pass::applies(call_)) return;
 
     const bool is_same_affine = chunk.has_one_affine(call_.input);
-    const auto coefficients_at = [&](std::uint32_t segment) {
-      return Pass::coefficients(call_, statistics, slice, chunk.sample(segment),
-                                chunk.channel(segment));
-    };
-    Coefficients coefficients = coefficients_at(chunk.first_segment());
+    Coefficients coefficients = coefficients_at(chunk, chunk.first_segment(), statistics, slice);
     for (std::uint32_t batch = 0; batch < batches(); ++batch) {
       if (batch != 0) load(chunk, slots, batch, operands);
 #pragma unroll
@@ -79,7 +75,7 @@ class PlanesGradient {
         if (p.span.is_empty()) continue;
         operands[k].keep_packed();
         keep_order();
-        if (!is_same_affine) coefficients = coefficients_at(p.segment);
+        if (!is_same_affine) coefficients = coefficients_at(chunk, p.segment, statistics, slice);
         const unsigned counting = chunk.counting(call_.input.mask, p);
         const auto terms = Pass::terms(call_, operands[k], p.index, p.span, counting, coefficients);
         Pass::apply(call_, operands[k], terms, p.index, p.span, counting, coefficients);
@@ -93,6 +89,13 @@ class PlanesGradient {
   }
   __device__ std::uint32_t slot_of(std::uint32_t batch, int k) const {
     return lane_ + (batch * kVectors + k) * lanes_;
+  }
+
+  __device__ Coefficients coefficients_at(const Chunk& chunk, std::uint32_t segment,
+                                          const SliceStatistics<A>& statistics, const Slice& slice,
+                                          bool for_sums = false) const {
+    return Pass::coefficients(call_, statistics, slice, chunk.sample(segment),
+                              chunk.channel(segment), for_sums);
   }
 
   __device__ void load(const Chunk& chunk, std::uint32_t slots, std::uint32_t batch,
@@ -126,11 +129,8 @@ class PlanesGradient {
     Sums total{};
     const bool is_per_slot = tiling_.has_several_channels();
     const bool is_same_affine = chunk.has_one_affine(call_.input);
-    const auto coefficients_at = [&](std::uint32_t segment) {
-      return Pass::coefficients(call_, statistics, slice, chunk.sample(segment),
-                                chunk.channel(segment), /*for_sums=*/true);
-    };
-    Coefficients coefficients = coefficients_at(chunk.first_segment());
+    Coefficients coefficients =
+        coefficients_at(chunk, chunk.first_segment(), statistics, slice, /*for_sums=*/true);
     for (std::uint32_t batch = 0; batch < batches(); ++batch) {
       if (batch != 0) load(chunk, slots, batch, operands);
 #pragma unroll
@@ -141,7 +141,9 @@ class PlanesGradient {
           const PlanesPosition p = chunk.at(slot);
           const unsigned counting = chunk.counting(call_.input.mask, p);
           operands[k].keep_packed();
-          if (!is_same_affine) coefficients = coefficients_at(p.segment);
+          if (!is_same_affine) {
+            coefficients = coefficients_at(chunk, p.segment, statistics, slice, /*for_sums=*/true);
+          }
           const auto terms =
               Pass::terms(call_, operands[k], p.index, p.span, counting, coefficients);
           total.count += static_cast<A>(__popc(counting));

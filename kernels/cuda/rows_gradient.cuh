@@ -147,12 +147,18 @@ class RowsGradient {
     }
   }
 
-  // Shared memory: the sums of every column (float64, so first; kResident), those of every column in
-  // every row of lanes, and what is known of every slice (kResident).
+  // Shared memory: the sums of every column (float64, so first; kResident with several rows of lanes),
+  // those of every column in every row of lanes, and what is known of every slice (kResident).
+  __device__ bool has_totals() const { return kStage == Stage::kResident && tiling_.row_lanes > 1; }
   __device__ Totals* column_totals() const { return dynamic_shared<Totals>(); }
   __device__ Sums* lane_sums() const {
-    const unsigned totals = kStage == Stage::kResident ? all_columns_ : 0;
-    return reinterpret_cast<Sums*>(column_totals() + totals);
+    return reinterpret_cast<Sums*>(column_totals() + (has_totals() ? all_columns_ : 0));
+  }
+  __device__ Totals totals_of(std::uint32_t column) const {
+    if (has_totals()) return column_totals()[column];
+    Totals totals{};
+    merge(totals, lane_sums()[column]);
+    return totals;
   }
   __device__ Slice* shared_slices() const {
     return reinterpret_cast<Slice*>(lane_sums() + all_columns_ * tiling_.row_lanes);
@@ -189,6 +195,7 @@ class RowsGradient {
       }
     }
     __syncthreads();
+    if (kStage == Stage::kResident && !has_totals()) return;
     const std::int64_t c = call_.input.extent.c;
     sum_terms<Totals>(
         all_columns_, tiling_.row_lanes, 1,
@@ -226,10 +233,10 @@ class RowsGradient {
       const std::int64_t channel =
           (chunk.first_slice() + (is_active ? local : 0)) * chunk.channels_per_slice();
       const auto statistics = Pass::statistics(call_, slice_index(chunk, channel));
-      const Totals* const totals = column_totals() + unit * tiling_.columns + local * width;
+      const std::uint32_t first_column = unit * tiling_.columns + local * width;
       const Slice slice =
           Pass::finish_slice(call_, is_active, statistics, chunk.tile(), channel, width, lane,
-                             lanes, [&](std::uint32_t i) { return totals[i]; });
+                             lanes, [&](std::uint32_t i) { return totals_of(first_column + i); });
       if (is_active && lane == 0) shared_slices()[item] = slice;
     }
     __syncthreads();

@@ -330,13 +330,14 @@ class Planner {
     const std::size_t sums = is_backward(problem_) ? sums_of_channel(problem_) : 3;
     return static_cast<std::size_t>(columns * row_lanes) * sums * arithmetic_bytes(problem_);
   }
-  // And in a resident pass sums of channels, and coefficients.
+  // And in a resident pass coefficients, and sums of channels, if those are not of a single row of lanes.
   std::size_t resident_bytes_of_rows(std::int64_t columns, std::int64_t row_lanes) const {
     const std::size_t arithmetic = arithmetic_bytes(problem_);
-    const std::size_t of_column =
-        is_backward(problem_)
-            ? sums_of_channel(problem_) * sizeof(double) + values_of_slice(problem_) * arithmetic
-            : 4 * arithmetic;
+    std::size_t of_column = 4 * arithmetic;
+    if (is_backward(problem_)) {
+      const std::size_t totals = row_lanes > 1 ? sums_of_channel(problem_) * sizeof(double) : 0;
+      of_column = totals + values_of_slice(problem_) * arithmetic;
+    }
     return lane_bytes_of_rows(columns, row_lanes) + static_cast<std::size_t>(columns) * of_column;
   }
 

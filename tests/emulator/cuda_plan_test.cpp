@@ -187,13 +187,14 @@ TEST(CudaPlan, DoubleBackwardOfShortSlices) {
   p.dtype = DType::kBFloat16;
   for (const auto& [extent, num_groups] :
        {std::pair(Extent{4096, 256, 1}, 32), std::pair(Extent{65536, 64, 4}, 32),
-        std::pair(Extent{4096, 256, 49}, 32), std::pair(Extent{1 << 25, 64, 1}, 8)}) {
+        std::pair(Extent{4096, 256, 49}, 32), std::pair(Extent{1 << 25, 64, 1}, 8),
+        std::pair(Extent{8192, 1024, 1}, 1)}) {
     p.extent = extent;
     p.num_groups = num_groups;
     const auto plan = plan_cuda(p, kDevices[0]);
     ASSERT_TRUE(plan) << to_string(p);
     EXPECT_TRUE(plan->path == CudaPath::kPack || plan->path == CudaPath::kBlock) << describe(*plan);
-    EXPECT_LE(plan->workspace_bytes, std::size_t{4} << 20) << describe(*plan);
+    EXPECT_LE(plan->workspace_bytes, std::size_t{8} << 20) << describe(*plan);
   }
   p.num_groups = 1;
   p.extent = {1 << 19, 1 << 12, 1};

@@ -194,6 +194,20 @@ TEST(DoubleBackward, EveryNumberOfGroups) {
   }
 }
 
+// As layer norm: in a CUDA block as many columns as fit, and more.
+TEST(DoubleBackward, RowsOfOneGroup) {
+  for (const DType x : {DType::kFloat32, DType::kBFloat16}) {
+    for (const Activation activation : kTwoActivations) {
+      for (const Extent extent : {Extent{3, 1024, 1}, Extent{2, 512, 2}, Extent{2, 2052, 1}}) {
+        NormCase c = small_case(Layout::kNSC, 1, x);
+        c.extent = extent;
+        c.activation = activation;
+        check(c);
+      }
+    }
+  }
+}
+
 // What is not finite under a mask is not seen: the other positions have the bits that they have
 // with finite values there.
 TEST(DoubleBackward, MaskedOutValuesOfAnyKind) {

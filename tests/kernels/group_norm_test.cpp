@@ -71,6 +71,20 @@ TEST(GroupNorm, GroupsOfManyShortChannels) {
   }
 }
 
+// As layer norm: in a CUDA block as many columns as fit, and more.
+TEST(GroupNorm, RowsOfOneGroup) {
+  for (const DType x : {DType::kFloat32, DType::kBFloat16}) {
+    for (const Extent extent : {Extent{3, 1024, 1}, Extent{2, 2048, 1}, Extent{2, 512, 4}}) {
+      NormCase c = small_case(Layout::kNSC, x);
+      c.extent = extent;
+      c.num_groups = 1;
+      Inputs inputs(c);
+      check_forward(inputs);
+      check_backward(inputs);
+    }
+  }
+}
+
 TEST(GroupNorm, ConstantInputGivesExactlyBias) {
   for (const Layout layout : kBothLayouts) {
     for (const DType dtype : kAllDTypes) {
