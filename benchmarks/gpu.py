@@ -84,6 +84,7 @@ SHAPES = [
     Shape("video VAE", (1, 256, 17, 256, 256), 32, ("group_norm + silu",), (BF16, F16), VOLUME),
     Shape("3-D UNet", (2, 64, 32, 32, 32), 32, layouts=VOLUME),
     Shape("MLP", (4096, 256), 32, layouts=("contiguous",)),
+    Shape("wide MLP", (4096, 4096), 2, GROUP, layouts=("contiguous",)),
 ]
 
 
@@ -417,6 +418,19 @@ def rows_of(results: list[Result]) -> Iterator[tuple[list[str], dict[str, Result
         yield list(key), row
 
 
+def double_backward_ratios(results: list[Result]) -> dict[str, list[float]]:
+    """Times over those of the candidate's own backward pass, cold, by candidate."""
+    ratios: dict[str, list[float]] = {}
+    by_case: dict[tuple[str, ...], float] = {
+        (r.shape, r.layout, r.dtype, r.operation, r.candidate): r.cold_us for r in results
+    }
+    for (*case, operation, name), us in by_case.items():
+        backward = by_case.get((*case, operation.replace(" double", ""), name))
+        if operation.endswith(" double backward") and backward is not None:
+            ratios.setdefault(name, []).append(us / backward)
+    return ratios
+
+
 def show(report: Report, console: Console) -> None:
     """A row per operation: cold time, % of copy speed, and how many times faster than the peers."""
     table = Table(title="normcore, cold L2 (times faster than each peer; below 1 is slower)")
@@ -454,6 +468,12 @@ def show(report: Report, console: Console) -> None:
                 f"against {name}: geometric mean {statistics.geometric_mean(values):.2f}, worst "
                 f"{min(values):.2f}, best {max(values):.2f} over {len(values)} cases"
             )
+    for name, values in double_backward_ratios(report.results).items():
+        console.print(
+            f"double backward over backward, {name}: geometric mean "
+            f"{statistics.geometric_mean(values):.2f}, worst {max(values):.2f} over "
+            f"{len(values)} cases"
+        )
     for title, lines in (("left out", report.left_out), ("failed", report.failures)):
         if lines:
             console.print(f"{title}: {len(lines)}")

@@ -37,6 +37,9 @@ CASES = [
     ("batch_norm", (32, 256, 56, 56), 0, "channels_last"),
     ("batch_norm", (32, 2048, 7, 7), 0, "contiguous"),
     ("batch_norm", (32, 2048, 7, 7), 0, "channels_last"),
+    ("batch_norm", (2, 64, 32, 32, 32), 0, "channels_last_3d"),
+    ("batch_norm", (4096, 256), 0, "contiguous"),
+    ("batch_norm", (32, 512, 28, 28), 0, "contiguous"),
     ("batch_norm eval", (32, 256, 56, 56), 0, "contiguous"),
     ("batch_norm eval", (32, 256, 56, 56), 0, "channels_last"),
 ]
