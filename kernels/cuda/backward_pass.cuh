@@ -9,6 +9,11 @@
 //   Coefficients  of a channel of a slice, from coefficients(): per vector (planes) or per element of
 //                 it (rows). set() takes another slice, if kKeepsCoefficients
 //   Terms         what sums and outputs are made of, per element, from terms()
+//   Parameters    of a channel
+// Where a channel has a single value, its parameters are in the sums of the slice (runs_gradient.cuh):
+// kRunPhases times the values are gone through, add_to_run() adds kRunSums sums after the first, the
+// count of values that count, and finish_run() completes the slice. add_parameters() adds the gradients
+// of scale and bias.
 // applies() says whether there are outputs over the extent, apply() stores them. T, kWidth and kPlain
 // are the template arguments, A is the arithmetic type, kBlocks how many blocks of kReduce and kApply
 // a multiprocessor should have registers for.
@@ -20,6 +25,7 @@
 #include "cuda/call.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/gradients.cuh"
+#include "cuda/parameters.cuh"
 #include "cuda/statistics.cuh"
 
 namespace normcore::kernels::cuda {
@@ -105,6 +111,17 @@ struct BackwardPass {
     A g[kWidth];
   };
 
+  struct Parameters {
+    A scale, bias;
+    static constexpr int kTensors = 2;
+    // Calls f(tensor, value where it is absent, member).
+    template <class F>
+    __device__ static void for_each(const Call& call, F f) {
+      f(call.input.scale, A{1}, &Parameters::scale);
+      f(call.input.bias, A{0}, &Parameters::bias);
+    }
+  };
+
   __device__ static bool applies(const Call& call) { return call.grad.x || call.grad.residual; }
 
   __device__ static SliceStatistics<A> statistics(const Call& call, std::int64_t slice) {
@@ -123,7 +140,12 @@ struct BackwardPass {
     if (for_sums && call.input.activation == Activation::kNone) {
       return {{statistics.center, A{0}, A{0}}, A{0}, A{0}};
     }
-    Coefficients out{Affine<A>::of(call.input, statistics, sample, channel), A{0}, A{0}};
+    const std::int64_t i = affine_index(call.input, sample, channel);
+    return coefficients(statistics, slice, parameters_at<Parameters>(call, i));
+  }
+  __device__ static Coefficients coefficients(const SliceStatistics<A>& statistics,
+                                              const Slice& slice, const Parameters& p) {
+    Coefficients out{Affine<A>::of(statistics, p.scale, p.bias), A{0}, A{0}};
     out.set(slice);
     return out;
   }
@@ -206,6 +228,44 @@ struct BackwardPass {
     }
     h = warp_sum(h, lanes);
     h_centered = warp_sum(h_centered, lanes);
+    return slice_of(call, rstd, rounding, count, h, h_centered);
+  }
+
+  static constexpr int kRunPhases = 1, kRunSums = 3;
+
+  template <int kPhase>
+  __device__ static void add_to_run(const Call&, A (&sums)[kRunSums], const Operands& in, const Terms& terms,
+                                    unsigned counting, int i, const Coefficients& coefficients,
+                                    const Parameters& parameters) {
+    const A g = terms.g[i];
+    if ((counting >> i & 1) == 0 && g == A{0}) return;
+    const A h = parameters.scale * g;
+    sums[1] += h;
+    sums[2] = std::fma(h, convert_from<A>(in.x[i]) - coefficients.center, sums[2]);
+  }
+
+  template <int kPhase>
+  __device__ static void finish_run(const Call& call, const SliceStatistics<A>& statistics,
+                                    const double (&sums)[kRunSums], Slice& slice) {
+    const double rounding = static_cast<double>(statistics.rounding);
+    slice = slice_of(call, static_cast<double>(statistics.rstd), rounding, sums[0], sums[1],
+                     sums[2] - rounding * sums[1]);
+  }
+
+  __device__ static void add_parameters(const Call&, A& scale, A& bias, const Operands& in,
+                                        const Terms& terms, unsigned counting, int i, const Coefficients& coefficients,
+                                        const SliceStatistics<A>& statistics, const Slice&) {
+    const A g = terms.g[i];
+    if ((counting >> i & 1) == 0 && g == A{0}) return;
+    const A centered = convert_from<A>(in.x[i]) - coefficients.center - statistics.rounding;
+    scale = std::fma(g, centered * statistics.rstd, scale);
+    bias += g;
+  }
+
+ private:
+  // From sums of scale * g and scale * g * (x - mean).
+  __device__ static Slice slice_of(const Call& call, double rstd, double rounding, double count,
+                                   double h, double h_centered) {
     if (!call.batch_statistics) return {A{0}, A{0}, A{0}};
     const double slope = -rstd * rstd * rstd * h_centered / count;
     const double offset = -rstd * h / count - slope * rounding;

@@ -75,6 +75,8 @@ Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
     }
     case CudaPath::kStream:
       return start.template operator()<T, kWidth, kVectors, Stage::kApply, kPlain>(plan.blocks);
+    case CudaPath::kRun:
+      break;
   }
   return Status::invalid("the plan has no kernel");
 }
@@ -89,6 +91,20 @@ Status for_each_stage(DType x, const CudaPlan& plan, bool is_plain, const Start&
       if (is_plain) return for_each_stage_of<kKernels, T, kWidth, true>(plan, start);
     }
     return for_each_stage_of<kKernels, T, kWidth, false>(plan, start);
+  });
+}
+
+// Calls start.operator()<T, kWidth, kPlain>() for the one launch of kRun.
+template <CudaKernels kKernels, class Start>
+Status for_each_run_kernel(DType x, const CudaPlan& plan, bool is_plain, const Start& start) {
+  return visit_dtype(x, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    constexpr auto kWidth = static_cast<int>(kKernels.width(sizeof(T)));
+    if (plan.width != kWidth) return Status::invalid("the plan has no kernel");
+    if constexpr (!std::is_same_v<T, double>) {
+      if (is_plain) return start.template operator()<T, kWidth, true>();
+    }
+    return start.template operator()<T, kWidth, false>();
   });
 }
 

@@ -13,6 +13,7 @@
 #include "cuda/call.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/gradients.cuh"
+#include "cuda/parameters.cuh"
 #include "cuda/statistics.cuh"
 
 namespace normcore::kernels::cuda {
@@ -85,6 +86,18 @@ struct DoubleBackwardPass {
     unsigned used;  // bits of the elements that count or have a grad_y
   };
 
+  struct Parameters {
+    A scale, bias, scale_tangent, bias_tangent;
+    static constexpr int kTensors = 4;
+    template <class F>
+    __device__ static void for_each(const Call& call, F f) {
+      f(call.input.scale, A{1}, &Parameters::scale);
+      f(call.input.bias, A{0}, &Parameters::bias);
+      f(call.cotangents.scale, A{0}, &Parameters::scale_tangent);
+      f(call.cotangents.bias, A{0}, &Parameters::bias_tangent);
+    }
+  };
+
   __device__ static bool applies(const Call& call) {
     return call.grad_grad_y || call.grad.x || call.grad.residual;
   }
@@ -132,16 +145,15 @@ struct DoubleBackwardPass {
                                               const SliceStatistics<A>& statistics,
                                               const Slice& slice, std::int64_t sample,
                                               std::int64_t channel, bool /*for_sums*/ = false) {
-    Coefficients out{};
-    static_cast<Affine<A>&>(out) = Affine<A>::of(call.input, statistics, sample, channel);
     const std::int64_t i = affine_index(call.input, sample, channel);
-    const auto at_channel = [&](ConstTensor tensor, A absent) {
-      return tensor ? load_element<A>(tensor, i) : absent;
-    };
-    const A scale = at_channel(call.input.scale, A{1});
-    const A v = at_channel(call.cotangents.scale, A{0});
-    out.tangent_slope = statistics.rstd * std::fma(-slice.spread, scale, v);
-    out.tangent_offset = at_channel(call.cotangents.bias, A{0}) - slice.u_rounding * out.gain -
+    return coefficients(statistics, slice, parameters_at<Parameters>(call, i));
+  }
+  __device__ static Coefficients coefficients(const SliceStatistics<A>& statistics,
+                                              const Slice& slice, const Parameters& p) {
+    Coefficients out{};
+    static_cast<Affine<A>&>(out) = Affine<A>::of(statistics, p.scale, p.bias);
+    out.tangent_slope = statistics.rstd * std::fma(-slice.spread, p.scale, p.scale_tangent);
+    out.tangent_offset = p.bias_tangent - slice.u_rounding * out.gain -
                          out.tangent_slope * statistics.rounding;
     // Without a valid value what has a grad_y becomes NaN.
     out.g_gain = std::isnan(statistics.center) ? statistics.center : out.tangent_slope;
@@ -245,8 +257,7 @@ struct DoubleBackwardPass {
     A k[kWidth];
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      // Not 0 * q, which may be NaN.
-      k[i] = is_curved(call.input.activation) ? terms.b[i] * terms.q[i] : A{0};
+      k[i] = k_of(call, terms, i);
     }
     if (call.grad.residual) store_values<kPlain, T>(call.grad.residual, index, span, k);
     if (!call.grad.x) return;
@@ -327,21 +338,94 @@ struct DoubleBackwardPass {
     e = warp_sum(e, lanes);
     ex = warp_sum(ex, lanes);
     if (!has_shares) return {};  // and no product with sums, which may not be finite
-
-    // From here on u is less its mean, up to the rounding of that.
-    const double u_mean = p0 + static_cast<double>(prepare(call, sample, first_channel).u_center);
-    Slice out;
-    out.u_center = static_cast<A>(u_mean);
-    const double u_rounding = u_mean - static_cast<double>(out.u_center);
-    const double l = r * (hu - p0 * h - p1 * hx);
-    const double slope = r * r * (2.0 * r * p1 * hx - ex - l) / count;
-    const double offset = r * (r * (u_rounding * hx + p1 * h) - e) / count;
-    out.u_rounding = static_cast<A>(u_rounding);
-    out.spread = static_cast<A>(r * p1);
-    out.u_gain = static_cast<A>(-r * r * hx / count);
-    out.slope = static_cast<A>(slope);
-    out.offset = static_cast<A>(offset - slope * rounding);
+    Slice out{};
+    const double u_center = static_cast<double>(prepare(call, sample, first_channel).u_center);
+    const double u_rounding = set_means(out, u_center + p0, r * p1);
+    set_shares(out, statistics, count, u_rounding, r * p1, h, hx, r * (hu - p0 * h - p1 * hx), e, ex);
     return out;
+  }
+
+  // The first phase gives the means of u and u d, the second, where q is the tangent itself, the sums
+  // of w g, w g d, w g u, w k + v g and (w k + v g) d with the scale w and its cotangent v.
+  static constexpr int kRunPhases = 2, kRunSums = 6;
+
+  template <int kPhase>
+  __device__ static void add_to_run(const Call& call, A (&sums)[kRunSums], const Operands&, const Terms& terms,
+                                    unsigned counting, int i, const Coefficients&,
+                                    const Parameters& parameters) {
+    const A u = terms.u[i], d = terms.d[i];
+    if constexpr (kPhase == 0) {
+      if ((counting >> i & 1) == 0) return;
+      sums[1] += u;
+      sums[2] = std::fma(u, d, sums[2]);
+    } else {
+      if ((terms.used >> i & 1) == 0) return;
+      const A h = parameters.scale * terms.g[i];
+      const A e = std::fma(parameters.scale, k_of(call, terms, i), parameters.scale_tangent * terms.g[i]);
+      sums[1] += h;
+      sums[2] = std::fma(h, d, sums[2]);
+      sums[3] = std::fma(h, u, sums[3]);
+      sums[4] += e;
+      sums[5] = std::fma(e, d, sums[5]);
+    }
+  }
+
+  template <int kPhase>
+  __device__ static void finish_run(const Call& call, const SliceStatistics<A>& statistics,
+                                    const double (&sums)[kRunSums], Slice& slice) {
+    const double r = static_cast<double>(statistics.rstd),
+                 rounding = static_cast<double>(statistics.rounding), count = sums[0];
+    if (!call.batch_statistics || count == 0.0) {
+      slice = {};
+    } else if constexpr (kPhase == 0) {
+      const double u_center = static_cast<double>(slice.u_center);
+      set_means(slice, u_center + sums[1] / count, r * r * (sums[2] - rounding * sums[1]) / count);
+    } else {
+      const double u_rounding = static_cast<double>(slice.u_rounding),
+                   spread = static_cast<double>(slice.spread);
+      const double h = sums[1], hx = r * (sums[2] - rounding * h), e = sums[4];
+      const double l = r * (sums[3] - u_rounding * h) - spread * hx;
+      set_shares(slice, statistics, count, u_rounding, spread, h, hx, l, e,
+                 r * (sums[5] - rounding * e));
+    }
+  }
+
+  __device__ static void add_parameters(const Call& call, A& scale, A& bias, const Operands&,
+                                        const Terms& terms, unsigned, int i, const Coefficients&,
+                                        const SliceStatistics<A>& statistics, const Slice& slice) {
+    if ((terms.used >> i & 1) == 0) return;
+    const A k = k_of(call, terms, i), xhat = statistics.rstd * (terms.d[i] - statistics.rounding);
+    const A u = statistics.rstd * (terms.u[i] - slice.u_rounding) - slice.spread * xhat;
+    scale = std::fma(terms.g[i], u, std::fma(k, xhat, scale));
+    bias += k;
+  }
+
+ private:
+  // Not 0 * q, which may be NaN.
+  __device__ static A k_of(const Call& call, const Terms& terms, int i) {
+    return is_curved(call.input.activation) ? terms.b[i] * terms.q[i] : A{0};
+  }
+
+  // From here on u is less its mean, up to the rounding of that, which is returned.
+  __device__ static double set_means(Slice& slice, double u_mean, double spread) {
+    slice.u_center = static_cast<A>(u_mean);
+    const double u_rounding = u_mean - static_cast<double>(slice.u_center);
+    slice.u_rounding = static_cast<A>(u_rounding);
+    slice.spread = static_cast<A>(spread);
+    return u_rounding;
+  }
+
+  // From H, Hx, L, E and Ex of norm_input.h.
+  __device__ static void set_shares(Slice& slice, const SliceStatistics<A>& statistics, double count,
+                                    double u_rounding, double spread, double h, double hx, double l,
+                                    double e, double ex) {
+    const double r = static_cast<double>(statistics.rstd),
+                 rounding = static_cast<double>(statistics.rounding);
+    const double slope = r * r * (2.0 * spread * hx - ex - l) / count;
+    const double offset = r * (r * u_rounding * hx + spread * h - e) / count;
+    slice.u_gain = static_cast<A>(-r * r * hx / count);
+    slice.slope = static_cast<A>(slope);
+    slice.offset = static_cast<A>(offset - slope * rounding);
   }
 };
 

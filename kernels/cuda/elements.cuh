@@ -94,6 +94,11 @@ __device__ A load_element(ConstTensor tensor, std::int64_t index) {
 }
 
 template <class A>
+__device__ A load_or(ConstTensor tensor, std::int64_t index, A absent) {
+  return tensor ? load_element<A>(tensor, index) : absent;
+}
+
+template <class A>
 __device__ void store_element(MutableTensor tensor, std::int64_t index, A value) {
   visit_dtype(tensor.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -101,9 +106,11 @@ __device__ void store_element(MutableTensor tensor, std::int64_t index, A value)
   });
 }
 
-// Which elements of a vector exist: [begin, end).
+// Which elements of a vector exist: [begin, end). Where all of the vector lies in the tensor it is
+// read as a whole.
 struct Span {
   int begin, end;
+  bool is_readable = true;
   __device__ bool contains(int i) const { return begin <= i && i < end; }
   __device__ bool is_empty() const { return begin >= end; }
 };
@@ -161,13 +168,11 @@ class alignas(std::min<std::int64_t>(sizeof(T) * kWidth, kVectorBytes)) Vector {
   Word words_[kIsPacked ? kWidth / 2 : kWidth];
 };
 
-// `index` is that of the vector's first element, which may lie before the span. Whole vectors are
-// aligned; elements outside of the span are 0, and not read.
+// `index` is that of the vector's first element, which may lie before the span. Vectors are aligned;
+// elements outside of the span have any value.
 template <class T, int kWidth>
 __device__ Vector<T, kWidth> load_vector(const T* data, std::int64_t index, Span span) {
-  if (span.begin == 0 && span.end == kWidth) {
-    return *reinterpret_cast<const Vector<T, kWidth>*>(data + index);
-  }
+  if (span.is_readable) return *reinterpret_cast<const Vector<T, kWidth>*>(data + index);
   auto out = Vector<T, kWidth>::zero();
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {

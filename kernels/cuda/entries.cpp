@@ -35,6 +35,9 @@ Status start(cuda::ForwardCall call, const Problem& problem, const CudaPlan& pla
   call.records = part<void>(workspace, layout.records);
   call.channel_sums = part<cuda::ShiftedSums>(workspace, layout.channel_sums);
   call.counters = workspace.counters;
+  if (plan.path == CudaPath::kRun) {
+    return cuda::runs_forward(call, runs_tiling(problem, plan), plan, stream);
+  }
   return plan.layout == Layout::kNCS
              ? cuda::planes_forward(call, planes_tiling(problem, plan), plan, stream)
              : cuda::rows_forward(call, rows_tiling(problem, plan), plan, stream);
@@ -60,10 +63,15 @@ Status start_gradient(Call call, const Problem& problem, const CudaPlan& plan,
   call.counters = workspace.counters;
   const bool sums_parameters = layout.sample_blocks != 0 && wants_parameters;
   if (sums_parameters) call.parameters = part<cuda::ParameterSums>(workspace, layout.parameters);
-  const Status status =
-      plan.layout == Layout::kNCS
-          ? cuda::planes_gradient(call, planes_tiling(problem, plan), plan, stream)
-          : cuda::rows_gradient(call, rows_tiling(problem, plan), plan, stream);
+  const auto run = [&] {
+    if (plan.path == CudaPath::kRun) {
+      return cuda::runs_gradient(call, runs_tiling(problem, plan), plan, stream);
+    }
+    return plan.layout == Layout::kNCS
+               ? cuda::planes_gradient(call, planes_tiling(problem, plan), plan, stream)
+               : cuda::rows_gradient(call, rows_tiling(problem, plan), plan, stream);
+  };
+  const Status status = run();
   if (!status.ok() || !sums_parameters) return status;
   return cuda::sum_parameters(call, call.input.extent.c, layout.sample_blocks, stream);
 }

@@ -20,8 +20,9 @@ struct Affine {
   __device__ static Affine of(const NormInput& input, const SliceStatistics<A>& statistics,
                               std::int64_t sample, std::int64_t channel) {
     const std::int64_t i = affine_index(input, sample, channel);
-    const A scale = input.scale ? load_element<A>(input.scale, i) : A{1};
-    const A bias = input.bias ? load_element<A>(input.bias, i) : A{0};
+    return of(statistics, load_or<A>(input.scale, i, A{1}), load_or<A>(input.bias, i, A{0}));
+  }
+  __device__ static Affine of(const SliceStatistics<A>& statistics, A scale, A bias) {
     const A gain = statistics.rstd * scale;
     return {statistics.center, gain, std::fma(-statistics.rounding, gain, bias)};
   }

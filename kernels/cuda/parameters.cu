@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(kChannels* kLanes)
   const unsigned lane = threadIdx.x / kChannels, column = threadIdx.x % kChannels;
   const std::int64_t channel = static_cast<std::int64_t>(blockIdx.x) * kChannels + column;
   ParameterSums sums{0.0, 0.0};
+#pragma unroll 4
   for (std::int64_t block = lane; channel < count && block < blocks; block += kLanes) {
     const ParameterSums part = call.parameters[block * count + channel];
     sums.scale += part.scale;
@@ -28,12 +29,14 @@ __global__ void __launch_bounds__(kChannels* kLanes)
   }
   auto& shared = block_shared<LaneSums>();
   shared.of[lane][column] = sums;
-  __syncthreads();
-  if (lane != 0 || channel >= count) return;
-  for (unsigned other = 1; other < kLanes; ++other) {
-    sums.scale += shared.of[other][column].scale;
-    sums.bias += shared.of[other][column].bias;
+  for (unsigned half = kLanes / 2; half != 0; half /= 2) {
+    __syncthreads();
+    if (lane >= half) continue;
+    sums.scale += shared.of[lane + half][column].scale;
+    sums.bias += shared.of[lane + half][column].bias;
+    shared.of[lane][column] = sums;
   }
+  if (lane != 0 || channel >= count) return;
   if (call.grad.scale) store_element(call.grad.scale, channel, sums.scale);
   if (call.grad.bias) store_element(call.grad.bias, channel, sums.bias);
 }

@@ -1,4 +1,4 @@
-// The passes over the two layouts. Each launches the stages of plan.path. Internal to kernels/cuda.
+// The passes over planes (kNCS), rows (kNSC) and runs (CudaPath::kRun). Each launches the stages of plan.path. Internal to kernels/cuda.
 #pragma once
 
 #include "cuda/call.h"
@@ -17,6 +17,12 @@ Status rows_forward(const ForwardCall& call, const RowsTiling& tiling, const Cud
 Status rows_gradient(const BackwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
                      CudaStream stream);
 Status rows_gradient(const DoubleBackwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
+                     CudaStream stream);
+Status runs_forward(const ForwardCall& call, const RunsTiling& tiling, const CudaPlan& plan,
+                    CudaStream stream);
+Status runs_gradient(const BackwardCall& call, const RunsTiling& tiling, const CudaPlan& plan,
+                     CudaStream stream);
+Status runs_gradient(const DoubleBackwardCall& call, const RunsTiling& tiling, const CudaPlan& plan,
                      CudaStream stream);
 
 // Stores `count` gradients of scale and bias: sums of call.parameters over `blocks` blocks of

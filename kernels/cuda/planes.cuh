@@ -32,6 +32,7 @@ class PlanesChunk {
         segments_(tiling.segments_of(chunk)) {
     const std::uint32_t left = tiling.granules - first_granule_;
     granules_ = left < tiling.granules_per_piece ? left : tiling.granules_per_piece;
+    if constexpr (!kPlain) last_whole_ = input.extent.numel() - kWidth;
   }
 
   __device__ std::uint32_t slots() const { return segments_ * granules_; }
@@ -87,6 +88,7 @@ class PlanesChunk {
     const std::int64_t left = extent_.s - p.position;
     p.span.begin = p.position < 0 ? static_cast<int>(-p.position) : 0;
     p.span.end = left < kWidth ? (left < 0 ? 0 : static_cast<int>(left)) : kWidth;
+    p.span.is_readable = left > 0 && p.index <= last_whole_;
     return p;
   }
 
@@ -94,6 +96,7 @@ class PlanesChunk {
   const Extent& extent_;
   bool is_group_norm_;
   std::int64_t sample_, first_channel_, offset_;
+  std::int64_t last_whole_ = 0;  // index of the last vector that lies in the tensor
   std::uint32_t first_segment_, first_granule_, segments_, granules_;
 };
 

@@ -22,10 +22,10 @@ __device__ A warp_sum(A value, unsigned lanes) {
   return value;
 }
 
-// The lanes that `terms` terms deserve.
-__device__ inline unsigned lanes_for(std::uint32_t terms) {
+// The lanes that `terms` terms deserve, of so many threads that there are for them.
+__device__ inline unsigned lanes_for(std::uint32_t terms, unsigned threads = kWarp) {
   unsigned lanes = 1;
-  while (lanes < kWarp && lanes < terms) lanes *= 2;
+  while (lanes < kWarp && lanes < terms && 2 * lanes <= threads) lanes *= 2;
   return lanes;
 }
 

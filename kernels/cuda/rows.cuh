@@ -113,6 +113,7 @@ class RowsChunk {
 template <class Sums, class Record, class Store>
 __device__ void merge_columns(const Record* records, std::int64_t stride, std::uint32_t columns,
                               std::uint32_t terms, Store store) {
+  constexpr unsigned kInFlight = records_in_flight(sizeof(Record));
   Sums* const handed_over = dynamic_shared<Sums>();
   for (std::uint32_t first = 0; first < columns; first += blockDim.x) {
     const unsigned width = columns - first < blockDim.x ? columns - first : blockDim.x;
@@ -122,15 +123,15 @@ __device__ void merge_columns(const Record* records, std::int64_t stride, std::u
     const std::uint32_t column = first + threadIdx.x % width;
     Sums total{};
     for (std::uint64_t term = lane; lane < lanes && term < terms;
-         term += kRecordsInFlight * lanes) {
-      Record parts[kRecordsInFlight];
+         term += kInFlight * lanes) {
+      Record parts[kInFlight];
 #pragma unroll
-      for (unsigned k = 0; k < kRecordsInFlight; ++k) {
+      for (unsigned k = 0; k < kInFlight; ++k) {
         const std::uint64_t at = term + k * lanes;
         parts[k] = records[static_cast<std::int64_t>(at < terms ? at : term) * stride + column];
       }
 #pragma unroll
-      for (unsigned k = 0; k < kRecordsInFlight; ++k) {
+      for (unsigned k = 0; k < kInFlight; ++k) {
         if (term + k * lanes < terms) merge(total, static_cast<Sums>(parts[k]));
       }
     }

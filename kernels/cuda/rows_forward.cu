@@ -202,7 +202,8 @@ class RowsForward {
     const Chunk own = chunk_of(first, 0, chunks);
     const auto width = static_cast<std::uint32_t>(own.channels_per_slice());
     const std::uint32_t slices = tiling_.columns / width, items = units_ * slices;
-    const unsigned lanes = lanes_for(width), lane = threadIdx.x % lanes;
+    const unsigned lanes = lanes_for(width, tiling_.unit_threads() / slices),
+                   lane = threadIdx.x % lanes;
     for (std::uint32_t at = 0; at < items; at += blockDim.x / lanes) {
       const std::uint32_t item = at + threadIdx.x / lanes;
       const std::uint32_t unit = item < items ? item / slices : 0, slice = item % slices;
@@ -248,7 +249,7 @@ class RowsForward {
                                });
     if (width == 1) return;
     __syncthreads();
-    const unsigned lanes = lanes_for(width), lane = threadIdx.x % lanes;
+    const unsigned lanes = lanes_for(width, blockDim.x / slices), lane = threadIdx.x % lanes;
     for (std::uint32_t at = 0; at < slices; at += blockDim.x / lanes) {
       const std::uint32_t slice = at + threadIdx.x / lanes;
       const ShiftedSums* const own =

@@ -223,7 +223,8 @@ class RowsGradient {
     const Chunk first(call_.input, call_.num_groups, tiling_, 0, true);
     const auto width = static_cast<std::uint32_t>(first.channels_per_slice());
     const std::uint32_t slices = slices_per_unit(), items = tiling_.units * slices;
-    const unsigned lanes = lanes_for(width), lane = threadIdx.x % lanes;
+    const unsigned lanes = lanes_for(width, tiling_.unit_threads() / slices),
+                   lane = threadIdx.x % lanes;
     for (std::uint32_t at = 0; at < items; at += blockDim.x / lanes) {
       const std::uint32_t item = at + threadIdx.x / lanes;
       const std::uint32_t unit = item < items ? item / slices : 0, local = item % slices;
@@ -257,7 +258,7 @@ class RowsGradient {
     __syncthreads();
     const auto width = static_cast<std::uint32_t>(chunk.channels_per_slice());
     const auto slices = static_cast<std::uint32_t>(finish.channels / width);
-    const unsigned lanes = lanes_for(width), lane = threadIdx.x % lanes;
+    const unsigned lanes = lanes_for(width, blockDim.x / slices), lane = threadIdx.x % lanes;
     for (std::uint32_t at = 0; at < slices; at += blockDim.x / lanes) {
       const std::uint32_t local_slice = at + threadIdx.x / lanes;
       const bool is_active = local_slice < slices;

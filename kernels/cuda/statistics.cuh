@@ -93,16 +93,25 @@ __device__ inline void update_running(const RunningStatistics& running, std::int
   blend(running.var, batch.m2 / divisor);
 }
 
+__device__ inline double mean_of(const Moments& batch) {
+  return batch.count == 0.0 ? nan("") : batch.mean;
+}
+
+template <class A>
+__device__ SliceStatistics<A> statistics_of(const ForwardCall& call, const Moments& batch) {
+  return SliceStatistics<A>::of(mean_of(batch),
+                                reciprocal_std<A>(batch.variance(), call.input.eps));
+}
+
 // For one thread per slice.
 template <class A>
 __device__ SliceStatistics<A> save_statistics(const ForwardCall& call, std::int64_t slice,
                                               const Moments& batch) {
-  const double mean = batch.count == 0.0 ? nan("") : batch.mean;
-  const A rstd = reciprocal_std<A>(batch.variance(), call.input.eps);
-  call.mean[slice] = mean;
-  static_cast<A*>(call.rstd.data)[slice] = rstd;
+  const auto statistics = statistics_of<A>(call, batch);
+  call.mean[slice] = mean_of(batch);
+  static_cast<A*>(call.rstd.data)[slice] = statistics.rstd;
   update_running(call.running, slice, batch);
-  return SliceStatistics<A>::of(mean, rstd);
+  return statistics;
 }
 
 // Those that a former launch saved, or the given ones.

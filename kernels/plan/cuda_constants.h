@@ -28,6 +28,9 @@ struct CudaKernels {
 };
 inline constexpr CudaKernels kForwardKernels{8, 2, kVectorBytes},
     kBackwardKernels{4, 1, kVectorBytes}, kDoubleBackwardKernels{2, 2, 4};
+// Vectors of a run that a thread holds, forward and in the backward passes, and those that it should
+// have before more threads share a run.
+inline constexpr int kRunForwardVectors = 4, kRunGradientVectors = 2, kRunVectorsPerLane = 2;
 // Forward, how many at once where nothing is held.
 inline constexpr int kApplyVectors = 4;
 
@@ -46,11 +49,14 @@ inline constexpr std::size_t kDefaultDynamicShared = kDefaultShared - kMaxStatic
 inline constexpr std::size_t kMaxDynamicShared = 88 << 10;
 static_assert(kMaxDynamicShared + kMaxStaticShared <= kOptInShared);
 
-// Records that a thread of a merge loads before it waits for the first.
-inline constexpr unsigned kRecordsInFlight = 4;
+// Records of so many bytes that a thread of a merge loads before it waits for the first.
+constexpr unsigned records_in_flight(std::size_t bytes) {
+  constexpr std::size_t kBytes = 256;
+  return bytes * 4 < kBytes ? static_cast<unsigned>(kBytes / bytes) : 4;
+}
 
 // Block of the sum over blocks of samples: neighbouring channels, and lanes over the blocks.
-inline constexpr int kParameterChannels = 32, kParameterLanes = 8;
+inline constexpr int kParameterChannels = 8, kParameterLanes = 32;
 
 // ---- what plan_cuda() aims at
 
@@ -62,8 +68,13 @@ inline constexpr std::int64_t kRowBytes = 128, kNarrowColumnLanes = 32;
 inline constexpr std::int64_t kPlanesForwardBlocksPerMultiprocessor = 16,
                               kPlanesBackwardBlocksPerMultiprocessor = 4, kMaxPlanesBatches = 8;
 inline constexpr std::int64_t kRowsBlocksPerMultiprocessor = 2, kMaxRowsBatches = 32;
-// Blocks of samples that parameter gradients of group norm are summed over.
-inline constexpr std::int64_t kSampleBlocks = 512;
+// Blocks of samples that parameter gradients of group norm are summed over: some, or more to fill the
+// device with blocks of threads.
+inline constexpr std::int64_t kSampleBlocks = 512, kMaxSampleBlocks = 2048;
+inline constexpr std::int64_t kResidentBlocksPerMultiprocessor = 2;
+// Backward passes over runs: blocks, and the most samples whose parameter gradients a thread adds up in
+// the arithmetic type.
+inline constexpr std::int64_t kRunBlocksPerMultiprocessor = 4, kMaxRunSamples = 256;
 // Double backward: the most bytes of workspace per byte of x, beyond some. Slices that need more are
 // too short for kSplit, and better off without a kernel.
 inline constexpr std::size_t kMaxWorkspaceRatio = 4, kFreeWorkspace = std::size_t{16} << 20;

@@ -75,7 +75,8 @@ class Planner {
     }
     if (problem_.extent.c > kMaxCount) return std::nullopt;
     plan_.layout = layout_of(problem_);
-    const bool is_planned = plan_.layout == Layout::kNCS ? plan_planes() : plan_rows();
+    const bool is_planned =
+        plan_runs() || (plan_.layout == Layout::kNCS ? plan_planes() : plan_rows());
     if (!is_planned) return std::nullopt;
     if (plan_.blocks > kMaxGrid || plan_.apply_blocks > kMaxGrid) return std::nullopt;
     if (plan_.path != CudaPath::kSplit) plan_.counters = problem_.cumulative ? 1 : 0;
@@ -115,15 +116,26 @@ class Planner {
     return std::min<std::int64_t>(kMaxThreads, options_.max_threads);
   }
 
-  void set_sample_blocks() {
-    if (is_backward(problem_) && is_group_norm(problem_) && !problem_.affine_per_sample) {
-      plan_.samples_per_block = ceil_div(problem_.extent.n, kSampleBlocks);
-    }
+  // For units of so many lanes, of which a sample has some.
+  void set_sample_blocks(std::int64_t lanes, std::int64_t units_of_sample) {
+    if (!is_backward(problem_) || !is_group_norm(problem_) || problem_.affine_per_sample) return;
+    const std::int64_t enough = kResidentBlocksPerMultiprocessor * device_.multiprocessors *
+                                std::max<std::int64_t>(max_threads() / lanes, 1);
+    const std::int64_t blocks =
+        std::clamp(ceil_div(enough, units_of_sample), kSampleBlocks, kMaxSampleBlocks);
+    plan_.samples_per_block = ceil_div(problem_.extent.n, blocks);
   }
   // Groups of lanes that a resident pass needs.
   std::int64_t resident_units(std::int64_t slices_per_sample) const {
     if (!is_group_norm(problem_)) return slices_per_sample;
     return ceil_div(problem_.extent.n, plan_.samples_per_block) * slices_per_sample;
+  }
+
+  std::int64_t resident_units_of_planes(std::int64_t lanes) {
+    const std::int64_t slices =
+        is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c;
+    set_sample_blocks(lanes, slices);
+    return resident_units(slices);
   }
 
   // The paths that hold a slice on the chip, from the smallest holder to the largest. A cluster of
@@ -138,6 +150,47 @@ class Planner {
     plan_.reason =
         plan_.path == CudaPath::kSplit ? split_reason : "nothing to reduce: one pointwise sweep";
     return may_take(plan_.path);
+  }
+
+  // ---- one value per channel
+
+  // Of whole vectors.
+  bool plan_runs() {
+    const Extent& e = problem_.extent;
+    if (!is_group_norm(problem_) || e.s != 1 || !reduces(problem_) || !problem_.aligned) {
+      return false;
+    }
+    const std::int64_t width = invariant(full_width(problem_)), run = channels_per_slice(problem_);
+    if (width == 1 || run % width != 0 || !may_take(CudaPath::kRun)) return false;
+    const std::int64_t vectors = run / width;
+    const std::int64_t lanes =
+        std::min(power_of_two(ceil_div(vectors, kRunVectorsPerLane)), power_of_two(max_threads()));
+    if (lanes > max_threads()) return false;
+    const int held = is_backward(problem_) ? kRunGradientVectors : kRunForwardVectors;
+    CudaPlan plan = plan_;
+    plan.path = CudaPath::kRun;
+    plan.reason = "a slice is a run of neighbouring elements: it is read once";
+    plan.width = static_cast<int>(width);
+    plan.vectors = held;
+    plan.lanes = static_cast<int>(lanes);
+    plan.threads = static_cast<int>(lanes > kWarp ? lanes : max_threads());
+    const std::int64_t units = plan.threads / lanes, per_lane = ceil_div(vectors, lanes);
+    plan.batches = static_cast<int>(ceil_div(per_lane, held));
+    plan.blocks = ceil_div(e.n * problem_.num_groups, units);
+    if (is_backward(problem_)) {
+      const std::size_t sums = static_cast<std::size_t>(plan.threads * per_lane * width) * 2;
+      plan.shared_bytes = sums * arithmetic_bytes(problem_);
+      if (plan.shared_bytes > kMaxDynamicShared) return false;
+      const RunsTiling tiling = runs_tiling(problem_, plan);
+      const std::int64_t steps = ceil_div(e.n, tiling.row_lanes);
+      const std::int64_t enough =
+          ceil_div(kRunBlocksPerMultiprocessor * device_.multiprocessors, tiling.group_tiles);
+      plan.samples_per_block =
+          std::min(ceil_div(steps, enough), kMaxRunSamples) * tiling.row_lanes;
+      plan.blocks = ceil_div(e.n, plan.samples_per_block) * tiling.group_tiles;
+    }
+    plan_ = plan;
+    return true;
   }
 
   // ---- kNCS
@@ -194,9 +247,7 @@ class Planner {
     plan_.reason = "slices of a few vectors: several share a block, each is read once";
     plan_.vectors = is_few ? few : many;
     plan_.lanes = static_cast<int>(power_of_two(ceil_div(slots, plan_.vectors)));
-    set_sample_blocks();
-    const std::int64_t units =
-        resident_units(is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c);
+    const std::int64_t units = resident_units_of_planes(plan_.lanes);
     plan_.threads = static_cast<int>(std::min(max_threads(), round_up(units * plan_.lanes, kWarp)));
     plan_.blocks = ceil_div(units, plan_.threads / plan_.lanes);
     return true;
@@ -207,14 +258,11 @@ class Planner {
     if (slots > max_threads() * many || !may_take(CudaPath::kBlock)) return false;
     const bool is_few = plan_.width > 1 && slots <= max_threads() * few;
     plan_.vectors = is_few ? few : many;
-    set_sample_blocks();
-    const std::int64_t units =
-        resident_units(is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c);
     plan_.path = CudaPath::kBlock;
     plan_.reason = "the slice fits into the registers of a block: it is read once";
     plan_.threads = static_cast<int>(round_up(ceil_div(slots, plan_.vectors), kWarp));
     plan_.lanes = plan_.threads;
-    plan_.blocks = units;
+    plan_.blocks = resident_units_of_planes(plan_.lanes);
     return true;
   }
 
@@ -292,7 +340,7 @@ class Planner {
           "a tile that fits into the registers of a block has rows shorter than a sector of memory";
       return false;
     }
-    set_sample_blocks();
+    set_sample_blocks(lanes, ceil_div(c, columns));
     const std::int64_t all_units = resident_units(ceil_div(c, columns));
     std::int64_t units = std::clamp<std::int64_t>(max_threads() / lanes, 1, all_units);
     // Whole warps may have room for more of them.
@@ -368,6 +416,8 @@ const char* name_of(CudaPath path) {
       return "block";
     case CudaPath::kSplit:
       return "split";
+    case CudaPath::kRun:
+      return "run";
     case CudaPath::kStream:
       break;
   }
@@ -433,6 +483,24 @@ RowsTiling rows_tiling(const Problem& problem, const CudaPlan& plan) {
   t.by_column_tiles = FastDivide(t.column_tiles);
   t.by_chunks = FastDivide(t.chunks);
   t.by_channels_per_slice = FastDivide(t.channels_per_slice);
+  return t;
+}
+
+RunsTiling runs_tiling(const Problem& problem, const CudaPlan& plan) {
+  RunsTiling t;
+  const std::int64_t run = channels_per_slice(problem);
+  const std::uint32_t units = static_cast<std::uint32_t>(plan.threads / plan.lanes);
+  t.samples = problem.extent.n;
+  t.groups = static_cast<std::uint32_t>(problem.num_groups);
+  t.vectors = static_cast<std::uint32_t>(run / plan.width);
+  t.lanes = static_cast<std::uint32_t>(plan.lanes);
+  t.batches = static_cast<std::uint32_t>(plan.batches);
+  t.groups_per_block = std::min(t.groups, units);
+  t.group_tiles = (t.groups + t.groups_per_block - 1) / t.groups_per_block;
+  t.row_lanes = units / t.groups_per_block;
+  t.by_groups = FastDivide(t.groups);
+  t.by_group_tiles = FastDivide(t.group_tiles);
+  t.by_width = FastDivide(static_cast<std::uint32_t>(run));
   return t;
 }
 

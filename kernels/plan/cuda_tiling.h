@@ -84,8 +84,30 @@ struct RowsTiling {
   }
 };
 
+// Group norm of one value per channel. A slice is a run of `vectors` vectors, which `lanes` threads go
+// through in batches. Backward passes: a block takes the runs of groups_per_block groups, row_lanes
+// samples at once, one after the other in a chunk of samples (CudaPlan::samples_per_block).
+struct RunsTiling {
+  std::int64_t samples = 0;
+  std::uint32_t groups = 1;
+  std::uint32_t vectors = 1;  // per run
+  std::uint32_t lanes = 1;    // a power of two up to 32, or the block
+  std::uint32_t batches = 1;  // of the vectors that a thread holds
+  std::uint32_t groups_per_block = 1;
+  std::uint32_t group_tiles = 1;
+  std::uint32_t row_lanes = 1;
+  FastDivide by_groups, by_group_tiles;
+  FastDivide by_width;  // elements of a run
+
+  NORMCORE_HOST_DEVICE constexpr std::int64_t slices() const { return samples * groups; }
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t vectors_per_lane() const {
+    return (vectors + lanes - 1) / lanes;
+  }
+};
+
 PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan);
 RowsTiling rows_tiling(const Problem& problem, const CudaPlan& plan);
+RunsTiling runs_tiling(const Problem& problem, const CudaPlan& plan);
 
 // The parts of a call's workspace: offsets in bytes, each a multiple of 256.
 struct CudaWorkspaceLayout {

@@ -87,7 +87,8 @@ const std::vector<EqualRunners>& all_runners() {
                              {"planned path", kDevice, small_blocks()},
                              {"pack path", kDevice, forced(CudaPath::kPack)},
                              {"block path", kDevice, forced(CudaPath::kBlock)},
-                             {"split path", kSmallDevice, forced(CudaPath::kSplit)}};
+                             {"split path", kSmallDevice, forced(CudaPath::kSplit)},
+                             {"run path", kSmallDevice, forced(CudaPath::kRun)}};
     if (!kDetectsRaces) ways.push_back({"planned path, blocks of any size", kDevice, {}});
     std::vector<EqualRunners> all;
     for (const Way& way : ways) {

@@ -5,6 +5,8 @@
 //   kSplit   any slice: blocks reduce chunks, the last one to arrive merges them in order, a second
 //            launch applies; x is read twice
 //   kStream  nothing to reduce: one pointwise launch
+//   kRun     group norm of one value per channel: a slice is a run of neighbouring elements, which is
+//            read from memory once, and from the cache if it is long; one launch
 // (A slice over a cluster of blocks and over a team of blocks of a cooperative grid will come
 // between kBlock and kSplit.) Results are the same bits from run to run. They do not depend on the
 // number of samples if the plan is batch invariant; otherwise it may look at it to fill the device.
@@ -23,7 +25,7 @@ struct CudaDevice {
   int multiprocessors = 132;
 };
 
-enum class CudaPath : std::uint8_t { kPack, kBlock, kSplit, kStream };
+enum class CudaPath : std::uint8_t { kPack, kBlock, kSplit, kStream, kRun };
 
 struct CudaOptions {
   bool batch_invariant = false;
@@ -45,7 +47,7 @@ struct CudaPlan {
   int columns = 0;  // kNSC: channels of such a tile
   std::int64_t rows_per_chunk = 0;     // kNSC
   std::int64_t samples_per_block = 1;  // backward pass of group norm: samples whose parameter
-                                       // gradients are summed by the same threads
+                                       // gradients are summed by the same threads (kRun: block)
   std::int64_t blocks = 0;             // of the first launch
   std::int64_t apply_blocks = 0;       // of the second (kSplit)
   std::size_t shared_bytes = 0;        // dynamic shared memory per block
@@ -55,8 +57,8 @@ struct CudaPlan {
 };
 
 // Nothing if options.path cannot run the problem, or the grid were larger than any device takes, or a
-// double backward pass would need a workspace of several times the tensor: of short slices of many
-// channels that do not fit into a block, and of float64.
+// double backward pass would need a workspace of several times the tensor: of channels of a few values
+// in slices that do not fit into a block, and of float64.
 std::optional<CudaPlan> plan_cuda(const Problem& problem, const CudaDevice& device,
                                   const CudaOptions& options = {});
 
