@@ -105,7 +105,7 @@ build_python_module() {
   "${CXX:-g++}" -std=c++20 -O2 -shared -fPIC -fvisibility=hidden -isystem "$torch_root/include" \
     -isystem "$torch_root/include/torch/csrc/api/include" -isystem "$headers" \
     -I "$site/normcore/include" python/bindings/module.cpp -o "$site/normcore/_C$suffix" \
-    -L "$site/normcore/lib" -lnormcore -Wl,-rpath,'$ORIGIN/lib' \
+    -L "$site/normcore/lib" -lnormcore -L "$torch_root/lib" -ltorch_python -Wl,-rpath,'$ORIGIN/lib' \
     -Wl,--exclude-libs,ALL # a static libstdc++ must not stand in for that of the other libraries
 }
 
