@@ -51,7 +51,7 @@ static_assert(kMaxDynamicShared + kMaxStaticShared <= kOptInShared);
 
 // Records of so many bytes that a thread of a merge loads before it waits for the first.
 constexpr unsigned records_in_flight(std::size_t bytes) {
-  constexpr std::size_t kBytes = 256;
+  constexpr std::size_t kBytes = 128;
   return bytes * 4 < kBytes ? static_cast<unsigned>(kBytes / bytes) : 4;
 }
 
@@ -72,6 +72,8 @@ inline constexpr std::int64_t kRowsBlocksPerMultiprocessor = 2, kMaxRowsBatches 
 // device with blocks of threads.
 inline constexpr std::int64_t kSampleBlocks = 512, kMaxSampleBlocks = 2048;
 inline constexpr std::int64_t kResidentBlocksPerMultiprocessor = 2;
+// Runs: the most batches, beyond which a block would be alone with too much.
+inline constexpr int kMaxRunBatches = 8;
 // Backward passes over runs: blocks, and the most samples whose parameter gradients a thread adds up in
 // the arithmetic type.
 inline constexpr std::int64_t kRunBlocksPerMultiprocessor = 4, kMaxRunSamples = 256;

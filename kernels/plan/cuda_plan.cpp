@@ -175,6 +175,7 @@ class Planner {
     plan.lanes = static_cast<int>(lanes);
     plan.threads = static_cast<int>(lanes > kWarp ? lanes : max_threads());
     const std::int64_t units = plan.threads / lanes, per_lane = ceil_div(vectors, lanes);
+    if (ceil_div(per_lane, held) > kMaxRunBatches) return false;
     plan.batches = static_cast<int>(ceil_div(per_lane, held));
     plan.blocks = ceil_div(e.n * problem_.num_groups, units);
     if (is_backward(problem_)) {

@@ -66,7 +66,8 @@ void expect_legal(const Problem& p, const CudaPlan& plan) {
     ASSERT_LE(plan.workspace_bytes, kFreeWorkspace + kMaxWorkspaceRatio * tensor) << what;
   }
   if (p.dtype == DType::kFloat64) {
-    ASSERT_TRUE(is_split || plan.path == CudaPath::kStream) << what;
+    ASSERT_NE(plan.path, CudaPath::kPack) << what;
+    ASSERT_NE(plan.path, CudaPath::kBlock) << what;
   }
 }
 
@@ -74,7 +75,23 @@ void expect_legal(const Problem& p, const CudaPlan& plan) {
 void expect_coverage(const Problem& p, const CudaPlan& plan) {
   const std::string what = to_string(p) + ": " + describe(plan);
   const bool is_resident = plan.path == CudaPath::kPack || plan.path == CudaPath::kBlock;
-  if (plan.layout == Layout::kNCS) {
+  if (plan.path == CudaPath::kRun) {
+    const RunsTiling t = runs_tiling(p, plan);
+    ASSERT_EQ(p.extent.s, 1) << what;
+    ASSERT_EQ(std::int64_t{t.groups} * t.vectors * plan.width, p.extent.c) << what;
+    ASSERT_GE(std::int64_t{plan.lanes} * plan.vectors * plan.batches, t.vectors) << what;
+    ASSERT_TRUE(plan.lanes <= 32 || plan.lanes == plan.threads) << what;
+    if (!is_backward(p.pass)) {
+      ASSERT_GE(plan.blocks * (plan.threads / plan.lanes), t.slices()) << what;
+      return;
+    }
+    ASSERT_GE(t.groups_per_block * t.group_tiles, t.groups) << what;
+    ASSERT_GE(t.row_lanes, 1u) << what;
+    ASSERT_LE(t.row_lanes * t.groups_per_block * t.lanes, static_cast<unsigned>(plan.threads))
+        << what;
+    ASSERT_EQ(plan.samples_per_block % t.row_lanes, 0) << what;
+    ASSERT_GE(plan.blocks / t.group_tiles * plan.samples_per_block, p.extent.n) << what;
+  } else if (plan.layout == Layout::kNCS) {
     const PlanesTiling t = planes_tiling(p, plan);
     ASSERT_GE(std::int64_t{t.granules} * plan.width, p.extent.s) << what;
     std::int64_t segments = 0, pieces = 0;
@@ -132,7 +149,8 @@ TEST(CudaPlan, SomeNeedTheSharedMemoryOfTheStaticPart) {
 }
 
 TEST(CudaPlan, ForcedPathsAreLegal) {
-  for (const CudaPath path : {CudaPath::kPack, CudaPath::kBlock, CudaPath::kSplit}) {
+  for (const CudaPath path :
+       {CudaPath::kPack, CudaPath::kBlock, CudaPath::kSplit, CudaPath::kRun}) {
     CudaOptions options;
     options.path = path;
     options.max_threads = 64;
@@ -193,11 +211,13 @@ TEST(CudaPlan, DoubleBackwardOfShortSlices) {
     p.num_groups = num_groups;
     const auto plan = plan_cuda(p, kDevices[0]);
     ASSERT_TRUE(plan) << to_string(p);
-    EXPECT_TRUE(plan->path == CudaPath::kPack || plan->path == CudaPath::kBlock) << describe(*plan);
+    EXPECT_NE(plan->path, CudaPath::kSplit) << describe(*plan);
     EXPECT_LE(plan->workspace_bytes, std::size_t{8} << 20) << describe(*plan);
   }
   p.num_groups = 1;
   p.extent = {1 << 19, 1 << 12, 1};
+  EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kRun);
+  p.extent = {1 << 18, 1 << 12, 2};
   EXPECT_FALSE(plan_cuda(p, kDevices[0]));
 }
 
