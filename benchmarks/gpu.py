@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -497,7 +498,7 @@ def sweep(report: Report, arguments: argparse.Namespace) -> None:
             report.facts["copy_gb_per_s"] = copy_speed(watch)
     start = time.perf_counter()
     end = start + arguments.seconds
-    todo = [c for c in cases() if arguments.only in c.name]
+    todo = [c for c in cases() if re.search(arguments.only, c.name)]
     slowest_plain, slowest_compile = 0.0, 0.0
     for index, case in enumerate(todo):
         now = time.perf_counter()
@@ -545,7 +546,7 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=120.0, help="for the whole sweep")
     parser.add_argument("--case-seconds", type=float, default=0.6, help="of timing, at most")
-    parser.add_argument("--only", default="", help="part of a case's name")
+    parser.add_argument("--only", default="", help="regular expression: part of a case's name")
     parser.add_argument("--peers", default="compile,triton", help="beside torch eager")
     parser.add_argument("--rehearse", action="store_true", help="small tensors on the CPU")
     parser.add_argument("--output", type=Path, help="JSON file")
