@@ -30,19 +30,6 @@ __device__ void visit_activation(Activation activation, F f) {
   }
 }
 
-// Calls f(ActivationConstant<activation>): kPlain kernels have a loop of their own for each, whose code is
-// in one piece. Others call f(activation).
-template <bool kPlain, class F>
-__device__ void with_activation(Activation activation, F f) {
-  if constexpr (!kPlain) {
-    f(activation);
-  } else if (activation == Activation::kNone) {
-    f(ActivationConstant<Activation::kNone>{});
-  } else {
-    visit_activation(activation, f);
-  }
-}
-
 __device__ inline float fast_sigmoid(float z) { return fast_divide(1.0f, 1.0f + fast_exp(-z)); }
 
 // 1 - erf(x) with a relative error below 1e-6 * (1 + x^2). Source: Press et al., Numerical Recipes in
@@ -134,16 +121,12 @@ __device__ void activation_derivatives_of(A z, A& first, A& second) {
   }
 }
 
-template <class T, Activation kActivation, class A, int kWidth>
-__device__ void activate_all(ActivationConstant<kActivation>, A (&z)[kWidth]) {
-  if constexpr (kActivation != Activation::kNone) {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) z[i] = activation_of<T, kActivation>(z[i]);
-  }
-}
 template <class T, class A, int kWidth>
 __device__ void activate_all(Activation activation, A (&z)[kWidth]) {
-  visit_activation(activation, [&](auto constant) { activate_all<T>(constant, z); });
+  visit_activation(activation, [&](auto constant) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) z[i] = activation_of<T, decltype(constant)::value>(z[i]);
+  });
 }
 
 // z becomes the derivatives at z.

@@ -432,7 +432,7 @@ struct DoubleBackwardPass {
 // Calls f.operator()<Pass>() with the pass that takes no more sums than the call needs.
 template <class T, int kWidth, Stage kStage, bool kPlain, class F>
 auto with_double_backward_pass(const DoubleBackwardCall& call, F f) {
-  if constexpr (kPlain && kStage == Stage::kReduce) {
+  if constexpr (kWidth > 1 && kStage == Stage::kReduce) {
     if (!is_curved(call.input.activation)) {
       return f.template operator()<DoubleBackwardPass<T, kWidth, kPlain, false>>();
     }

@@ -49,14 +49,12 @@ __device__ void pre_activation(const NormInput& input, const Vector<T, kWidth>& 
   for (int i = 0; i < kWidth; ++i) z[i] += residual[i];
 }
 
-// `activation`: of with_activation().
-template <bool kPlain, class T, int kWidth, class Affines, class ActivationOf>
+template <bool kPlain, class T, int kWidth, class Affines>
 __device__ void apply_forward(const ForwardCall& call, const Vector<T, kWidth>& x,
-                              std::int64_t index, Span span, const Affines& affine,
-                              ActivationOf activation) {
+                              std::int64_t index, Span span, const Affines& affine) {
   Arithmetic<T> z[kWidth];
   pre_activation<kPlain>(call.input, x, index, span, affine, z);
-  activate_all<T>(activation, z);
+  activate_all<T>(call.input.activation, z);
   store_values<kPlain, T>(call.y, index, span, z);
 }
 

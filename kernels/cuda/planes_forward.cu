@@ -148,24 +148,22 @@ __global__ void __launch_bounds__(kMaxThreads,
   const bool is_same_affine = chunk.has_one_affine(call.input);
   auto affine = affine_of(chunk.first_segment());
   const std::uint32_t vectors = kStage == Stage::kApply ? kVectors * tiling.batches : kVectors;
-  with_activation<kPlain>(call.input.activation, [&](auto activation) {
 #pragma unroll 1
-    for (std::uint32_t done = 0; done < vectors; done += kHeld) {
-      const std::uint32_t first = lane + done * lanes;
-      if (done != 0) load(first);
+  for (std::uint32_t done = 0; done < vectors; done += kHeld) {
+    const std::uint32_t first = lane + done * lanes;
+    if (done != 0) load(first);
 #pragma unroll
-      for (int k = 0; k < kHeld; ++k) {
-        const std::uint32_t slot = first + k * lanes;
-        if (slot >= slots) continue;
-        const PlanesPosition p = chunk.at(slot);
-        if (p.span.is_empty()) continue;
-        keep_packed(x[k]);
-        keep_order();
-        if (!is_same_affine) affine = affine_of(p.segment);
-        apply_forward<kPlain>(call, x[k], p.index, p.span, affine, activation);
-      }
+    for (int k = 0; k < kHeld; ++k) {
+      const std::uint32_t slot = first + k * lanes;
+      if (slot >= slots) continue;
+      const PlanesPosition p = chunk.at(slot);
+      if (p.span.is_empty()) continue;
+      keep_packed(x[k]);
+      keep_order();
+      if (!is_same_affine) affine = affine_of(p.segment);
+      apply_forward<kPlain>(call, x[k], p.index, p.span, affine);
     }
-  });
+  }
 }
 
 }  // namespace

@@ -60,18 +60,16 @@ class RowsForward {
     }
 
     const PerColumn<Affine<A>, kWidth> affine = affines(chunk);
-    with_activation<kPlain>(call_.input.activation, [&](auto activation) {
-      for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
-        if (batch != 0) load(chunk, batch, x);
+    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
+      if (batch != 0) load(chunk, batch, x);
 #pragma unroll
-        for (int k = 0; k < kVectors; ++k) {
-          RowsPosition p;
-          if (!chunk.at(batch, k, p)) continue;
-          keep_packed(x[k]);
-          apply_forward<kPlain>(call_, x[k], p.index, Span{0, kWidth}, affine, activation);
-        }
+      for (int k = 0; k < kVectors; ++k) {
+        RowsPosition p;
+        if (!chunk.at(batch, k, p)) continue;
+        keep_packed(x[k]);
+        apply_forward<kPlain>(call_, x[k], p.index, Span{0, kWidth}, affine);
       }
-    });
+    }
   }
 
  private:

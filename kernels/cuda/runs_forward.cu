@@ -107,18 +107,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const auto statistics = statistics_of<A>(call, moments);
   if (is_active && lane == 0) save_statistics<A>(call, run.slice(), moments);
 
-  with_activation<kPlain>(call.input.activation, [&](auto activation) {
-    for_each_vector([&](const Vector<T, kWidth>& values, std::uint32_t vector) {
-      AffineParameters<A> parameters[kWidth];
-      load_parameters(call, affine_index(call.input, run.sample(), run.channel(vector)),
-                      parameters);
-      PerColumn<Affine<A>, kWidth> affine;
+  for_each_vector([&](const Vector<T, kWidth>& values, std::uint32_t vector) {
+    AffineParameters<A> parameters[kWidth];
+    load_parameters(call, affine_index(call.input, run.sample(), run.channel(vector)), parameters);
+    PerColumn<Affine<A>, kWidth> affine;
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        affine.values[i] = Affine<A>::of(statistics, parameters[i].scale, parameters[i].bias);
-      }
-      apply_forward<kPlain>(call, values, run.index(vector), Span{0, kWidth}, affine, activation);
-    });
+    for (int i = 0; i < kWidth; ++i) {
+      affine.values[i] = Affine<A>::of(statistics, parameters[i].scale, parameters[i].bias);
+    }
+    apply_forward<kPlain>(call, values, run.index(vector), Span{0, kWidth}, affine);
   });
 }
 

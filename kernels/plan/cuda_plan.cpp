@@ -216,12 +216,26 @@ class Planner {
     if (!plan_split_or_stream(reason)) return false;
     plan_.threads = plan_.lanes = static_cast<int>(max_threads());
     if (ceil_div(slots, plan_.threads) > kMaxCount) return false;
-    set_batches_of_planes();
+    if (!fit_chunks_to_channels(granules)) set_batches_of_planes();
     const PlanesTiling tiling = planes_tiling(problem_, plan_);
     plan_.blocks = tiling.slices * tiling.chunks;
     plan_.apply_blocks = problem_.applies ? plan_.blocks : 0;
     plan_.counters = tiling.slices;
     set_shared_planes(plan_.threads);
+    return true;
+  }
+
+  // Sums of channels that share a chunk go through shared memory, vector by vector: where they are long
+  // enough each has a chunk, and a block of the threads that it needs.
+  bool fit_chunks_to_channels(std::int64_t granules) {
+    if (!is_backward(problem_) || !is_group_norm(problem_) || !reduces(problem_)) return false;
+    const std::int64_t batches = ceil_div(granules, max_threads() * plan_.vectors);
+    if (batches > kMaxPlanesBatches) return false;
+    const std::int64_t threads = round_up(ceil_div(granules, batches * plan_.vectors), kWarp);
+    const std::int64_t capacity = threads * plan_.vectors * batches;
+    if (capacity >= 2 * granules) return false;
+    plan_.threads = plan_.lanes = static_cast<int>(threads);
+    plan_.batches = static_cast<int>(batches);
     return true;
   }
 
