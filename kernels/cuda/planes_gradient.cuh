@@ -110,7 +110,7 @@ class PlanesGradient {
   }
 
   // Shared memory: the sums of every channel (float64, so first; kResident), then those of every slot
-  // or lane.
+  // or warp.
   __device__ Totals* channel_totals() const { return dynamic_shared<Totals>(); }
   __device__ Sums* slot_sums() const {
     const std::uint32_t totals = kStage == Stage::kResident ? records_ * units_ : 0;
@@ -157,9 +157,14 @@ class PlanesGradient {
         if (is_per_slot) own[slot] = total;
       }
     }
-    if (!is_per_slot) own[lane_] = total;
+    // Within a warp first, and in the arithmetic type.
+    const unsigned lanes = lanes_ < kWarp ? lanes_ : kWarp;
+    if (!is_per_slot) {
+      Sums::for_each(total, total, [&](A& sum, A part) { sum = warp_sum(part, lanes); });
+      if (lane_ % kWarp == 0) own[lane_ / kWarp] = total;
+    }
     __syncthreads();
-    const std::uint32_t terms = is_per_slot ? chunk.slots() / chunk.segments() : lanes_;
+    const std::uint32_t terms = is_per_slot ? chunk.slots() / chunk.segments() : lanes_ / lanes;
     const std::uint32_t records = is_per_slot ? chunk.segments() : 1;
     sum_terms<Totals>(
         units_ * records, terms, lanes_for(terms),

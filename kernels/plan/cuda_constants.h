@@ -27,7 +27,7 @@ struct CudaKernels {
   }
 };
 inline constexpr CudaKernels kForwardKernels{8, 2, kVectorBytes},
-    kBackwardKernels{4, 1, kVectorBytes}, kDoubleBackwardKernels{2, 2, 4};
+    kBackwardKernels{4, 1, kVectorBytes}, kDoubleBackwardKernels{4, 4, 4};
 // Vectors of a run that a thread holds, forward and in the backward passes, and those that it should
 // have before more threads share a run.
 inline constexpr int kRunForwardVectors = 4, kRunGradientVectors = 2, kRunVectorsPerLane = 2;

@@ -208,7 +208,8 @@ class Planner {
     const std::int64_t slots = segments * granules;
     if (plan_resident_planes(slots)) {
       set_shared_planes(plan_.lanes);
-      return true;
+      if (plan_.shared_bytes <= kMaxDynamicShared) return true;
+      plan_.samples_per_block = 1;
     }
     const char* const reason = problem_.dtype == DType::kFloat64
                                    ? "float64 takes too many registers to hold a slice"
