@@ -265,6 +265,11 @@ class Planner {
     plan_.lanes = static_cast<int>(power_of_two(ceil_div(slots, plan_.vectors)));
     const std::int64_t units = resident_units_of_planes(plan_.lanes);
     plan_.threads = static_cast<int>(std::min(max_threads(), round_up(units * plan_.lanes, kWarp)));
+    // Fewer units where the sums of their channels do not fit.
+    while (plan_.threads > static_cast<int>(kWarp) &&
+           shared_bytes_of_planes(plan_.lanes) > kMaxDynamicShared) {
+      plan_.threads -= kWarp;
+    }
     plan_.blocks = ceil_div(units, plan_.threads / plan_.lanes);
     return true;
   }
