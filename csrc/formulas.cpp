@@ -139,6 +139,19 @@ Tensor activate(const Tensor& z, kernels::Activation activation) {
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
 
+// gelu's tanh form as z * sigmoid(u(z)), at z moved to where the sigmoid is not yet 0 or 1 in every
+// digit: aten's own has derivatives that are NaN beyond.
+struct GeluTanh {
+  Tensor z, rate, sigmoid, complement;  // rate: u'(z); sigmoid(u), sigmoid(-u)
+
+  explicit GeluTanh(const Tensor& far) : z(far.clamp(-40, 40)) {
+    const auto u = 2 * kernels::kSqrtTwoOverPi * (z + kernels::kGeluTanhCubic * z.pow(3));
+    rate = 2 * kernels::kSqrtTwoOverPi * (1 + 3 * kernels::kGeluTanhCubic * z * z);
+    sigmoid = at::sigmoid(u);
+    complement = at::sigmoid(-u);
+  }
+};
+
 Tensor activation_backward(const Tensor& grad, const Tensor& z, kernels::Activation activation) {
   switch (activation) {
     case kernels::Activation::kNone:
@@ -151,8 +164,10 @@ Tensor activation_backward(const Tensor& grad, const Tensor& z, kernels::Activat
     }
     case kernels::Activation::kGelu:
       return at::gelu_backward(grad, z, "none");
-    case kernels::Activation::kGeluTanh:
-      return at::gelu_backward(grad, z, "tanh");
+    case kernels::Activation::kGeluTanh: {
+      const GeluTanh g(z);
+      return grad * g.sigmoid * (1 + g.z * g.complement * g.rate);
+    }
   }
   TORCH_INTERNAL_ASSERT(false, "unknown activation");
 }
@@ -173,15 +188,10 @@ Tensor activation_curvature(const Tensor& z, kernels::Activation activation) {
       return density * (2 - near * near);
     }
     case kernels::Activation::kGeluTanh: {
-      // of sigmoid(u): slope, and curvature over it
-      const auto near = z.clamp(-40, 40);
-      const auto u = 2 * kernels::kSqrtTwoOverPi * (near + kernels::kGeluTanhCubic * near.pow(3));
-      const auto rate =
-          2 * kernels::kSqrtTwoOverPi * (1 + 3 * kernels::kGeluTanhCubic * near * near);
-      const auto sigmoid = at::sigmoid(u), complement = at::sigmoid(-u);
-      const auto turn = rate * rate * (complement - sigmoid) +
-                        12 * kernels::kSqrtTwoOverPi * kernels::kGeluTanhCubic * near;
-      return sigmoid * complement * (2 * rate + near * turn);
+      const GeluTanh g(z);
+      const auto turn = g.rate * g.rate * (g.complement - g.sigmoid) +
+                        12 * kernels::kSqrtTwoOverPi * kernels::kGeluTanhCubic * g.z;
+      return g.sigmoid * g.complement * (2 * g.rate + g.z * turn);
     }
   }
   TORCH_INTERNAL_ASSERT(false, "unknown activation");

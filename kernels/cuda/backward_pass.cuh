@@ -234,8 +234,9 @@ struct BackwardPass {
   static constexpr int kRunPhases = 1, kRunSums = 3;
 
   template <int kPhase>
-  __device__ static void add_to_run(const Call&, A (&sums)[kRunSums], const Operands& in, const Terms& terms,
-                                    unsigned counting, int i, const Coefficients& coefficients,
+  __device__ static void add_to_run(const Call&, A (&sums)[kRunSums], const Operands& in,
+                                    const Terms& terms, unsigned counting, int i,
+                                    const Coefficients& coefficients,
                                     const Parameters& parameters) {
     const A g = terms.g[i];
     if ((counting >> i & 1) == 0 && g == A{0}) return;
@@ -253,7 +254,8 @@ struct BackwardPass {
   }
 
   __device__ static void add_parameters(const Call&, A& scale, A& bias, const Operands& in,
-                                        const Terms& terms, unsigned counting, int i, const Coefficients& coefficients,
+                                        const Terms& terms, unsigned counting, int i,
+                                        const Coefficients& coefficients,
                                         const SliceStatistics<A>& statistics, const Slice&) {
     const A g = terms.g[i];
     if ((counting >> i & 1) == 0 && g == A{0}) return;

@@ -51,7 +51,8 @@ Status launch_blocks(void (*kernel)(Parameters...), const CudaPlan& plan, std::i
 // Calls start.operator()<T, kWidth, kVectors, kStage, kPlain>(blocks) for every launch of the plan.
 template <CudaKernels kKernels, class T, int kWidth, bool kPlain, class Start>
 Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
-  constexpr int kVectors = kKernels.vectors, kFewVectors = kKernels.few_vectors;
+  constexpr int kVectors = kKernels.vectors, kFewVectors = kKernels.few_vectors,
+                kManyVectors = kKernels.resident_vectors;
   switch (plan.path) {
     case CudaPath::kPack:
     case CudaPath::kBlock:
@@ -62,7 +63,7 @@ Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
                 plan.blocks);
           }
         }
-        return start.template operator()<T, kWidth, kVectors, Stage::kResident, kPlain>(
+        return start.template operator()<T, kWidth, kManyVectors, Stage::kResident, kPlain>(
             plan.blocks);
       }
       break;

@@ -153,8 +153,8 @@ struct DoubleBackwardPass {
     Coefficients out{};
     static_cast<Affine<A>&>(out) = Affine<A>::of(statistics, p.scale, p.bias);
     out.tangent_slope = statistics.rstd * std::fma(-slice.spread, p.scale, p.scale_tangent);
-    out.tangent_offset = p.bias_tangent - slice.u_rounding * out.gain -
-                         out.tangent_slope * statistics.rounding;
+    out.tangent_offset =
+        p.bias_tangent - slice.u_rounding * out.gain - out.tangent_slope * statistics.rounding;
     // Without a valid value what has a grad_y becomes NaN.
     out.g_gain = std::isnan(statistics.center) ? statistics.center : out.tangent_slope;
     out.u_center = slice.u_center;
@@ -341,7 +341,8 @@ struct DoubleBackwardPass {
     Slice out{};
     const double u_center = static_cast<double>(prepare(call, sample, first_channel).u_center);
     const double u_rounding = set_means(out, u_center + p0, r * p1);
-    set_shares(out, statistics, count, u_rounding, r * p1, h, hx, r * (hu - p0 * h - p1 * hx), e, ex);
+    set_shares(out, statistics, count, u_rounding, r * p1, h, hx, r * (hu - p0 * h - p1 * hx), e,
+               ex);
     return out;
   }
 
@@ -350,9 +351,9 @@ struct DoubleBackwardPass {
   static constexpr int kRunPhases = 2, kRunSums = 6;
 
   template <int kPhase>
-  __device__ static void add_to_run(const Call& call, A (&sums)[kRunSums], const Operands&, const Terms& terms,
-                                    unsigned counting, int i, const Coefficients&,
-                                    const Parameters& parameters) {
+  __device__ static void add_to_run(const Call& call, A (&sums)[kRunSums], const Operands&,
+                                    const Terms& terms, unsigned counting, int i,
+                                    const Coefficients&, const Parameters& parameters) {
     const A u = terms.u[i], d = terms.d[i];
     if constexpr (kPhase == 0) {
       if ((counting >> i & 1) == 0) return;
@@ -361,7 +362,8 @@ struct DoubleBackwardPass {
     } else {
       if ((terms.used >> i & 1) == 0) return;
       const A h = parameters.scale * terms.g[i];
-      const A e = std::fma(parameters.scale, k_of(call, terms, i), parameters.scale_tangent * terms.g[i]);
+      const A e =
+          std::fma(parameters.scale, k_of(call, terms, i), parameters.scale_tangent * terms.g[i]);
       sums[1] += h;
       sums[2] = std::fma(h, d, sums[2]);
       sums[3] = std::fma(h, u, sums[3]);
@@ -416,9 +418,9 @@ struct DoubleBackwardPass {
   }
 
   // From H, Hx, L, E and Ex of norm_input.h.
-  __device__ static void set_shares(Slice& slice, const SliceStatistics<A>& statistics, double count,
-                                    double u_rounding, double spread, double h, double hx, double l,
-                                    double e, double ex) {
+  __device__ static void set_shares(Slice& slice, const SliceStatistics<A>& statistics,
+                                    double count, double u_rounding, double spread, double h,
+                                    double hx, double l, double e, double ex) {
     const double r = static_cast<double>(statistics.rstd),
                  rounding = static_cast<double>(statistics.rounding);
     const double slope = r * r * (2.0 * spread * hx - ex - l) / count;

@@ -122,8 +122,7 @@ __device__ void merge_columns(const Record* records, std::int64_t stride, std::u
     const unsigned lane = threadIdx.x / width;
     const std::uint32_t column = first + threadIdx.x % width;
     Sums total{};
-    for (std::uint64_t term = lane; lane < lanes && term < terms;
-         term += kInFlight * lanes) {
+    for (std::uint64_t term = lane; lane < lanes && term < terms; term += kInFlight * lanes) {
       Record parts[kInFlight];
 #pragma unroll
       for (unsigned k = 0; k < kInFlight; ++k) {

@@ -1,6 +1,6 @@
 // The double backward pass over runs.
-#include "cuda/double_backward_pass.cuh"
 #include "cuda/dispatch.cuh"
+#include "cuda/double_backward_pass.cuh"
 #include "cuda/passes.h"
 #include "cuda/runs_gradient.cuh"
 

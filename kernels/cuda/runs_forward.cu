@@ -125,8 +125,8 @@ Status runs_forward(const ForwardCall& call, const RunsTiling& tiling, const Cud
                     CudaStream stream) {
   return for_each_run_kernel<kForwardKernels>(
       call.input.x.dtype, plan, is_plain(call), [&]<class T, int kWidth, bool kPlain>() {
-        return launch_blocks(runs_forward_kernel<T, kWidth, kPlain>, plan, plan.blocks, stream, call,
-                             tiling);
+        return launch_blocks(runs_forward_kernel<T, kWidth, kPlain>, plan, plan.blocks, stream,
+                             call, tiling);
       });
 }
 

@@ -52,8 +52,8 @@ class RunsGradient {
     // Every thread takes as many steps, as all of a warp or block take part in sums.
     for (std::int64_t at = 0; at < call_.samples_per_block; at += tiling_.row_lanes) {
       const std::int64_t sample = first + at + row_lane_;
-      const bool is_active = has_unit_ && sample < tiling_.samples &&
-                             at + row_lane_ < call_.samples_per_block;
+      const bool is_active =
+          has_unit_ && sample < tiling_.samples && at + row_lane_ < call_.samples_per_block;
       run(ThisRun(tiling_, is_active ? sample : 0, is_active ? group_ : 0, lane_, is_active));
     }
     if (!sums_parameters) return;
@@ -160,8 +160,7 @@ class RunsGradient {
   __device__ void store_sums() const {
     const std::uint32_t width = tiling_.vectors * kWidth;
     const std::uint32_t left = tiling_.groups - first_group_;
-    const std::uint32_t groups =
-        left < tiling_.groups_per_block ? left : tiling_.groups_per_block;
+    const std::uint32_t groups = left < tiling_.groups_per_block ? left : tiling_.groups_per_block;
     for (std::uint32_t column = threadIdx.x; column < groups * width; column += blockDim.x) {
       const std::uint32_t unit = tiling_.by_width.quotient(column);
       const std::uint32_t channel = column - unit * width, vector = channel / kWidth;

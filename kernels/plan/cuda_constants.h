@@ -17,8 +17,9 @@ inline constexpr std::int64_t kSectorBytes = 32;  // of memory: read as a whole 
 // gradient behind the activation in the arithmetic type), double backward of the cotangent of grad_x
 // as well, where sums of many kinds leave registers for fewer and shorter ones.
 struct CudaKernels {
-  int vectors, few_vectors;
-  std::int64_t max_width;  // elements of a vector
+  int vectors;                        // of kSplit and kStream
+  int resident_vectors, few_vectors;  // of kPack and kBlock, for many and for few
+  std::int64_t max_width;             // elements of a vector
 
   // Of elements of so many bytes.
   constexpr std::int64_t width(std::size_t bytes) const {
@@ -26,8 +27,8 @@ struct CudaKernels {
     return whole < max_width ? whole : max_width;
   }
 };
-inline constexpr CudaKernels kForwardKernels{8, 2, kVectorBytes},
-    kBackwardKernels{4, 1, kVectorBytes}, kDoubleBackwardKernels{4, 4, 4};
+inline constexpr CudaKernels kForwardKernels{8, 8, 2, kVectorBytes},
+    kBackwardKernels{4, 4, 1, kVectorBytes}, kDoubleBackwardKernels{4, 2, 2, 4};
 // Vectors of a run that a thread holds, forward and in the backward passes, and those that it should
 // have before more threads share a run.
 inline constexpr int kRunForwardVectors = 4, kRunGradientVectors = 2, kRunVectorsPerLane = 2;

@@ -132,8 +132,7 @@ class Planner {
   }
 
   std::int64_t resident_units_of_planes(std::int64_t lanes) {
-    const std::int64_t slices =
-        is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c;
+    const std::int64_t slices = is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c;
     set_sample_blocks(lanes, slices);
     return resident_units(slices);
   }
@@ -186,8 +185,7 @@ class Planner {
       const std::int64_t steps = ceil_div(e.n, tiling.row_lanes);
       const std::int64_t enough =
           ceil_div(kRunBlocksPerMultiprocessor * device_.multiprocessors, tiling.group_tiles);
-      plan.samples_per_block =
-          std::min(ceil_div(steps, enough), kMaxRunSamples) * tiling.row_lanes;
+      plan.samples_per_block = std::min(ceil_div(steps, enough), kMaxRunSamples) * tiling.row_lanes;
       plan.blocks = ceil_div(e.n, plan.samples_per_block) * tiling.group_tiles;
     }
     plan_ = plan;
@@ -256,7 +254,7 @@ class Planner {
   }
 
   bool plan_packed_planes(std::int64_t slots) {
-    const auto& [many, few, max_width] = kernels_of(problem_);
+    const int many = kernels_of(problem_).resident_vectors, few = kernels_of(problem_).few_vectors;
     if (slots > kWarp * many || !may_take(CudaPath::kPack)) return false;
     const bool is_few = plan_.width > 1 && slots <= kWarp * few;
     plan_.path = CudaPath::kPack;
@@ -275,7 +273,7 @@ class Planner {
   }
 
   bool plan_block_planes(std::int64_t slots) {
-    const auto& [many, few, max_width] = kernels_of(problem_);
+    const int many = kernels_of(problem_).resident_vectors, few = kernels_of(problem_).few_vectors;
     if (slots > max_threads() * many || !may_take(CudaPath::kBlock)) return false;
     const bool is_few = plan_.width > 1 && slots <= max_threads() * few;
     plan_.vectors = is_few ? few : many;
@@ -343,7 +341,7 @@ class Planner {
     why_not = "a tile of rows and whole slices does not fit into the registers of a block";
     const auto bytes = static_cast<std::int64_t>(size_of(problem_.dtype));
     const std::int64_t c = problem_.extent.c;
-    const auto& [many, few, max_width] = kernels_of(problem_);
+    const int many = kernels_of(problem_).resident_vectors, few = kernels_of(problem_).few_vectors;
     const std::int64_t vectors = plan_.width > 1 && rows <= few ? few : many;
     const std::int64_t row_lanes = ceil_div(rows, vectors);
     const std::int64_t whole = std::lcm(channels_per_slice(problem_), plan_.width);

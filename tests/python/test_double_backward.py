@@ -14,7 +14,7 @@ from derivatives import ACTIVATIONS, MODES, leaf, norm
 from double_backward_calls import CLOSE, INF, KINDS, NAN, OPERANDS, double, image, make_call
 from shape_list import Shape, masks, shape_named, shapes
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 import normcore
@@ -341,7 +341,7 @@ def test_numerically_with_an_empty_slice_and_values_that_do_not_count(
 )
 def test_third_derivative(mode: str, activation: str | None) -> None:
     mask = torch.rand(2, 4, 3) < 0.8
-    mask[..., 0] = True
+    mask[..., 0] = mask[0, ::2] = True  # a value that counts in every slice
     function = norm(mode, activation=activation, **({} if mode == "eval" else {"mask": mask}))
     inputs = leaf(2, 4, 3), leaf(4), leaf(4), leaf(2, 4, 3)
 
@@ -351,6 +351,24 @@ def test_third_derivative(mode: str, activation: str | None) -> None:
     assert gradgradcheck(
         gradients, (leaf(2, 4, 3), *inputs), fast_mode=True, check_fwd_over_rev=True
     )
+
+
+@on_devices
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_forward_over_second_derivatives_far_away(activation: str) -> None:
+    """Where one value counts, rstd is 1 / sqrt(eps), and the others lie hundreds of it away."""
+    mask = torch.zeros(2, 4, 3, dtype=torch.bool)
+    mask[0, :, 0] = True
+    inputs = leaf(2, 4, 3), leaf(4), leaf(4), leaf(2, 4, 3)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, double(*t.shape)) for t in inputs]
+        grads: Sequence[Tensor] = (norm("train", activation=activation, mask=mask)(*duals),)
+        for _ in range(2):
+            cotangents = [double(*t.shape) for t in grads]
+            grads = torch.autograd.grad(grads, duals, cotangents, create_graph=True)
+        for grad in grads:
+            assert grad.isfinite().all()
+            assert forward_ad.unpack_dual(grad).tangent.isfinite().all()
 
 
 @on_devices

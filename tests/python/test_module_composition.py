@@ -39,8 +39,10 @@ def test_compile(training: bool) -> None:
         got.square().sum().backward()
     for a, b in zip(compiled.state_dict().values(), eager.state_dict().values()):
         torch.testing.assert_close(a, b)
+    # Sums of convolutions come in another order on a device.
+    tolerance = {} if x.is_cpu else {"rtol": 1e-3, "atol": 1e-4}
     for p, q in zip(compiled.parameters(), eager.parameters()):
-        torch.testing.assert_close(p.grad, q.grad)
+        torch.testing.assert_close(p.grad, q.grad, **tolerance)
 
 
 @pytest.mark.parametrize("kind", [normcore.BatchNorm, normcore.GroupNorm])

@@ -296,11 +296,12 @@ def test_compiles_to_one_graph(case: Callable[[], Any], dynamic: bool) -> None:
         lambda f: torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=dynamic),
     )
     for got, want in zip(compiled, run(case), strict=True):
-        if "eval" in case.__name__:  # operations of aten
+        if "eval" in case.__name__:  # operations of aten, which choose their strides on a device
             torch.testing.assert_close(got, want)
+            assert got.stride() == want.stride() or not got.is_cpu
         else:
             assert torch.equal(got, want)
-        assert got.stride() == want.stride()
+            assert got.stride() == want.stride()
 
 
 def test_compiled_backward_calls_the_fused_operator() -> None:
@@ -470,7 +471,9 @@ def test_one_operator_per_layer(training: bool) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         y = model(x)
     batch = "normcore::_batch_norm_train" if training else "normcore::_batch_norm_eval"
-    assert [event.name for event in profile.events()] == [
+    # On a device torch's functions for memory and launches are among them.
+    names = [event.name for event in profile.events()]
+    assert [name for name in names if x.is_cpu or name.startswith("normcore::")] == [
         "normcore::batch_norm",
         batch,
         "normcore::group_norm",

