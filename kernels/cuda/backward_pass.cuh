@@ -1,19 +1,19 @@
 // The backward pass: with g the gradient behind the activation, grad_x = gain * g
-// + slope * (x - center) + offset. A pass says what planes_gradient.cuh and rows_gradient.cuh do to
-// the vectors, channels and slices that they walk over. Its types:
+// + slope * (x - center) + offset. A pass says what planes_gradient.cuh, rows_gradient.cuh and
+// runs_gradient.cuh do to the vectors, channels and slices that they walk over. Its types:
 //   Call          arguments; a BackwardCall
 //   Operands      of a vector: load()ed, and held in registers
 //   Sums          over the values of a channel (gradients.cuh); add() of one element
 //   Slice         what is known of a slice beside its statistics(): prepare() before its sums are
 //                 there, finish_slice() from them, zeros where nothing flows through the statistics
 //   Coefficients  of a channel of a slice, from coefficients(): per vector (planes) or per element of
-//                 it (rows). set() takes another slice, if kKeepsCoefficients
+//                 it (rows, runs). set() takes another slice, if kKeepsCoefficients
 //   Terms         what sums and outputs are made of, per element, from terms()
-//   Parameters    of a channel
-// Where a channel has a single value, its parameters are in the sums of the slice (runs_gradient.cuh):
-// kRunPhases times the values are gone through, add_to_run() adds kRunSums sums after the first, the
-// count of values that count, and finish_run() completes the slice. add_parameters() adds the gradients
-// of scale and bias.
+//   Parameters    of a channel: scale, bias and what else coefficients are made of (parameters.cuh)
+// Runs have no sums of channels: those of the slice are weighted by the parameters. kRunPhases times
+// the values are gone through; kRunSums sums are taken, of which the first is the number of values that
+// count, add_to_run() adds to the others, and finish_run() makes the slice of them. add_parameters()
+// adds the gradients of scale and bias.
 // applies() says whether there are outputs over the extent, apply() stores them. T, kWidth and kPlain
 // are the template arguments, A is the arithmetic type, kBlocks how many blocks of kReduce and kApply
 // a multiprocessor should have registers for.
@@ -111,16 +111,7 @@ struct BackwardPass {
     A g[kWidth];
   };
 
-  struct Parameters {
-    A scale, bias;
-    static constexpr int kTensors = 2;
-    // Calls f(tensor, value where it is absent, member).
-    template <class F>
-    __device__ static void for_each(const Call& call, F f) {
-      f(call.input.scale, A{1}, &Parameters::scale);
-      f(call.input.bias, A{0}, &Parameters::bias);
-    }
-  };
+  using Parameters = AffineParameters<A>;
 
   __device__ static bool applies(const Call& call) { return call.grad.x || call.grad.residual; }
 
@@ -221,7 +212,7 @@ struct BackwardPass {
       const Sums<double> channel = sums(i);
       const double g_centered = channel.g_centered - rounding * channel.g;
       const std::int64_t at = affine_index(call.input, sample, first_channel + i);
-      const double scale = call.input.scale ? load_element<double>(call.input.scale, at) : 1.0;
+      const double scale = load_or(call.input.scale, at, 1.0);
       h += scale * channel.g;
       h_centered += scale * g_centered;
       store_parameters(call, sample, first_channel + i, g_centered * rstd, channel.g);

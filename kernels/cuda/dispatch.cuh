@@ -1,5 +1,5 @@
 // From run-time choices to kernel instantiations. Every combination that plan_cuda() can choose is
-// instantiated here, and no other: x stays in registers for 16- and 32-bit dtypes only, few vectors
+// instantiated here, and no other: kPack and kBlock are for 16- and 32-bit dtypes only, few vectors
 // per thread exist only where a vector has several elements. kPlain kernels are for the common calls:
 // no mask, whole vectors only, all tensors but parameters in the dtype of x. They take a third to a
 // sixth of the instructions.

@@ -88,7 +88,6 @@ struct DoubleBackwardPass {
 
   struct Parameters {
     A scale, bias, scale_tangent, bias_tangent;
-    static constexpr int kTensors = 4;
     template <class F>
     __device__ static void for_each(const Call& call, F f) {
       f(call.input.scale, A{1}, &Parameters::scale);
@@ -114,24 +113,25 @@ struct DoubleBackwardPass {
     return out;
   }
 
-  // With a u of the first channel that counts: taken off, nothing cancels where u is nearly constant.
-  // It is looked for all over the slice, in steps of the golden ratio: what is masked out is often
-  // one piece. If most of the slice is, none may be found.
+  // With a u of the first channel (of the slice, where each has one value) that counts: taken off,
+  // nothing cancels where u is nearly constant. It is looked for in steps of the golden ratio: what is
+  // masked out is often one piece. If most is, none may be found.
   __device__ static Slice prepare(const Call& call, std::int64_t sample, std::int64_t channel) {
     constexpr std::uint32_t kTries = 32, kGoldenStep = 2654435769;  // the ratio less 1, times 2^32
     Slice out{};
     if (!call.cotangents.x || !call.batch_statistics) return out;
     const auto& [n, c, s] = call.input.extent;
-    const bool by_sample = call.num_groups != 0;
+    const bool by_sample = call.num_groups != 0, is_run = by_sample && s == 1;
     const std::int64_t first = by_sample ? sample * s : 0, rows = by_sample ? s : n * s;
+    const std::int64_t values = is_run ? c / call.num_groups : rows;
     const Mask& mask = call.input.mask;
-    for (std::uint32_t i = 0; i < kTries && i < rows; ++i) {
+    for (std::uint32_t i = 0; i < kTries && i < values; ++i) {
       const double part = static_cast<double>(i * kGoldenStep) * 0x1p-32;
-      const std::int64_t row =
-          first +
-          (rows <= kTries ? i : static_cast<std::int64_t>(part * static_cast<double>(rows)));
-      const std::int64_t index = call.input.layout == Layout::kNSC
-                                     ? row * c + channel
+      const std::int64_t at =
+          values <= kTries ? i : static_cast<std::int64_t>(part * static_cast<double>(values));
+      const std::int64_t row = is_run ? first : first + at;
+      const std::int64_t index = is_run || call.input.layout == Layout::kNSC
+                                     ? row * c + channel + (is_run ? at : 0)
                                      : (row / s * c + channel) * s + row % s;
       if (!mask || mask.data[mask.kind == MaskKind::kElement ? index : row] != 0) {
         out.u_center = load_element<A>(call.cotangents.x, index);
@@ -312,9 +312,8 @@ struct DoubleBackwardPass {
     for (std::uint32_t i = lane; is_active && i < channels; i += lanes) {
       const Sums<double> channel = about_mean(sums(i), rounding);
       const std::int64_t at = affine_index(call.input, sample, first_channel + i);
-      const double w = call.input.scale ? load_element<double>(call.input.scale, at) : 1.0;
-      const double v =
-          call.cotangents.scale ? load_element<double>(call.cotangents.scale, at) : 0.0;
+      const double w = load_or(call.input.scale, at, 1.0);
+      const double v = load_or(call.cotangents.scale, at, 0.0);
       const double g = channel.of[kG], gx = r * channel.of[kGD], gu = channel.of[kGU];
       double k = 0.0, kx = 0.0;
       if constexpr (kCurved) {

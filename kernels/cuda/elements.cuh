@@ -1,7 +1,7 @@
 // Elements as the CUDA kernels see them: conversion to and from the arithmetic type, and vectors of
 // kWidth neighbouring elements. A vector of x holds up to kVectorBytes; the tensors beside it may have other
 // dtypes, whose vectors of as many elements are narrower or wider. At the ends of a run only a part
-// of a vector exists: a Span says which, and what lies outside of it is neither read nor written.
+// of a vector exists: a Span says which, and what lies outside of it is not used, and not written.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -106,11 +106,11 @@ __device__ void store_element(MutableTensor tensor, std::int64_t index, A value)
   });
 }
 
-// Which elements of a vector exist: [begin, end). Where all of the vector lies in the tensor it is
-// read as a whole.
+// Which elements of a vector exist: [begin, end). It is read as a whole where all of it lies in the
+// tensor, aligned; else element by element.
 struct Span {
   int begin, end;
-  bool is_readable = true;
+  bool is_whole_load = true;
   __device__ bool contains(int i) const { return begin <= i && i < end; }
   __device__ bool is_empty() const { return begin >= end; }
 };
@@ -168,11 +168,11 @@ class alignas(std::min<std::int64_t>(sizeof(T) * kWidth, kVectorBytes)) Vector {
   Word words_[kIsPacked ? kWidth / 2 : kWidth];
 };
 
-// `index` is that of the vector's first element, which may lie before the span. Vectors are aligned;
-// elements outside of the span have any value.
+// `index` is that of the vector's first element, which may lie before the span. Elements outside of
+// the span have any value.
 template <class T, int kWidth>
 __device__ Vector<T, kWidth> load_vector(const T* data, std::int64_t index, Span span) {
-  if (span.is_readable) return *reinterpret_cast<const Vector<T, kWidth>*>(data + index);
+  if (span.is_whole_load) return *reinterpret_cast<const Vector<T, kWidth>*>(data + index);
   auto out = Vector<T, kWidth>::zero();
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {

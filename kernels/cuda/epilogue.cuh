@@ -1,5 +1,5 @@
 // What happens to one vector once its statistics are known: y = activation(z + residual) with
-// z = (x - center) * gain + shift. Coefficients are per vector (planes) or per element of it (rows);
+// z = (x - center) * gain + shift. Coefficients are per vector (planes) or per element of it (rows, runs);
 // the templates take either through operator[].
 #pragma once
 

@@ -1,4 +1,5 @@
-// Parameters of channels, as a pass needs them: the tensors are named by its Parameters (backward_pass.cuh).
+// Parameters of channels. What a pass needs of them is a struct with a member for each tensor, whose
+// for_each(call, f) calls f(tensor, value where it is absent, pointer to the member).
 #pragma once
 
 #include <cstdint>
@@ -6,6 +7,17 @@
 #include "cuda/elements.cuh"
 
 namespace normcore::kernels::cuda {
+
+template <class A>
+struct AffineParameters {
+  A scale, bias;
+
+  template <class Call, class F>
+  __device__ static void for_each(const Call& call, F f) {
+    f(call.input.scale, A{1}, &AffineParameters::scale);
+    f(call.input.bias, A{0}, &AffineParameters::bias);
+  }
+};
 
 // Of one channel, entry i of each tensor.
 template <class Parameters, class Call>
@@ -17,8 +29,7 @@ __device__ Parameters parameters_at(const Call& call, std::int64_t i) {
   return out;
 }
 
-// Of kWidth neighbouring channels, from entry i on, which is a multiple of kWidth. Parameters may start
-// anywhere in memory.
+// Of kWidth neighbouring channels, from entry i on. Parameters may start anywhere in memory.
 template <class Parameters, int kWidth, class Call>
 __device__ void load_parameters(const Call& call, std::int64_t i, Parameters (&out)[kWidth]) {
   Parameters::for_each(call, [&](ConstTensor tensor, auto absent, auto member) {

@@ -1,4 +1,4 @@
-// The passes over planes (kNCS), rows (kNSC) and runs (CudaPath::kRun). Each launches the stages of plan.path. Internal to kernels/cuda.
+// The passes over planes (kNCS), rows (kNSC) and runs (kRun). Each launches the stages of plan.path. Internal to kernels/cuda.
 #pragma once
 
 #include "cuda/call.h"

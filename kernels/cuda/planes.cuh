@@ -88,7 +88,7 @@ class PlanesChunk {
     const std::int64_t left = extent_.s - p.position;
     p.span.begin = p.position < 0 ? static_cast<int>(-p.position) : 0;
     p.span.end = left < kWidth ? (left < 0 ? 0 : static_cast<int>(left)) : kWidth;
-    p.span.is_readable = left > 0 && p.index <= last_whole_;
+    p.span.is_whole_load = left > 0 && p.index <= last_whole_;
     return p;
   }
 

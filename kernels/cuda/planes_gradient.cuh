@@ -39,7 +39,8 @@ class PlanesGradient {
         unit_(threadIdx.x / lanes_),
         units_(blockDim.x / lanes_),
         records_(tiling.channels_per_chunk()),
-        slots_(tiling.has_several_channels() ? lanes_ * kVectors * batches() : lanes_) {}
+        slots_(tiling.has_several_channels() ? lanes_ * kVectors * batches()
+                                             : (lanes_ + kWarp - 1) / kWarp) {}
 
   // One chunk of one slice. All threads of the block get here together.
   __device__ void run(std::int64_t index, std::uint32_t chunk_index, bool is_active) const {

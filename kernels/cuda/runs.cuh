@@ -13,11 +13,11 @@ namespace normcore::kernels::cuda {
 
 // The part of a run that a thread goes through. kPlain: all elements count.
 template <int kWidth, int kHeld, bool kPlain>
-class Run {
+class RunPart {
  public:
   // An inactive thread has no vectors, of a run that exists.
-  __device__ Run(const RunsTiling& tiling, std::int64_t sample, std::uint32_t group, unsigned lane,
-                 bool is_active)
+  __device__ RunPart(const RunsTiling& tiling, std::int64_t sample, std::uint32_t group,
+                     unsigned lane, bool is_active)
       : tiling_(tiling),
         sample_(sample),
         slice_(sample * tiling.groups + group),

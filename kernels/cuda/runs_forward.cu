@@ -16,17 +16,6 @@
 namespace normcore::kernels::cuda {
 namespace {
 
-template <class A>
-struct AffineParameters {
-  A scale, bias;
-
-  template <class F>
-  __device__ static void for_each(const ForwardCall& call, F f) {
-    f(call.input.scale, A{1}, &AffineParameters::scale);
-    f(call.input.bias, A{0}, &AffineParameters::bias);
-  }
-};
-
 template <class T, int kWidth, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     runs_forward_kernel(const __grid_constant__ ForwardCall call,
@@ -39,7 +28,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const bool is_active = slice < tiling.slices();
   const std::int64_t sample = is_active ? tiling.by_groups.quotient_of(slice) : 0;
   const auto group = static_cast<std::uint32_t>(is_active ? slice - sample * tiling.groups : 0);
-  const Run<kWidth, kHeld, kPlain> run(tiling, sample, group, lane, is_active);
+  const RunPart<kWidth, kHeld, kPlain> run(tiling, sample, group, lane, is_active);
   const T* const data = static_cast<const T*>(call.input.x.data);
   const Mask& mask = call.input.mask;
 
@@ -64,7 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       }
     }
   };
-  load(0);
+  if (run.batches() == 1) load(0);
 
   double count = static_cast<double>(tiling.vectors) * kWidth;
   const auto mean_about = [&](A reference) {

@@ -22,7 +22,7 @@ class RunsGradient {
   static constexpr int kWidth = Pass::kWidth, kHeld = kRunGradientVectors;
   using A = typename Pass::A;
   using Call = typename Pass::Call;
-  using ThisRun = Run<kWidth, kHeld, Pass::kPlain>;
+  using Part = RunPart<kWidth, kHeld, Pass::kPlain>;
   using Coefficients = PerColumn<typename Pass::Coefficients, kWidth>;
   using Operands = typename Pass::Operands;
   using Parameters = typename Pass::Parameters;
@@ -54,7 +54,7 @@ class RunsGradient {
       const std::int64_t sample = first + at + row_lane_;
       const bool is_active =
           has_unit_ && sample < tiling_.samples && at + row_lane_ < call_.samples_per_block;
-      run(ThisRun(tiling_, is_active ? sample : 0, is_active ? group_ : 0, lane_, is_active));
+      take(Part(tiling_, is_active ? sample : 0, is_active ? group_ : 0, lane_, is_active));
     }
     if (!sums_parameters) return;
     __syncthreads();
@@ -62,7 +62,7 @@ class RunsGradient {
   }
 
  private:
-  __device__ void load(const ThisRun& run, std::uint32_t batch, Operands (&operands)[kHeld]) const {
+  __device__ void load(const Part& run, std::uint32_t batch, Operands (&operands)[kHeld]) const {
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
       const std::uint32_t vector = run.vector(batch, k);
@@ -73,7 +73,7 @@ class RunsGradient {
   // Calls f(vector, operands, terms, bits of the elements that count, coefficients, parameters) for all
   // vectors of the thread.
   template <class F>
-  __device__ void for_each_vector(const ThisRun& run, const SliceStatistics<A>& statistics,
+  __device__ void for_each_vector(const Part& run, const SliceStatistics<A>& statistics,
                                   const Slice& slice, Operands (&operands)[kHeld], F f) const {
     for (std::uint32_t batch = 0; batch < run.batches(); ++batch) {
       if (run.batches() > 1) load(run, batch, operands);
@@ -101,7 +101,7 @@ class RunsGradient {
   }
 
   template <int kPhase>
-  __device__ void sum(const ThisRun& run, const SliceStatistics<A>& statistics, Slice& slice,
+  __device__ void sum(const Part& run, const SliceStatistics<A>& statistics, Slice& slice,
                       Operands (&operands)[kHeld]) const {
     A sums[Pass::kRunSums] = {};
     for_each_vector(run, statistics, slice, operands,
@@ -119,9 +119,9 @@ class RunsGradient {
     Pass::template finish_run<kPhase>(call_, statistics, totals, slice);
   }
 
-  __device__ void run(const ThisRun& run) const {
+  __device__ void take(const Part& run) const {
     Operands operands[kHeld];
-    load(run, 0, operands);
+    if (run.batches() == 1) load(run, 0, operands);
     const auto statistics = Pass::statistics(call_, run.slice());
     Slice slice = Pass::prepare(call_, run.sample(), run.first_channel());
     sum<0>(run, statistics, slice, operands);

@@ -88,16 +88,17 @@ class Planner {
  private:
   bool may_take(CudaPath path) const { return !options_.path || *options_.path == path; }
 
-  // Float64 has no registers to spare; a pass that reduces nothing has nothing to keep.
+  // Float64 has no registers to spare (but for runs, which may be read again); a pass that reduces
+  // nothing has nothing to keep.
   bool may_reside() const { return reduces(problem_) && problem_.dtype != DType::kFloat64; }
 
-  // The same for every number of samples if results have to be.
+  // Of the sums of slices: the same for every number of samples if results have to be.
   bool is_worth_its_workspace() const {
     constexpr std::int64_t kSamples = 1024;
     Problem p = problem_;
     if (options_.batch_invariant && is_group_norm(p)) p.extent.n = kSamples;
     const std::size_t tensor = size_of(p.dtype) * static_cast<std::size_t>(p.extent.numel());
-    return cuda_workspace_layout(p, plan_).total <= kFreeWorkspace + kMaxWorkspaceRatio * tensor;
+    return cuda_workspace_layout(p, plan_).sums <= kFreeWorkspace + kMaxWorkspaceRatio * tensor;
   }
 
   // Vectors are aligned in memory: samples that start within one would be cut in their own way, or
@@ -168,7 +169,7 @@ class Planner {
     const int held = is_backward(problem_) ? kRunGradientVectors : kRunForwardVectors;
     CudaPlan plan = plan_;
     plan.path = CudaPath::kRun;
-    plan.reason = "a slice is a run of neighbouring elements: it is read once";
+    plan.reason = "a slice is a run of neighbouring elements: it is read from memory once";
     plan.width = static_cast<int>(width);
     plan.vectors = held;
     plan.lanes = static_cast<int>(lanes);
@@ -178,14 +179,21 @@ class Planner {
     plan.batches = static_cast<int>(ceil_div(per_lane, held));
     plan.blocks = ceil_div(e.n * problem_.num_groups, units);
     if (is_backward(problem_)) {
-      const std::size_t sums = static_cast<std::size_t>(plan.threads * per_lane * width) * 2;
-      plan.shared_bytes = sums * arithmetic_bytes(problem_);
+      const std::int64_t sums =
+          problem_.affine_per_sample ? 0 : 2 * plan.threads * per_lane * width;
+      plan.shared_bytes = static_cast<std::size_t>(sums) * arithmetic_bytes(problem_);
       if (plan.shared_bytes > kMaxDynamicShared) return false;
       const RunsTiling tiling = runs_tiling(problem_, plan);
       const std::int64_t steps = ceil_div(e.n, tiling.row_lanes);
       const std::int64_t enough =
           ceil_div(kRunBlocksPerMultiprocessor * device_.multiprocessors, tiling.group_tiles);
-      plan.samples_per_block = std::min(ceil_div(steps, enough), kMaxRunSamples) * tiling.row_lanes;
+      // Their sums over samples take no more memory than sums of slices may.
+      const auto step_bytes = static_cast<std::int64_t>(kMaxWorkspaceRatio *
+                                                        size_of(problem_.dtype) * tiling.row_lanes);
+      const std::int64_t least =
+          ceil_div(static_cast<std::int64_t>(kParameterSumsBytes), step_bytes);
+      plan.samples_per_block =
+          std::clamp(ceil_div(steps, enough), least, kMaxRunSamples) * tiling.row_lanes;
       plan.blocks = ceil_div(e.n, plan.samples_per_block) * tiling.group_tiles;
     }
     plan_ = plan;
@@ -224,10 +232,13 @@ class Planner {
     return true;
   }
 
-  // Sums of channels that share a chunk go through shared memory, vector by vector: where they are long
-  // enough each has a chunk, and a block of the threads that it needs.
+  // Sums of channels that share a chunk go through shared memory, vector by vector: where they are
+  // long enough, and fill the device, each has a chunk, and a block of the threads that it needs.
   bool fit_chunks_to_channels(std::int64_t granules) {
     if (!is_backward(problem_) || !is_group_norm(problem_) || !reduces(problem_)) return false;
+    const std::int64_t channels =
+        problem_.extent.c * (options_.batch_invariant ? 1 : problem_.extent.n);
+    if (channels < kPlanesBackwardBlocksPerMultiprocessor * device_.multiprocessors) return false;
     const std::int64_t batches = ceil_div(granules, max_threads() * plan_.vectors);
     if (batches > kMaxPlanesBatches) return false;
     const std::int64_t threads = round_up(ceil_div(granules, batches * plan_.vectors), kWarp);
@@ -289,14 +300,16 @@ class Planner {
     return plan_.path == CudaPath::kPack || plan_.path == CudaPath::kBlock;
   }
 
-  // Sums of slots (or lanes), and of channels that stay there.
+  // Sums of slots (or warps), and of channels that stay there.
   std::size_t shared_bytes_of_planes(std::int64_t lanes) const {
     if (!is_backward(problem_)) return 0;
     const PlanesTiling tiling = planes_tiling(problem_, plan_);
     const std::int64_t units = plan_.threads / lanes;
-    const std::int64_t per_lane = tiling.has_several_channels() ? plan_.vectors * plan_.batches : 1;
+    const std::int64_t per_unit = tiling.has_several_channels()
+                                      ? lanes * plan_.vectors * plan_.batches
+                                      : ceil_div(lanes, kWarp);
     const std::int64_t totals = is_resident() ? units * tiling.channels_per_chunk() : 0;
-    const auto sums = static_cast<std::size_t>(units * lanes * per_lane);
+    const auto sums = static_cast<std::size_t>(units * per_unit);
     return sums_of_channel(problem_) *
            (sums * arithmetic_bytes(problem_) + static_cast<std::size_t>(totals) * sizeof(double));
   }
@@ -552,6 +565,7 @@ CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan
            kShiftedSumsBytes);
     }
   }
+  layout.sums = layout.total;
   if (is_backward(problem) && is_group_norm(problem) && !problem.affine_per_sample &&
       plan.path != CudaPath::kStream) {
     layout.sample_blocks = ceil_div(e.n, plan.samples_per_block);

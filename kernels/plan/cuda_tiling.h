@@ -114,6 +114,7 @@ struct CudaWorkspaceLayout {
   std::size_t records = 0;         // partial sums of chunks (kSplit)
   std::size_t channel_sums = 0;    // backward, and forward of group norm over kNSC (kSplit)
   std::size_t slices = 0;          // backward (kSplit)
+  std::size_t sums = 0;            // the end of all these
   std::size_t parameters = 0;      // backward of group norm: per block of samples and channel
   std::int64_t sample_blocks = 0;  // 0: parameter gradients need no second sum
   std::size_t total = 0;

@@ -35,6 +35,8 @@ SMALL = [
     image("many_rows", (2, 24, 66, 67), 4, "channels_last"),
     image("odd_rows", (3, 65, 9, 11), 5, "channels_last"),
     Shape("features", (300, 136), (-1,), 8, "contiguous", ()),
+    Shape("features_of_few_groups", (300, 4096), (-1,), 2, "contiguous", ()),
+    Shape("features_of_many_groups", (70, 8320), (-1,), 65, "contiguous", ()),
     image("volume", (2, 16, 5, 12, 13), 4),
     image("volume_rows", (2, 16, 5, 12, 13), 4, "channels_last_3d"),
 ]

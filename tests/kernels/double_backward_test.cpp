@@ -492,6 +492,7 @@ TEST(DoubleBackward, GroupNormDoesNotDependOnTheBatchSize) {
   const std::pair<Extent, Placement> cases[] = {{{5, 6, 33}, Placement::kEnd},
                                                 {{5, 6, 33}, Placement::kBegin},
                                                 {{70, 66, 1}, Placement::kEnd},
+                                                {{70, 192, 1}, Placement::kEnd},
                                                 {{2, 3, 9001}, Placement::kBegin}};
   for (const Layout layout : kBothLayouts) {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {

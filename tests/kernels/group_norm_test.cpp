@@ -85,6 +85,25 @@ TEST(GroupNorm, RowsOfOneGroup) {
   }
 }
 
+// Parameters are no multiple of a vector from each other, or from anything.
+TEST(GroupNorm, ParametersMayStartAnywhere) {
+  for (const DType x : kAllDTypes) {
+    for (const bool per_sample : {false, true}) {
+      NormCase c = small_case(Layout::kNSC, x);
+      c.extent = {5, 96, 1};
+      c.affine_per_sample = per_sample;
+      Inputs inputs(c);
+      for (Tensor* parameter : {&inputs.scale, &inputs.bias}) {
+        Tensor shifted(parameter->dtype(), c.affine_count(), Placement::kShift);
+        for (std::int64_t i = 0; i < c.affine_count(); ++i) shifted.set(i, parameter->get(i));
+        *parameter = std::move(shifted);
+      }
+      check_forward(inputs);
+      check_backward(inputs);
+    }
+  }
+}
+
 TEST(GroupNorm, ConstantInputGivesExactlyBias) {
   for (const Layout layout : kBothLayouts) {
     for (const DType dtype : kAllDTypes) {
@@ -282,11 +301,10 @@ TEST(GroupNorm, EmptyInputHasZeroParameterGradients) {
 // Samples that start within a vector of memory among them: those of odd size, where the batch is
 // aligned.
 TEST(GroupNorm, DoesNotDependOnTheBatchSize) {
-  const std::pair<Extent, Placement> cases[] = {{{5, 6, 33}, Placement::kEnd},
-                                                {{5, 6, 33}, Placement::kBegin},
-                                                {{70, 66, 1}, Placement::kEnd},
-                                                {{2, 3, 9000}, Placement::kEnd},
-                                                {{2, 3, 9001}, Placement::kBegin}};
+  const std::pair<Extent, Placement> cases[] = {
+      {{5, 6, 33}, Placement::kEnd},   {{5, 6, 33}, Placement::kBegin},
+      {{70, 66, 1}, Placement::kEnd},  {{70, 192, 1}, Placement::kEnd},
+      {{2, 3, 9000}, Placement::kEnd}, {{2, 3, 9001}, Placement::kBegin}};
   for (const Layout layout : kBothLayouts) {
     for (const DType dtype : kAllDTypes) {
       for (const auto& [extent, placement] : cases) {

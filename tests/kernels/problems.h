@@ -44,7 +44,7 @@ void for_each_problem(Body body) {
               problem.pass = pass;
               problem.mask = static_cast<MaskKind>((n + s) % 3);
               problem.dtype = kAllDTypes[(n + c) % 4];
-              problem.affine_per_sample = num_groups != 0 && s % 2 == 1;
+              problem.affine_per_sample = num_groups != 0 && (c + s) % 2 == 1;
               body(problem);
             }
           }

@@ -5,8 +5,8 @@
 //   kSplit   any slice: blocks reduce chunks, the last one to arrive merges them in order, a second
 //            launch applies; x is read twice
 //   kStream  nothing to reduce: one pointwise launch
-//   kRun     group norm of one value per channel: a slice is a run of neighbouring elements, which is
-//            read from memory once, and from the cache if it is long; one launch
+//   kRun     group norm of one value per channel: a slice is a run of neighbouring elements, which
+//            one launch reads from memory once, and again from the cache if it is long
 // (A slice over a cluster of blocks and over a team of blocks of a cooperative grid will come
 // between kBlock and kSplit.) Results are the same bits from run to run. They do not depend on the
 // number of samples if the plan is batch invariant; otherwise it may look at it to fill the device.
@@ -40,10 +40,10 @@ struct CudaPlan {
   Layout layout = Layout::kNCS;  // as which the tensor is treated: some are of both
   int width = 1;                 // elements per vector: up to 16 bytes of x, or 1
   int vectors = 1;               // per thread, at once
-  int batches = 1;               // of so many vectors, one after the other (kSplit, kStream)
+  int batches = 1;               // of so many vectors, one after the other (but kPack, kBlock)
   int threads = 32;              // per block
   int lanes = 32;   // neighbouring threads that share a chunk of a slice (kNCS) or of a
-                    // tile of columns (kNSC)
+                    // tile of columns (kNSC), or a run
   int columns = 0;  // kNSC: channels of such a tile
   std::int64_t rows_per_chunk = 0;     // kNSC
   std::int64_t samples_per_block = 1;  // backward pass of group norm: samples whose parameter
