@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common import Operands, backward_of, batch_norms, group_norms, make_operands
+from common import Operands, backward_of, batch_norms, commit, group_norms, make_operands
 from rich.console import Console
 from rich.table import Table
 
@@ -162,7 +162,8 @@ def main() -> int:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     table = table_of(counters(arguments.output.with_suffix(".log")))
     show(table)
-    arguments.output.write_text(json.dumps(table, indent=1))
+    document = {"commit": commit(), "kernels": table}
+    arguments.output.write_text(json.dumps(document, indent=1))
     return 0 if table else 1
 
 

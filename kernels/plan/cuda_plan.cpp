@@ -1,6 +1,7 @@
 #include "normcore/kernels/cuda_plan.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdio>
 #include <limits>
 #include <numeric>
@@ -164,8 +165,8 @@ class Planner {
     if (width == 1 || run % width != 0 || !may_take(CudaPath::kRun)) return false;
     const std::int64_t vectors = run / width;
     const std::int64_t lanes =
-        std::min(power_of_two(ceil_div(vectors, kRunVectorsPerLane)), power_of_two(max_threads()));
-    if (lanes > max_threads()) return false;
+        std::min(power_of_two(ceil_div(vectors, kRunVectorsPerLane)),
+                 std::int64_t{std::bit_floor(static_cast<std::uint32_t>(max_threads()))});
     const int held = is_backward(problem_) ? kRunGradientVectors : kRunForwardVectors;
     CudaPlan plan = plan_;
     plan.path = CudaPath::kRun;

@@ -295,13 +295,14 @@ def test_compiles_to_one_graph(case: Callable[[], Any], dynamic: bool) -> None:
         case,
         lambda f: torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=dynamic),
     )
-    for got, want in zip(compiled, run(case), strict=True):
-        if "eval" in case.__name__:  # operations of aten, which choose their strides on a device
+    for index, (got, want) in enumerate(zip(compiled, run(case), strict=True)):
+        is_of_aten = "eval" in case.__name__
+        if is_of_aten:
             torch.testing.assert_close(got, want)
-            assert got.stride() == want.stride() or not got.is_cpu
         else:
             assert torch.equal(got, want)
-            assert got.stride() == want.stride()
+        # Gradients through aten's operations may lose their strides on a device; y may not.
+        assert got.stride() == want.stride() or (is_of_aten and index > 0 and not got.is_cpu)
 
 
 def test_compiled_backward_calls_the_fused_operator() -> None:
