@@ -73,6 +73,7 @@ test: $(installed) ## C++ tests, then Python tests of the installed package from
 	ctest --test-dir $(build) --output-on-failure --parallel $$(nproc) --progress
 	cd build && python -m pytest --config-file=../pyproject.toml --numprocesses=$$(nproc) --dist=loadfile \
 	  ../tests/python ../tests/gpu ../tests/torch_suite
+	cd build && python -m pytest --config-file=../pyproject.toml ../tests/distributed # of up to 8 processes each
 
 .PHONY: bench
 bench: $(installed) ## speed of the CPU kernels alone, and beside torch, in build/

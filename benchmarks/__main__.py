@@ -6,6 +6,7 @@
     python -m benchmarks scaling --output build/scaling.json
     python -m benchmarks chain --output build/chain.json
     python -m benchmarks second --output build/second.json
+    python -m benchmarks sync --output build/sync.json
 
 benchmarks/README.md says what each command measures and how to read it.
 """
@@ -36,6 +37,7 @@ from .cases import (
     shape_of,
     text_of,
 )
+from .sync_model import NETWORKS, SYNC_SHAPES, Network
 
 ACCURACY_PEERS = ("torch", "compile", "flax")
 SCALING_OPERATIONS = ("bn_forward", "bn_backward", "gn_forward", "gn_backward")
@@ -44,6 +46,7 @@ MODULES = {
     "scaling": "scaling",
     "chain": "chain",
     "second": "second",
+    "sync": "sync",
     "report": "report",
     "accuracy": "accuracy",
 }
@@ -78,11 +81,32 @@ def images(text: str) -> list[Shape]:
     return found
 
 
-def thread_counts(text: str) -> list[int]:
+def counts(text: str) -> list[int]:
     words = [word for word in text.split(",") if word]
     if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 1,2")
     return list(dict.fromkeys(map(int, words)))
+
+
+def rank_counts(text: str) -> list[int]:
+    found = counts(text)
+    if min(found) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: one rank has nobody to talk to")
+    return found
+
+
+def networks(text: str) -> list[Network]:
+    found = []
+    for word in text.split(","):
+        name, _, values = word.partition("=")
+        try:
+            alpha, speed = map(float, values.split(":"))
+        except ValueError:
+            alpha = speed = 0.0
+        if not (name and alpha > 0 and speed > 0):
+            raise argparse.ArgumentTypeError(f"{word!r} is not like NAME=MICROSECONDS:GB/S")
+        found.append(Network(name, alpha, speed))
+    return found
 
 
 def number_of_values(text: str) -> int:
@@ -155,7 +179,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"sizes grow from {MIN_VALUES:g} in steps of {VALUES_STEP}; default 1e8",
     )
     scaling.add_argument(
-        "--threads", type=thread_counts, default=[1, 2], metavar="A,B", help="default 1,2"
+        "--threads", type=counts, default=[1, 2], metavar="A,B", help="default 1,2"
     )
     add_timing(scaling, repeats=10)
 
@@ -186,6 +210,28 @@ def make_parser() -> argparse.ArgumentParser:
     add_choice(second, "--dtypes", DTYPES, DEFAULT_DTYPES)
     second.add_argument("--threads", type=int, default=1)
     add_timing(second, repeats=10)
+
+    sync = commands.add_parser("sync", help="a batch norm over several ranks")
+    sync.add_argument(
+        "--shapes",
+        type=shapes,
+        default=SYNC_SHAPES,
+        metavar="A,B",
+        help="sizes of the part of one rank, such as 2x64x14x14",
+    )
+    sync.add_argument(
+        "--ranks", type=rank_counts, default=[2, 4, 8], metavar="A,B", help="default 2,4,8"
+    )
+    sync.add_argument("--threads", type=int, default=1, help="of each rank")
+    sync.add_argument(
+        "--networks",
+        type=networks,
+        default=NETWORKS,
+        metavar="NAME=US:GB/S,...",
+        help="that the cost model is told of: microseconds of a message, and speed; "
+        f"default {','.join(f'{n.name}={n.alpha:g}:{n.speed:g}' for n in NETWORKS)}",
+    )
+    add_timing(sync, repeats=20)
 
     report = commands.add_parser("report", help="files of results as Markdown and pictures")
     report.add_argument("files", type=Path, nargs="+", metavar="FILE.json")

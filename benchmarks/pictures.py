@@ -18,13 +18,16 @@ from .documents import Document
 from .markdown import threads, unique
 from .scaling_report import curves, nanoseconds_per_value
 from .speed_report import peers_of, ratio
+from .sync_model import ALGORITHMS, CONTENDERS, collectives_of, microseconds, sent
+from .sync_report import network_of
 
 FASTER, SLOWER, NEUTRAL = "#2a7ab9", "#d1462f", "#6b6b6b"
 COLUMNS = 4
 # The axis of errors: exact results have no logarithm, and from 1 on no digit is right.
 SHORTEST_BAR, LONGEST_BAR = 1e-9, 1e2
 PANEL = (3.4, 2.6)  # inches
-LINE_STYLES = ("-", "--", ":", "-.")  # of the numbers of threads
+LINE_STYLES = ("-", "--", ":", "-.")  # of the numbers of threads, and of algorithms
+RANKS = tuple(1 << k for k in range(1, 13))  # of the cost model
 DPI = 110
 
 
@@ -173,10 +176,49 @@ def scaling(document: Document) -> dict[str, Figure]:
     return figures
 
 
+def _of_ranks(axes: Axes, title: str, ylabel: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel("ranks", fontsize=8)
+    axes.set_ylabel(ylabel, fontsize=8)
+    axes.tick_params(labelsize=7, which="both")
+
+
+def sync(document: Document) -> dict[str, Figure]:
+    """A row for each size: what was measured, what ranks send, and the cost model."""
+    sizes = unique(c["size"] for c in document["cases"])
+    networks = document["networks"]
+    figure, grid = _grid(len(sizes), 2 + len(networks), f"training steps; {_where(document)}")
+    colors = dict(zip(CONTENDERS, (FASTER, SLOWER)))
+    for size, line in zip(sizes, grid):
+        cases = [c for c in document["cases"] if c["size"] == size]
+        channels = cases[0]["channels"]
+        for name, color in (*colors.items(), ("local", NEUTRAL)):
+            points = [(c["ranks"], c["microseconds"][name]) for c in cases]
+            line[0].plot(*zip(*points), marker=".", color=color, label=name)
+        _of_ranks(line[0], f"{size} per rank", "measured us")
+        for name, color in colors.items():
+            collectives = collectives_of(name, channels)
+            line[1].plot(RANKS, [sent(collectives, p) for p in RANKS], color=color, label=name)
+            for axes, entry in zip(line[2:], networks):
+                network = network_of(entry)
+                for algorithm, style in zip(ALGORITHMS, LINE_STYLES):
+                    us = [microseconds(collectives, algorithm, p, network) for p in RANKS]
+                    axes.plot(RANKS, us, style, color=color, label=f"{name}, {algorithm}")
+        _of_ranks(line[1], f"{channels} channels", "bytes sent by a rank")
+        for axes, entry in zip(line[2:], networks):
+            _of_ranks(axes, f"{channels} channels, {entry['name']}", "modelled us")
+    for axes in grid[0][:3]:
+        axes.legend(fontsize=7)
+    return {"ranks": figure}
+
+
 FIGURES: dict[str, Callable[[Document], dict[str, Figure]]] = {
     "speed": speed,
     "accuracy": accuracy,
     "scaling": scaling,
+    "sync": sync,
 }
 
 

@@ -11,6 +11,7 @@ from .chain_report import chain_report
 from .documents import Document
 from .scaling_report import scaling_report
 from .speed_report import speed_report
+from .sync_report import sync_report
 
 # By the kind of results: from the document, a title and the names of its pictures.
 REPORTS: Mapping[str, Callable[[Document, str, Sequence[str]], str]] = {
@@ -18,6 +19,7 @@ REPORTS: Mapping[str, Callable[[Document, str, Sequence[str]], str]] = {
     "accuracy": accuracy_report,
     "scaling": scaling_report,
     "chain": chain_report,
+    "sync": sync_report,
 }
 
 
@@ -30,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         document = json.loads(path.read_text())
         kind = document.get("kind")
         if kind not in REPORTS:
-            print(f"error: {path} holds no results: run, accuracy, scaling and chain write them")
+            print(f"error: {path} holds no results: run, accuracy, scaling, chain and sync do")
             return 1
         names: list[str] = []
         if arguments.output:

@@ -9,7 +9,8 @@ namespace {
 void fall_through(torch::Library& m) {
   for (const auto* name : {"_batch_norm_train", "_batch_norm_eval", "_batch_norm_backward",
                            "_batch_norm_double_backward", "_group_norm", "_group_norm_backward",
-                           "_group_norm_double_backward"}) {
+                           "_group_norm_double_backward", "_sync_moments", "_sync_apply",
+                           "_sync_gradient_sums", "_sync_gradient"}) {
     m.impl(name, torch::CppFunction::makeFallthrough());
   }
 }

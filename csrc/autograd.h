@@ -45,6 +45,7 @@ inline OptionalTensor to_optional(const Tensor& t) {
 //   static const char* name()
 //   for_each_member(self, f)                            f(member) for what else it holds
 //   variable_list backward(gradients, wanted, tensors) const
+//   kConcernsOthers, if other processes wait for it     it is called without gradients, too
 template <class Rule>
 class OperatorNode final : public ta::Node {
  public:
@@ -113,7 +114,9 @@ class OperatorNode final : public ta::Node {
   static ta::variable_list run(const Rule& rule, const ta::variable_list& gradients,
                                const Wanted& wanted, const Tensors& tensors) {
     const auto is_defined = [](const Tensor& t) { return t.defined(); };
-    if (std::none_of(gradients.begin(), gradients.end(), is_defined) || wanted == Wanted{}) {
+    constexpr bool kIsCalled = requires { Rule::kConcernsOthers; };
+    const bool has_gradient = std::any_of(gradients.begin(), gradients.end(), is_defined);
+    if (wanted == Wanted{} || !(has_gradient || kIsCalled)) {
       return ta::variable_list(Rule::kResults);
     }
     return rule.backward(gradients, wanted, tensors);

@@ -60,11 +60,14 @@ kernels::CudaOptions cuda_options() {
 
 #if defined(NORMCORE_CUDA)
 
+kernels::CudaStream stream_of(c10::Device device) {
+  return {c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle()};
+}
+
 template <class Args>
 bool try_on_cuda(const char* op, const Args& args, c10::Device device) {
   const c10::DeviceGuard guard(device);
-  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-  const kernels::CudaStream handle{stream.native_handle()};
+  const kernels::CudaStream handle = stream_of(device);
   kernels::CudaDevice facts;
   check(kernels::query_device(device.index(), facts), op);
   const auto plan = kernels::plan_cuda(problem_of(args), facts, cuda_options());
@@ -105,6 +108,10 @@ bool try_on(const char* op, const Args& args, c10::Device device) {
 template <class Args>
 void run_on(const char* op, const Args& args, c10::Device device) {
   TORCH_CHECK(try_on(op, args, device), op, ": the input is too large for a CUDA grid");
+}
+
+const char* name_of(std::int64_t num_groups) {
+  return num_groups == 0 ? "batch_norm" : "group_norm";
 }
 
 }  // namespace
@@ -173,6 +180,27 @@ void run(const kernels::GroupNormForwardArgs& args, c10::Device device) {
 }
 void run(const kernels::GroupNormBackwardArgs& args, c10::Device device) {
   run_on("group_norm", args, device);
+}
+void run(const kernels::SyncMomentsArgs& args, c10::Device device) {
+  run_on(name_of(args.num_groups), args, device);
+}
+void run(const kernels::SyncApplyArgs& args, c10::Device device) {
+  run_on(name_of(args.num_groups), args, device);
+}
+void run(const kernels::SyncGradientSumsArgs& args, c10::Device device) {
+  run_on(name_of(args.num_groups), args, device);
+}
+void run(const kernels::SyncGradientArgs& args, c10::Device device) {
+  run_on(name_of(args.num_groups), args, device);
+}
+void run(const kernels::SyncStatisticsArgs& args, [[maybe_unused]] c10::Device device) {
+#if defined(NORMCORE_CUDA)
+  if (device.is_cuda()) {
+    const c10::DeviceGuard guard(device);
+    return check(kernels::run(args, stream_of(device)), "batch_norm");
+  }
+#endif
+  check(kernels::run(args, cpu_executor()), "batch_norm");
 }
 bool try_run(const kernels::BatchNormDoubleBackwardArgs& args, c10::Device device) {
   return try_on("batch_norm", args, device);

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <normcore/kernels/batch_norm.h>
 #include <normcore/kernels/group_norm.h>
+#include <normcore/kernels/sync.h>
 
 #include <string>
 
@@ -23,6 +24,11 @@ void run(const kernels::BatchNormInferenceArgs& args, c10::Device device);
 void run(const kernels::BatchNormBackwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormForwardArgs& args, c10::Device device);
 void run(const kernels::GroupNormBackwardArgs& args, c10::Device device);
+void run(const kernels::SyncMomentsArgs& args, c10::Device device);
+void run(const kernels::SyncStatisticsArgs& args, c10::Device device);
+void run(const kernels::SyncApplyArgs& args, c10::Device device);
+void run(const kernels::SyncGradientSumsArgs& args, c10::Device device);
+void run(const kernels::SyncGradientArgs& args, c10::Device device);
 // False, and nothing has happened, where a device has no kernel for the call (cuda_plan.h).
 bool try_run(const kernels::BatchNormDoubleBackwardArgs& args, c10::Device device);
 bool try_run(const kernels::GroupNormDoubleBackwardArgs& args, c10::Device device);

@@ -10,6 +10,7 @@
 #include "outputs.h"
 #include "staging.h"
 #include "subclass.h"
+#include "sync.h"
 
 namespace normcore {
 namespace {
@@ -179,9 +180,10 @@ void update_running(const BatchMoments& batch, const RunningState& running,
 }
 
 // y of batch norm in training, and the running statistics if the batch counts.
+// A DTensor has those of all devices, whatever `ranks` says.
 Tensor train(const Operands& operands, const RunningState& running, bool counts,
              at::IntArrayRef axis, std::optional<double> momentum, double eps, bool unbiased,
-             OptionalString activation, at::ScalarType y_dtype) {
+             OptionalString activation, at::ScalarType y_dtype, const Ranks& ranks = {}) {
   const auto& [x, weight, bias, residual, mask] = operands;
   const auto& [mean, var, num_batches_tracked] = running;
   if (is_dtensor("batch_norm", operands, running)) {
@@ -193,6 +195,17 @@ Tensor train(const Operands& operands, const RunningState& running, bool counts,
       if (counts && x.sym_numel() != 0) update_running(moments, running, momentum);
       return y;
     }
+  } else if (ranks) {
+    check_no_tangent("batch_norm", "running_mean and running_var", mean, var);
+    check_no_grad("batch_norm", mean, var);
+    check_not_mapped("batch_norm");
+    TORCH_CHECK_VALUE(!unbiased || !ranks.by_rank || !has(mean),
+                      "batch_norm: expected unbiased False with sync_weighting 'rank', got True");
+    Check<c10::SymInt>::batch_norm_train(operands, mean, var, num_batches_tracked, axis, momentum,
+                                         eps, activation, y_dtype);
+    return sync_norm(operands, {/*num_groups=*/0, axis, std::nullopt},
+                     {counts ? running : RunningState{}, momentum, unbiased}, eps, activation,
+                     y_dtype, ranks);
   }
   const OptionalTensor none;
   return std::get<0>(op::batch_norm_train().call(
@@ -205,14 +218,16 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                   const OptionalTensor& bias, bool training, std::optional<double> momentum,
                   double eps, at::IntArrayRef axis, const OptionalTensor& mask,
                   OptionalString activation, const OptionalTensor& residual, bool unbiased,
-                  const OptionalTensor& num_batches_tracked, OptionalDType dtype) {
+                  const OptionalTensor& num_batches_tracked, OptionalDType dtype,
+                  OptionalString group, std::string_view sync_weighting) {
+  const auto ranks = check_ranks("batch_norm", group, sync_weighting);
   const auto x =
       promote_input(input, {&weight, &bias, &residual, &running_mean, &running_var}, dtype);
   const auto y_dtype = dtype.value_or(input.scalar_type());
   if (training) {
     return train({x, weight, bias, residual, mask},
                  {running_mean, running_var, num_batches_tracked}, !is_recomputed(input), axis,
-                 momentum, eps, unbiased, activation, y_dtype);
+                 momentum, eps, unbiased, activation, y_dtype, ranks);
   }
   TORCH_CHECK_VALUE(has(running_mean) && has(running_var),
                     "batch_norm: expected running_mean and running_var with training False, got ",
@@ -220,6 +235,10 @@ Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,
                     : has(running_var) ? "only running_var"
                                        : "None");
   check_ignored_mask(mask, input);
+  if (ranks) {
+    const Intent intent{training, /*num_groups=*/0, running_mean->sym_numel()};
+    check_agreement("batch_norm", input, intent, ranks);
+  }
   const OptionalTensor no_mask;
   const Operands operands{x, weight, bias, residual, no_mask};
   if (is_dtensor("batch_norm", operands, {running_mean, running_var, std::nullopt})) {
@@ -254,7 +273,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_functional(
     const OptionalTensor& weight, const OptionalTensor& bias, std::optional<double> momentum,
     double eps, at::IntArrayRef axis, const OptionalTensor& mask, OptionalString activation,
     const OptionalTensor& residual, bool unbiased, const OptionalTensor& num_batches_tracked,
-    OptionalDType dtype) {
+    OptionalDType dtype, OptionalString group, std::string_view sync_weighting) {
+  const auto ranks = check_ranks("batch_norm_functional", group, sync_weighting);
   check_no_grad("batch_norm_functional", running_mean, running_var);
   const OptionalTensor batch(input), stats[] = {running_mean, running_var};
   const auto mean = copy_beside(running_mean, {&batch, &mask, &stats[1], &num_batches_tracked});
@@ -263,8 +283,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_functional(
       has(num_batches_tracked) ? OptionalTensor(num_batches_tracked->clone()) : std::nullopt;
   // Not batch_norm, which changes no statistics inside of a backward pass.
   const auto x = promote_input(input, {&weight, &bias, &residual, &stats[0], &stats[1]}, dtype);
-  const auto y = train({x, weight, bias, residual, mask}, {mean, var, count}, /*counts=*/true, axis,
-                       momentum, eps, unbiased, activation, dtype.value_or(input.scalar_type()));
+  const auto y =
+      train({x, weight, bias, residual, mask}, {mean, var, count}, /*counts=*/true, axis, momentum,
+            eps, unbiased, activation, dtype.value_or(input.scalar_type()), ranks);
   return {y, mean, var};
 }
 

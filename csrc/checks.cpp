@@ -279,6 +279,28 @@ void check_apart(const char* name, const Tensor& t, const char* other_name, cons
                     " in different memory, got tensors that overlap");
 }
 
+void check_counter(const Tensor& counter, const Tensor& input) {
+  check_device(kBatchNorm, "num_batches_tracked", counter, input);
+  TORCH_CHECK_TYPE(counter.scalar_type() == at::kLong, kBatchNorm,
+                   ": expected num_batches_tracked to have dtype int64, got ",
+                   dtype_name(counter.scalar_type()));
+  TORCH_CHECK_VALUE(holds(counter.sym_numel().sym_eq(1)), kBatchNorm,
+                    ": expected num_batches_tracked to have one element, got shape ",
+                    counter.sym_sizes());
+}
+
+void check_cumulative(std::optional<double> momentum, const OptionalTensor& num_batches_tracked) {
+  TORCH_CHECK_VALUE(momentum.has_value() || has(num_batches_tracked), kBatchNorm,
+                    ": expected num_batches_tracked with momentum None (cumulative average), "
+                    "got None");
+}
+
+void check_both(const OptionalTensor& running_mean, const OptionalTensor& running_var) {
+  TORCH_CHECK_VALUE(has(running_mean) == has(running_var), kBatchNorm,
+                    ": expected both or none of running_mean and running_var, got only ",
+                    has(running_mean) ? "running_mean" : "running_var");
+}
+
 }  // namespace
 
 template <class Int>
@@ -287,9 +309,7 @@ CheckedNorm<Int> Check<Int>::batch_norm_train(
     const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
     double eps, OptionalString activation, OptionalDType dtype) {
   auto norm = check_batch_norm<Int>(operands, axis, eps, activation, dtype);
-  TORCH_CHECK_VALUE(has(running_mean) == has(running_var), kBatchNorm,
-                    ": expected both or none of running_mean and running_var, got only ",
-                    has(running_mean) ? "running_mean" : "running_var");
+  check_both(running_mean, running_var);
   if (has(running_mean)) {
     check_running<Int>(*running_mean, *running_var, operands.input, norm.axes);
     check_writable("running_mean", *running_mean);
@@ -297,20 +317,9 @@ CheckedNorm<Int> Check<Int>::batch_norm_train(
     check_apart("running_mean", *running_mean, "running_var", *running_var);
     check_apart("running_mean", *running_mean, "input", operands.input);
     check_apart("running_var", *running_var, "input", operands.input);
-    TORCH_CHECK_VALUE(momentum.has_value() || has(num_batches_tracked), kBatchNorm,
-                      ": expected num_batches_tracked with momentum None (cumulative average), "
-                      "got None");
+    check_cumulative(momentum, num_batches_tracked);
   }
-  if (has(num_batches_tracked)) {
-    const auto& counter = *num_batches_tracked;
-    check_device(kBatchNorm, "num_batches_tracked", counter, operands.input);
-    TORCH_CHECK_TYPE(counter.scalar_type() == at::kLong, kBatchNorm,
-                     ": expected num_batches_tracked to have dtype int64, got ",
-                     dtype_name(counter.scalar_type()));
-    TORCH_CHECK_VALUE(equal(product(sizes_of<Int>(counter)), Int(1)), kBatchNorm,
-                      ": expected num_batches_tracked to have one element, got shape ",
-                      sizes_of<Int>(counter));
-  }
+  if (has(num_batches_tracked)) check_counter(*num_batches_tracked, operands.input);
   return norm;
 }
 
@@ -400,6 +409,48 @@ CheckedNorm<Int> Check<Int>::group_norm_double_backward(
                                   reduction_axes, eps, activation);
   check_cotangents<Int>(kGroupNorm, cotangents, operands);
   return norm;
+}
+
+template <class Int>
+CheckedNorm<Int> Check<Int>::sync(const Operands& operands, std::int64_t num_groups,
+                                  at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
+                                  double eps, OptionalString activation, OptionalDType dtype,
+                                  const Tensor& grad_output,
+                                  std::initializer_list<OfSlices> saved) {
+  const auto& input = operands.input;
+  const char* const op = num_groups == 0 ? kBatchNorm : kGroupNorm;
+  auto norm = num_groups == 0
+                  ? check_batch_norm<Int>(operands, axis, eps, activation, dtype)
+                  : group_norm(operands, num_groups, axis, reduction_axes, eps, activation, dtype);
+  if (grad_output.defined()) check_grad_output<Int>(op, grad_output, input);
+  for (const auto& [name, values, per_slice, value_dtype] : saved) {
+    Sizes<Int> shape{norm.samples * norm.num_groups};
+    if (per_slice != 0) shape.push_back(per_slice);
+    check_saved<Int>(op, name, values, input, shape, value_dtype);
+  }
+  return norm;
+}
+
+template <class Int>
+void Check<Int>::sync_statistics(const Tensor& own, const Tensor& total,
+                                 const RunningState& running, std::optional<double> momentum) {
+  const auto& [mean, var, num_batches_tracked] = running;
+  TORCH_CHECK_VALUE(own.dim() == 2, kBatchNorm, ": expected own to have 2 axes, got ", own.dim());
+  const Int slices = sizes_of<Int>(own)[0];
+  const Sizes<Int> sums{slices, kMomentSums};
+  check_saved<Int>(kBatchNorm, "own", own, own, sums, at::kDouble);
+  check_saved<Int>(kBatchNorm, "total", total, own, sums, at::kDouble);
+  check_both(mean, var);
+  for (const auto& [name, t] : {std::pair("running_mean", mean), std::pair("running_var", var)}) {
+    if (!has(t)) continue;
+    check_device(kBatchNorm, name, *t, own);
+    check_dtype(kBatchNorm, name, t->scalar_type());
+    TORCH_CHECK_VALUE(equal(product(sizes_of<Int>(*t)), slices), kBatchNorm, ": expected ", name,
+                      " to have ", slices, " elements, got shape ", sizes_of<Int>(*t));
+    check_writable(name, *t);
+  }
+  if (has(mean)) check_cumulative(momentum, num_batches_tracked);
+  if (has(num_batches_tracked)) check_counter(*num_batches_tracked, own);
 }
 
 void check_ignored_mask(const OptionalTensor& mask, const Tensor& input) {

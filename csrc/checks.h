@@ -13,8 +13,12 @@
 #include <type_traits>
 
 #include "dispatch.h"
+#include "normcore/subclass.h"
 
 namespace normcore {
+
+// Numbers of a slice that ranks add up (moment_sums.h), in the forward and in the backward pass.
+inline constexpr std::int64_t kMomentSums = 8, kGradientSums = 2;
 
 // Axes of the input, non-negative and ascending; together they are all of them.
 struct Axes {
@@ -109,6 +113,24 @@ struct Check {
       const Cotangents& cotangents, const Tensor& grad_output, const Operands& operands,
       const Tensor& mean, const Tensor& rstd, std::int64_t num_groups, at::IntArrayRef axis,
       at::OptionalIntArrayRef reduction_axes, double eps, OptionalString activation);
+
+  // Of slices that ranks share: batch norm (num_groups 0) or group norm. grad_output may be
+  // undefined.
+  struct OfSlices {
+    const char* name;
+    const Tensor& values;
+    std::int64_t per_slice = 0;  // 0: one, without an axis of its own
+    at::ScalarType dtype = at::kDouble;
+  };
+  static CheckedNorm<Int> sync(const Operands& operands, std::int64_t num_groups,
+                               at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
+                               double eps, OptionalString activation, OptionalDType dtype,
+                               const Tensor& grad_output = {},
+                               std::initializer_list<OfSlices> saved = {});
+
+  // Sums of slices [slices, kMomentSums], and what is updated with them.
+  static void sync_statistics(const Tensor& own, const Tensor& total, const RunningState& running,
+                              std::optional<double> momentum);
 };
 
 // The mask of a batch norm with running statistics: it has no effect, but has to fit.

@@ -34,4 +34,12 @@ inline bool is_transformed() {
          tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
+// torch.vmap maps no collectives.
+inline void check_not_mapped(const char* op) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchBatched) &&
+          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchVmapMode),
+      op, ": expected group to be None or of one rank under torch.vmap; call it outside of vmap");
+}
+
 }  // namespace normcore

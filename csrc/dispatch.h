@@ -32,20 +32,22 @@ using BatchNormFn = Tensor(const Tensor& input, const OptionalTensor& running_me
                            std::optional<double> momentum, double eps, at::IntArrayRef axis,
                            const OptionalTensor& mask, OptionalString activation,
                            const OptionalTensor& residual, bool unbiased,
-                           const OptionalTensor& num_batches_tracked, OptionalDType dtype);
+                           const OptionalTensor& num_batches_tracked, OptionalDType dtype,
+                           OptionalString group, std::string_view sync_weighting);
 
 using BatchNormFunctionalFn = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor& input, const Tensor& running_mean, const Tensor& running_var,
     const OptionalTensor& weight, const OptionalTensor& bias, std::optional<double> momentum,
     double eps, at::IntArrayRef axis, const OptionalTensor& mask, OptionalString activation,
     const OptionalTensor& residual, bool unbiased, const OptionalTensor& num_batches_tracked,
-    OptionalDType dtype);
+    OptionalDType dtype, OptionalString group, std::string_view sync_weighting);
 
 using GroupNormFn = Tensor(const Tensor& input, std::int64_t num_groups,
                            const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                            at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
                            const OptionalTensor& mask, OptionalString activation,
-                           const OptionalTensor& residual, OptionalDType dtype);
+                           const OptionalTensor& residual, OptionalDType dtype,
+                           OptionalString group, std::string_view sync_weighting);
 
 using BatchNormTrainFn = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -97,6 +99,40 @@ using GroupNormDoubleBackwardFn = DoubleGradients(
     at::OptionalIntArrayRef reduction_axes, double eps, OptionalString activation,
     DoubleOutputMask output_mask);
 
+// Of slices that several ranks share (sync.h of the kernels); num_groups = 0 is batch norm.
+using SyncMomentsFn = Tensor(const Tensor& input, const OptionalTensor& mask,
+                             std::int64_t num_groups, at::IntArrayRef axis,
+                             at::OptionalIntArrayRef reduction_axes, bool by_rank);
+
+using SyncStatisticsFn = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor& own, const Tensor& total, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    std::optional<double> momentum, bool unbiased, bool by_rank);
+
+using SyncApplyFn = std::tuple<Tensor, Tensor>(const Tensor& input, const OptionalTensor& weight,
+                                               const OptionalTensor& bias,
+                                               const OptionalTensor& residual, const Tensor& mean,
+                                               const Tensor& var, std::int64_t num_groups,
+                                               at::IntArrayRef axis,
+                                               at::OptionalIntArrayRef reduction_axes, double eps,
+                                               OptionalString activation, OptionalDType dtype);
+
+using SyncGradientSumsFn = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, std::int64_t num_groups, at::IntArrayRef axis,
+    at::OptionalIntArrayRef reduction_axes, double eps, OptionalString activation,
+    std::array<bool, 3> output_mask);
+
+using SyncGradientFn = std::tuple<Tensor, Tensor>(
+    const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
+    const Tensor& mean, const Tensor& rstd, const OptionalTensor& sums, const Tensor& share,
+    std::int64_t num_groups, at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
+    double eps, OptionalString activation, std::array<bool, 2> output_mask);
+
+using AllReduceSumFn = Tensor(const Tensor& t, std::string_view group);
+
 template <class Fn>
 c10::TypedOperatorHandle<Fn> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Fn>();
@@ -145,6 +181,31 @@ inline const auto& group_norm_backward() {
 inline const auto& group_norm_double_backward() {
   static const auto handle =
       find_op<GroupNormDoubleBackwardFn>("normcore::_group_norm_double_backward");
+  return handle;
+}
+
+inline const auto& sync_moments() {
+  static const auto handle = find_op<SyncMomentsFn>("normcore::_sync_moments");
+  return handle;
+}
+inline const auto& sync_statistics() {
+  static const auto handle = find_op<SyncStatisticsFn>("normcore::_sync_statistics");
+  return handle;
+}
+inline const auto& sync_apply() {
+  static const auto handle = find_op<SyncApplyFn>("normcore::_sync_apply");
+  return handle;
+}
+inline const auto& sync_gradient_sums() {
+  static const auto handle = find_op<SyncGradientSumsFn>("normcore::_sync_gradient_sums");
+  return handle;
+}
+inline const auto& sync_gradient() {
+  static const auto handle = find_op<SyncGradientFn>("normcore::_sync_gradient");
+  return handle;
+}
+inline const auto& all_reduce_sum() {
+  static const auto handle = find_op<AllReduceSumFn>("normcore::_all_reduce_sum");
   return handle;
 }
 

@@ -20,6 +20,7 @@
 #include <numeric>
 
 #include "context.h"
+#include "process_group.h"
 #include "subclass.h"
 
 namespace normcore {
@@ -243,9 +244,13 @@ class Formula {
       xhat_ = (x_ - view_.of_statistic(saved_.mean.to(dtype_))) * rstd_;
       return;
     }
-    if (mask_.defined()) {
+    if (saved_.share.defined()) {
+      share_ = view_.of_statistic(saved_.share.to(dtype_));
+      is_empty_ = share_ == 0;
+      if (mask_.defined()) share_ = share_ * mask_.to(dtype_);
+    } else if (mask_.defined()) {
       share_ = mask_.to(dtype_);
-      count_ = view_.sum_over_slices(share_);
+      count_ = sum_over_slices(share_);
       is_empty_ = count_ == 0;
       share_ = share_ / count_.clamp_min(1);  // without a valid value all shares are 0
     }
@@ -318,7 +323,7 @@ class Formula {
   }
   // The transpose: sums of slices, in shares of those that count.
   Tensor shared(const Tensor& t) const {
-    return share_.defined() ? share_ * view_.sum_over_slices(t) : mean_over_slices(t);
+    return share_.defined() ? share_ * sum_over_slices(t) : mean_over_slices(t);
   }
 
   // The derivative of xhat with respect to x, applied to a tangent ...
@@ -364,14 +369,18 @@ class Formula {
   }
   // Not mean(), whose shares DTensor would weigh alike.
   Tensor mean_over_slices(const Tensor& t) const {
-    return view_.sum_over_slices(t) / at::Scalar(view_.slice_size());
+    return sum_over_slices(t) / at::Scalar(view_.slice_size());
   }
   // Means over what counts. Zero before products: 0 * NaN would poison derivatives.
-  Tensor shared_sum(const Tensor& t) const {
-    return view_.sum_over_slices(zero_unless(mask_, t) * share_);
-  }
+  Tensor counted(const Tensor& t) const { return mask_.defined() ? zero_unless(mask_, t) : t; }
+  Tensor shared_sum(const Tensor& t) const { return sum_over_slices(counted(t) * share_); }
   Tensor shared_sum(const Tensor& a, const Tensor& b) const {
-    return view_.sum_over_slices(zero_unless(mask_, a) * zero_unless(mask_, b) * share_);
+    return sum_over_slices(counted(a) * counted(b) * share_);
+  }
+  // Over whole slices, which may reach over several ranks.
+  Tensor sum_over_slices(const Tensor& t) const {
+    const auto own = view_.sum_over_slices(t);
+    return saved_.group.empty() ? own : differentiable_all_reduce(own, saved_.group);
   }
 
   const CheckedNorm<c10::SymInt>& norm_;

@@ -5,6 +5,8 @@
 // is NaN or infinite.
 #pragma once
 
+#include <string>
+
 #include "checks.h"
 
 namespace normcore {
@@ -15,6 +17,9 @@ struct SavedStatistics {
   const Tensor& mean;
   const Tensor& rstd;
   bool are_constants = false;
+  // Slices that several ranks share: the weight of a value in them, and the process group.
+  Tensor share = {};
+  std::string group = {};
 };
 
 // y of group norm.

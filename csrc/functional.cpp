@@ -24,7 +24,8 @@ Tensor batch_norm(const Tensor& input, const Tensor& running_mean, const Tensor&
                                present(bias), options.training(), options.momentum(), options.eps(),
                                options.axis(), present(options.mask()), view(options.activation()),
                                present(options.residual()), options.unbiased(),
-                               present(options.num_batches_tracked()), options.dtype());
+                               present(options.num_batches_tracked()), options.dtype(),
+                               view(options.group()), options.sync_weighting());
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_functional(const Tensor& input,
@@ -36,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_functional(const Tensor& input,
       input, running_mean, running_var, present(weight), present(bias), options.momentum(),
       options.eps(), options.axis(), present(options.mask()), view(options.activation()),
       present(options.residual()), options.unbiased(), present(options.num_batches_tracked()),
-      options.dtype());
+      options.dtype(), view(options.group()), options.sync_weighting());
 }
 
 Tensor group_norm(const Tensor& input, std::int64_t num_groups, const Tensor& weight,
@@ -44,7 +45,8 @@ Tensor group_norm(const Tensor& input, std::int64_t num_groups, const Tensor& we
   return op::group_norm().call(input, num_groups, present(weight), present(bias), options.eps(),
                                options.axis(), view(options.reduction_axes()),
                                present(options.mask()), view(options.activation()),
-                               present(options.residual()), options.dtype());
+                               present(options.residual()), options.dtype(), view(options.group()),
+                               options.sync_weighting());
 }
 
 }  // namespace normcore

@@ -4,10 +4,12 @@
 
 #include "backend.h"
 #include "checks.h"
+#include "context.h"
 #include "formulas.h"
 #include "outputs.h"
 #include "staging.h"
 #include "subclass.h"
+#include "sync.h"
 
 namespace normcore {
 namespace {
@@ -114,13 +116,22 @@ DoubleGradients group_norm_double_backward(
 Tensor group_norm(const Tensor& input, std::int64_t num_groups, const OptionalTensor& weight,
                   const OptionalTensor& bias, double eps, at::IntArrayRef axis,
                   at::OptionalIntArrayRef reduction_axes, const OptionalTensor& mask,
-                  OptionalString activation, const OptionalTensor& residual, OptionalDType dtype) {
+                  OptionalString activation, const OptionalTensor& residual, OptionalDType dtype,
+                  OptionalString group, std::string_view sync_weighting) {
+  const auto ranks = check_ranks("group_norm", group, sync_weighting);
   const auto x = promote_input(input, {&weight, &bias, &residual}, dtype);
   const auto y_dtype = dtype.value_or(input.scalar_type());
   const Operands operands{x, weight, bias, residual, mask};
-  if (is_dtensor("group_norm", operands)) {
+  const bool is_spread = is_dtensor("group_norm", operands);
+  if (is_spread || ranks) {
     Check<c10::SymInt>::group_norm(operands, num_groups, axis, reduction_axes, eps, activation,
                                    y_dtype);
+  }
+  // A DTensor has the statistics of all devices, whatever the group says.
+  if (ranks && !is_spread) {
+    check_not_mapped("group_norm");
+    return sync_norm(operands, {num_groups, axis, reduction_axes}, {}, eps, activation, y_dtype,
+                     ranks);
   }
   return std::get<0>(op::group_norm_forward().call(x, weight, bias, residual, mask, num_groups,
                                                    axis, reduction_axes, eps, activation, y_dtype));
@@ -130,7 +141,12 @@ Tensor group_norm_decomposed(const Tensor& input, std::int64_t num_groups,
                              const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                              at::IntArrayRef axis, at::OptionalIntArrayRef reduction_axes,
                              const OptionalTensor& mask, OptionalString activation,
-                             const OptionalTensor& residual, OptionalDType dtype) {
+                             const OptionalTensor& residual, OptionalDType dtype,
+                             OptionalString group, std::string_view sync_weighting) {
+  if (check_ranks("group_norm", group, sync_weighting)) {
+    return group_norm(input, num_groups, weight, bias, eps, axis, reduction_axes, mask, activation,
+                      residual, dtype, group, sync_weighting);
+  }
   const auto x = promote_input(input, {&weight, &bias, &residual}, dtype);
   const Operands operands{x, weight, bias, residual, mask};
   return group_norm_formula(

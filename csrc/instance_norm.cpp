@@ -38,7 +38,8 @@ Tensor instance_norm_train(const Tensor& input, const Tensor& running_mean,
              var = per_sample(running_var, samples).clone();
   const auto y = op::batch_norm().call(
       input, mean, var, per_sample(weight, samples), per_sample(bias, samples), /*training=*/true,
-      momentum, eps, features, mask, activation, residual, /*unbiased=*/true, std::nullopt, dtype);
+      momentum, eps, features, mask, activation, residual, /*unbiased=*/true, std::nullopt, dtype,
+      /*group=*/std::nullopt, "count");
   // A checkpoint that is computed again changes nothing, and the mean of copies may round.
   if (!is_recomputed(input) && input.sym_numel() != 0) {
     running_mean.copy_(mean.mean(0));

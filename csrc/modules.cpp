@@ -3,7 +3,6 @@
 #include <ATen/Functions.h>
 #include <ATen/core/DimVector.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/version.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,48 +10,27 @@
 #include <numeric>
 #include <sstream>
 #include <string>
-#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 #include "checks.h"
 #include "normcore/ops.h"
+#include "process_group.h"
 
 namespace normcore {
 namespace {
 
 constexpr std::int64_t kDefaultNumGroups = 32;
 
-// The name under which torch.distributed registers the default process group.
-constexpr const char* kDefaultGroup = "0";
-
-// The process group of that name; null if there is none.
-c10::intrusive_ptr<c10d::ProcessGroup> find_group(const std::string& name) {
-#if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 15)
-  if (!c10d::is_process_group_registered(name)) return {};
-  return c10d::resolve_process_group(name);
-#else  // no query without an exception
-  try {
-    return c10d::resolve_process_group(name);
-  } catch (const c10::Error&) {
-    return {};
-  }
-#endif
-}
-
-// c10d cannot list its groups. Those of torch.distributed never exist without the default one.
-void require_single_rank(const char* module, const std::optional<std::string>& axis_name) {
-  if (!axis_name) return;
-  auto group = find_group(*axis_name);
-  if (!group) {
-    group = find_group(kDefaultGroup);
-    if (!group) return;
-    TORCH_CHECK_VALUE(*axis_name == "world", module,
-                      ": expected axis_name to be 'world' or the name of a process group, got '",
-                      *axis_name, "'");
-  }
+// The process group of a module's axis; none: this process alone.
+template <class Options>
+std::optional<std::string> group_of(const char* module, const Options& options) {
+  if (!options.axis_name()) return std::nullopt;
+  auto group = group_of_axis(module, *options.axis_name());
+  if (!check_ranks(module, group, options.sync_weighting())) return std::nullopt;
   TORCH_CHECK_NOT_IMPLEMENTED(
-      group->getSize() == 1, module, ": expected axis_name to span one rank, got ",
-      group->getSize(),
-      ": statistics are not combined between ranks; without it, each rank takes its own");
+      !options.axis_index_groups(), module,
+      ": expected no axis_index_groups over several ranks, got ", *options.axis_index_groups(),
+      "; register a process group for each of them, and name that of this rank as axis_name");
+  return group;
 }
 
 std::int64_t product(at::IntArrayRef sizes) {
@@ -486,7 +464,7 @@ at::Tensor BatchNormImpl::forward(const at::Tensor& x, std::optional<bool> use_r
   at::Tensor y;
   init(x, [&] {
     const bool batch = use_running_average ? !*use_running_average : is_training() && !is_frozen();
-    if (batch) require_single_rank(kName, options.axis_name());
+    const auto group = batch ? group_of(kName, options) : std::nullopt;
     y = normcore::batch_norm(floating_point(x), mean, var, scale, bias,
                              BatchNormFuncOptions()
                                  .training(batch)
@@ -497,7 +475,9 @@ at::Tensor BatchNormImpl::forward(const at::Tensor& x, std::optional<bool> use_r
                                  .activation(options.activation())
                                  .residual(residual)
                                  .unbiased(false)
-                                 .dtype(result_dtype(x)));
+                                 .dtype(result_dtype(x))
+                                 .group(group)
+                                 .sync_weighting(options.sync_weighting()));
   });
   return y;
 }
@@ -525,7 +505,6 @@ at::Tensor GroupNormImpl::forward(const at::Tensor& x, const at::Tensor& mask,
                                   const at::Tensor& residual) {
   at::Tensor y;
   init(x, [&] {
-    require_single_rank(kName, options.axis_name());
     const auto num_groups = count_groups(options, product(*options.num_features()));
     y = normcore::group_norm(floating_point(x), num_groups, scale, bias,
                              GroupNormFuncOptions()
@@ -535,7 +514,9 @@ at::Tensor GroupNormImpl::forward(const at::Tensor& x, const at::Tensor& mask,
                                  .mask(mask)
                                  .activation(options.activation())
                                  .residual(residual)
-                                 .dtype(result_dtype(x)));
+                                 .dtype(result_dtype(x))
+                                 .group(group_of(kName, options))
+                                 .sync_weighting(options.sync_weighting()));
   });
   return y;
 }

@@ -13,20 +13,21 @@ TORCH_LIBRARY(normcore, m) {
       "Tensor? weight=None, Tensor? bias=None, bool training=False, float? momentum=0.1, "
       "float eps=1e-05, *, int[1] axis=1, Tensor? mask=None, str? activation=None, "
       "Tensor? residual=None, bool unbiased=True, Tensor(c!)? num_batches_tracked=None, "
-      "ScalarType? dtype=None) -> Tensor",
+      "ScalarType? dtype=None, str? group=None, str sync_weighting=\"count\") -> Tensor",
       tags);
   // The training call that changes nothing: (y, running_mean, running_var), the latter two new.
   m.def(
       "batch_norm_functional(Tensor input, Tensor running_mean, Tensor running_var, "
       "Tensor? weight=None, Tensor? bias=None, float? momentum=0.1, float eps=1e-05, *, "
       "int[1] axis=1, Tensor? mask=None, str? activation=None, Tensor? residual=None, "
-      "bool unbiased=True, Tensor? num_batches_tracked=None, ScalarType? dtype=None) "
-      "-> (Tensor, Tensor, Tensor)",
+      "bool unbiased=True, Tensor? num_batches_tracked=None, ScalarType? dtype=None, "
+      "str? group=None, str sync_weighting=\"count\") -> (Tensor, Tensor, Tensor)",
       tags);
   m.def(
       "group_norm(Tensor input, int num_groups, Tensor? weight=None, Tensor? bias=None, "
       "float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? mask=None, "
-      "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
+      "str? activation=None, Tensor? residual=None, ScalarType? dtype=None, str? group=None, "
+      "str sync_weighting=\"count\") -> Tensor",
       tags);
 
   // Instance norm of the samples' own statistics, which update the running ones.
@@ -40,9 +41,9 @@ TORCH_LIBRARY(normcore, m) {
   // group_norm for exported graphs: decomposes into aten operations.
   m.def(
       "_group_norm_decomposed(Tensor input, int num_groups, Tensor? weight=None, "
-      "Tensor? bias=None, float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? "
-      "mask=None, "
-      "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
+      "Tensor? bias=None, float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, "
+      "Tensor? mask=None, str? activation=None, Tensor? residual=None, ScalarType? dtype=None, "
+      "str? group=None, str sync_weighting=\"count\") -> Tensor",
       tags);
 
   // How a call of `op` ("batch_norm" or "group_norm") would run, in one line for people.
@@ -104,4 +105,41 @@ TORCH_LIBRARY(normcore, m) {
       "int num_groups, int[] axis, int[]? reduction_axes, float eps, str? activation, "
       "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
+
+  // Norms whose statistics are those of several ranks, around two sums over ranks. num_groups 0:
+  // batch norm. All values of slices are flat, one for each of slice.
+  // [slices, 8] float64, to be added up over the ranks (moment_sums.h)
+  m.def(
+      "_sync_moments(Tensor input, Tensor? mask, int num_groups, int[] axis, "
+      "int[]? reduction_axes, bool by_rank) -> Tensor",
+      tags);
+  // own: those of this rank, total: of all ranks. (mean, var, weight of a value) [slices] float64
+  m.def(
+      "_sync_statistics(Tensor own, Tensor total, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, bool unbiased, "
+      "bool by_rank) -> (Tensor, Tensor, Tensor)",
+      tags);
+  // (y, rstd [slices])
+  m.def(
+      "_sync_apply(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
+      "Tensor var, int num_groups, int[] axis, int[]? reduction_axes, float eps, "
+      "str? activation, ScalarType? dtype) -> (Tensor, Tensor)",
+      tags);
+  // (sums [slices, 2] float64 to be added up over the ranks, gradients of weight, bias); undefined
+  // where output_mask is false
+  m.def(
+      "_sync_gradient_sums(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int num_groups, int[] axis, "
+      "int[]? reduction_axes, float eps, str? activation, bool[3] output_mask) "
+      "-> (Tensor, Tensor, Tensor)",
+      tags);
+  // gradients of (input, residual), given the sums of all ranks; those of residual need none
+  m.def(
+      "_sync_gradient(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, Tensor? sums, Tensor share, "
+      "int num_groups, int[] axis, int[]? reduction_axes, float eps, str? activation, "
+      "bool[2] output_mask) -> (Tensor, Tensor)",
+      tags);
+  // The sum over the ranks of a process group, with derivatives.
+  m.def("_all_reduce_sum(Tensor t, str group) -> Tensor", tags);
 }

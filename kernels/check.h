@@ -5,6 +5,7 @@
 
 #include "normcore/kernels/batch_norm.h"
 #include "normcore/kernels/group_norm.h"
+#include "normcore/kernels/sync.h"
 
 namespace normcore::kernels {
 
@@ -87,6 +88,45 @@ inline Status check_args(const GroupNormForwardArgs& args) {
   if (args.mean == nullptr || !args.rstd) return Status::invalid("mean and rstd must be given");
   if (const Status status = check_groups(args.input, args.num_groups); !status.ok()) return status;
   return check_input(args.input, args.y);
+}
+
+inline Status check_slices(const NormInput& input, std::int64_t num_groups) {
+  return num_groups == 0 ? Status::success() : check_groups(input, num_groups);
+}
+
+inline Status check_args(const SyncMomentsArgs& args) {
+  if (args.sums == nullptr) return Status::invalid("sums must be given");
+  if (const Status status = check_slices(args.input, args.num_groups); !status.ok()) return status;
+  return check_operands(args.input);
+}
+
+inline Status check_args(const SyncApplyArgs& args) {
+  if (!args.mean || !args.var || !args.rstd) {
+    return Status::invalid("mean, var and rstd must be given");
+  }
+  if (const Status status = check_slices(args.input, args.num_groups); !status.ok()) return status;
+  return check_input(args.input, args.y);
+}
+
+inline Status check_args(const SyncStatisticsArgs& args) {
+  if (args.own == nullptr || args.total == nullptr || args.mean == nullptr || args.var == nullptr ||
+      args.share == nullptr) {
+    return Status::invalid("own, total, mean, var and share must be given");
+  }
+  if (static_cast<bool>(args.running.mean) != static_cast<bool>(args.running.var)) {
+    return Status::invalid("running mean and variance come together");
+  }
+  if (args.running.cumulative && args.running.num_batches_tracked == nullptr) {
+    return Status::invalid("a cumulative average needs num_batches_tracked");
+  }
+  return Status::success();
+}
+
+inline Status check_args(const SyncGradientArgs& args) {
+  if (args.grad_x && (args.sums == nullptr || args.share == nullptr)) {
+    return Status::invalid("grad_x needs the sums of whole slices and shares");
+  }
+  return check_slices(args.input, args.num_groups);
 }
 
 }  // namespace normcore::kernels

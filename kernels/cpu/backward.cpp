@@ -1,6 +1,7 @@
 #include "cpu/backward.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -15,16 +16,11 @@ namespace {
 // Sums of a channel: of g and g * (x - mean).
 enum Sum { kG, kGCentered };
 
-// Sums of a slice: of scale * g and scale * g * (x - mean).
-struct SliceSums {
-  double h = 0.0, h_centered = 0.0;
-};
-
 // Moves the center of the channels' sums by `rounding`, and adds them up in chains that do not wait
 // for each other.
 template <class A>
-SliceSums sums_of_slice(const A* scale, double rounding, std::int64_t channels,
-                        const ChannelSums& sums) {
+GradientSums sums_of_slice(const A* scale, double rounding, std::int64_t channels,
+                           const ChannelSums& sums) {
   constexpr int kChains = 4;
   double* const g = sums[kG];
   double* const g_centered = sums[kGCentered];
@@ -67,14 +63,20 @@ class BackwardPass {
   // The sums are needed for grad_x only through the statistics; the second sweep only for grad_x
   // and grad_residual.
   bool needs_sums() const {
-    return call_.grad.scale || call_.grad.bias || (call_.grad.x && call_.batch_statistics);
+    const bool of_slices =
+        call_.is_partial ? call_.sums != nullptr : call_.grad.x && call_.batch_statistics;
+    return call_.grad.scale || call_.grad.bias || of_slices;
   }
   bool needs_sweep() const { return call_.grad.x || call_.grad.residual; }
   int sums() const { return arrays_of(kPass).sums; }
 
   void prepare(const TileState<A>& out, std::int64_t entry, std::int64_t slice, std::int64_t sample,
                std::int64_t channel, std::int64_t channels) const {
-    out.set_affine(entry, channels, statistics(slice), affine_, sample, channel);
+    const SliceStatistics<A> stat = statistics(slice);
+    out.set_affine(entry, channels, stat, affine_, sample, channel);
+    if (call_.whole == nullptr) return;
+    const GradientSums& sums = call_.whole[slice];
+    set_slice(out, entry, channels, stat.rstd, rounding_of(stat), sums, call_.share[slice]);
   }
 
   // The sums are those of g and g * (x - center), as reduced; center differs from the mean by its
@@ -84,26 +86,25 @@ class BackwardPass {
                     const ChannelSums& sums) const {
     const SliceStatistics<A> stat = statistics(slice);
     // A slice without a valid value has NaN statistics: where no g comes in, none goes out.
-    const bool is_empty = call_.batch_statistics && count == 0.0;
+    // A part has those of the whole.
+    const bool is_empty =
+        call_.is_partial ? std::isnan(stat.rstd) : call_.batch_statistics && count == 0.0;
     const double rstd = is_empty ? 0.0 : stat.rstd;
-    const double rounding =
-        is_empty ? 0.0 : stat.mean - static_cast<double>(static_cast<A>(stat.mean));
+    const double rounding = is_empty ? 0.0 : rounding_of(stat);
     const A* const scale = affine_.scale(sample, channel);
-    const auto [h, h_centered] = sums_of_slice(scale, rounding, channels, sums);
+    const GradientSums h = sums_of_slice(scale, rounding, channels, sums);
     parameters_.store(sample, channel, channels, [&](std::int64_t i) {
       return std::pair(sums[kGCentered][i] * rstd, sums[kG][i]);
     });
-    if (!call_.batch_statistics) return;
+    if (call_.sums != nullptr) call_.sums[slice] = h;
+    if (call_.is_partial || !call_.batch_statistics) return;
     // With nothing else in the slice y does not depend on x: exactly 0, not the difference of equal
     // terms.
     if (count == 1.0 && slice_size_ == 1) {
       out.scale[entry] = out.slope[entry] = out.offset[entry] = A{0};
       return;
     }
-    const double slope = -rstd * rstd * rstd * h_centered / count;
-    const double offset = -rstd * h / count - slope * rounding;
-    std::fill_n(out.slope + entry, channels, out.canonical(static_cast<A>(slope)));
-    std::fill_n(out.offset + entry, channels, out.canonical(static_cast<A>(offset)));
+    set_slice(out, entry, channels, rstd, rounding, h, 1.0 / count);
   }
 
   void sums_of_runs(const Place<A>& place, const RunBlock& block, A* out,
@@ -122,6 +123,19 @@ class BackwardPass {
   }
 
  private:
+  static double rounding_of(const SliceStatistics<A>& stat) {
+    return stat.mean - static_cast<double>(static_cast<A>(stat.mean));
+  }
+
+  // How grad_x depends on x through the statistics.
+  static void set_slice(const TileState<A>& out, std::int64_t entry, std::int64_t channels,
+                        double rstd, double rounding, const GradientSums& h, double share) {
+    const double slope = -rstd * rstd * rstd * h.h_centered * share;
+    const double offset = -rstd * h.h * share - slope * rounding;
+    std::fill_n(out.slope + entry, channels, out.canonical(static_cast<A>(slope)));
+    std::fill_n(out.offset + entry, channels, out.canonical(static_cast<A>(offset)));
+  }
+
   SliceStatistics<A> statistics(std::int64_t slice) const {
     return {load_element(call_.mean, slice), static_cast<const A*>(call_.rstd.data)[slice]};
   }

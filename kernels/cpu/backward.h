@@ -6,6 +6,7 @@
 #include "normcore/kernels/norm_input.h"
 #include "normcore/kernels/plan.h"
 #include "normcore/kernels/status.h"
+#include "normcore/kernels/sync.h"
 #include "normcore/kernels/types.h"
 
 namespace normcore::kernels {
@@ -17,6 +18,12 @@ struct BackwardCall {
   ConstTensor mean, rstd;  // per slice
   bool batch_statistics;   // false: mean and rstd are constants (batch norm)
   NormGradients grad;
+  // Of slices that are parts of longer ones (sync.h): where their sums go, or those of the whole
+  // slices and the weight of a value in the statistics.
+  bool is_partial = false;
+  GradientSums* sums = nullptr;
+  const GradientSums* whole = nullptr;
+  const double* share = nullptr;
 };
 
 // An empty input gives zero gradients of the parameters.

@@ -37,7 +37,9 @@ class PlanesForward {
   PlanesForward(const ForwardCall<A, Statistics>& call, const Problem& problem)
       : call_(call), geometry_(problem) {}
 
-  std::int64_t pieces(std::int64_t tile) const { return geometry_.pieces(geometry_.tile(tile)); }
+  std::int64_t pieces(std::int64_t tile) const {
+    return call_.y ? geometry_.pieces(geometry_.tile(tile)) : 0;
+  }
   std::int64_t chunk_grain() const { return 2; }
 
   void reduce(std::int64_t tile_index, std::int64_t index, char*, void* partial) const {
@@ -100,7 +102,7 @@ class RowsForward {
         geometry_(problem),
         chunks_(problem.pass == Pass::kInference ? 0 : geometry_.chunks()) {}
 
-  std::int64_t pieces(std::int64_t) const { return geometry_.chunks(); }
+  std::int64_t pieces(std::int64_t) const { return call_.y ? geometry_.chunks() : 0; }
   std::int64_t chunk_grain() const { return 1; }
 
   void reduce(std::int64_t tile, std::int64_t index, char*, void* partial) const {
@@ -215,6 +217,10 @@ template void run_forward(const NormInput&, std::int64_t, Pass, const BatchStati
 template void run_forward(const NormInput&, std::int64_t, Pass, const GivenStatistics<float>&,
                           MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
 template void run_forward(const NormInput&, std::int64_t, Pass, const GivenStatistics<double>&,
+                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+template void run_forward(const NormInput&, std::int64_t, Pass, const PartStatistics<float>&,
+                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+template void run_forward(const NormInput&, std::int64_t, Pass, const PartStatistics<double>&,
                           MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
 
 }  // namespace normcore::kernels

@@ -8,8 +8,8 @@
 namespace normcore::kernels {
 
 // Reduces x (unless the problem is inference), turns the moments of each slice into statistics
-// through `statistics(slice, moments)`, and writes y. Statistics is BatchStatistics<A> or
-// GivenStatistics<A>.
+// through `statistics(slice, moments)`, and writes y if there is one. Statistics is
+// BatchStatistics<A>, GivenStatistics<A> or PartStatistics<A>.
 template <class Statistics>
 void run_forward(const NormInput& input, std::int64_t num_groups, Pass pass,
                  const Statistics& statistics, MutableTensor y, const CpuPlan& plan,

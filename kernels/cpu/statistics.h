@@ -1,6 +1,6 @@
 // Where the statistics of a slice come from and go to: batch moments that are saved for the
-// backward pass and blended into running statistics, running statistics that are read, and saved
-// statistics that are read back.
+// backward pass and blended into running statistics, statistics that are given, and moments that
+// leave to be added to those of other ranks.
 #pragma once
 
 #include <cmath>
@@ -8,6 +8,7 @@
 
 #include "cpu/element.h"
 #include "normcore/kernels/batch_norm.h"
+#include "normcore/kernels/moment_sums.h"
 #include "normcore/kernels/moments.h"
 
 namespace normcore::kernels {
@@ -63,7 +64,20 @@ struct BatchStatistics {
   }
 };
 
-// Statistics that are given: running mean and variance.
+// Moments of a part of a slice (sync.h): nothing is normalised with them.
+template <class A>
+struct PartStatistics {
+  using Arithmetic = A;
+  bool by_rank;
+  MomentSums* sums;
+
+  SliceStatistics<A> operator()(std::int64_t slice, const Moments& part) const {
+    sums[slice] = MomentSums::of(part, by_rank);
+    return {};
+  }
+};
+
+// Statistics that are given.
 template <class A>
 struct GivenStatistics {
   using Arithmetic = A;

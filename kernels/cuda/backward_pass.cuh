@@ -65,6 +65,14 @@ template <class A>
 struct BackwardSlice {
   A slope, offset;
   A is_constant;  // 1 for a slice of one value: y does not depend on x, grad_x is 0, or NaN with g
+
+  // `share`: weight of a value in the statistics. `h`: sums of scale * g and scale * g * (x - mean).
+  __device__ static BackwardSlice of(double rstd, double rounding, double share,
+                                     const GradientSums& h) {
+    const double slope = -rstd * rstd * rstd * h.h_centered * share;
+    const double offset = -rstd * h.h * share - slope * rounding;
+    return {static_cast<A>(slope), static_cast<A>(offset), A{0}};
+  }
 };
 static_assert(sizeof(BackwardSlice<double>) == kBackwardSliceValues * sizeof(double));
 
@@ -205,7 +213,9 @@ struct BackwardPass {
     for (std::uint32_t i = lane; is_active && i < channels; i += lanes) count += sums(i).count;
     count = warp_sum(count, lanes);
     // A slice without a valid value has NaN statistics: where no g comes in, none goes out.
-    const bool is_empty = call.batch_statistics && count == 0.0;
+    // A part has those of the whole.
+    const bool is_empty =
+        call.is_partial ? std::isnan(statistics.rstd) : call.batch_statistics && count == 0.0;
     const double rstd = is_empty ? 0.0 : static_cast<double>(statistics.rstd);
     const double rounding = is_empty ? 0.0 : static_cast<double>(statistics.rounding);
     for (std::uint32_t i = lane; is_active && i < channels; i += lanes) {
@@ -219,7 +229,10 @@ struct BackwardPass {
     }
     h = warp_sum(h, lanes);
     h_centered = warp_sum(h_centered, lanes);
-    return slice_of(call, rstd, rounding, count, h, h_centered);
+    if (call.sums != nullptr && is_active && lane == 0) {
+      call.sums[slice_index(call, sample, first_channel)] = {h, h_centered};
+    }
+    return slice_of(call, rstd, rounding, count, {h, h_centered});
   }
 
   static constexpr int kRunPhases = 1, kRunSums = 3;
@@ -240,8 +253,8 @@ struct BackwardPass {
   __device__ static void finish_run(const Call& call, const SliceStatistics<A>& statistics,
                                     const double (&sums)[kRunSums], Slice& slice) {
     const double rounding = static_cast<double>(statistics.rounding);
-    slice = slice_of(call, static_cast<double>(statistics.rstd), rounding, sums[0], sums[1],
-                     sums[2] - rounding * sums[1]);
+    slice = slice_of(call, static_cast<double>(statistics.rstd), rounding, sums[0],
+                     {sums[1], sums[2] - rounding * sums[1]});
   }
 
   __device__ static void add_parameters(const Call&, A& scale, A& bias, const Operands& in,
@@ -256,16 +269,13 @@ struct BackwardPass {
   }
 
  private:
-  // From sums of scale * g and scale * g * (x - mean).
   __device__ static Slice slice_of(const Call& call, double rstd, double rounding, double count,
-                                   double h, double h_centered) {
+                                   const GradientSums& h) {
     if (!call.batch_statistics) return {A{0}, A{0}, A{0}};
-    const double slope = -rstd * rstd * rstd * h_centered / count;
-    const double offset = -rstd * h / count - slope * rounding;
     // With nothing else in the slice y does not depend on x: exactly 0, not the difference of equal
     // terms.
     if (count == 1.0 && slice_size(call) == 1) return {A{0}, A{0}, A{1}};
-    return {static_cast<A>(slope), static_cast<A>(offset), A{0}};
+    return Slice::of(rstd, rounding, 1.0 / count, h);
   }
 };
 

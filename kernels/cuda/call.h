@@ -4,6 +4,7 @@
 
 #include "normcore/kernels/cuda.h"
 #include "normcore/kernels/norm_input.h"
+#include "normcore/kernels/sync.h"
 #include "normcore/kernels/types.h"
 #include "plan/cuda_tiling.h"
 
@@ -39,7 +40,9 @@ struct ForwardCall {
   double* mean = nullptr;  // saved; null with given statistics
   MutableTensor rstd;      // saved
   RunningStatistics running;
-  ConstTensor given_mean, given_var;  // of batch norm with running statistics
+  ConstTensor given_mean, given_var;  // statistics that are not those of x
+  MomentSums* sums = nullptr;         // of parts of slices (sync.h): instead of mean and rstd
+  bool by_rank = false;
   void* records = nullptr;  // workspace: ShiftedSums of every chunk, ColumnSums of its channels
   ShiftedSums* channel_sums = nullptr;  // workspace of group norm over kNSC: per sample and channel
   unsigned* counters = nullptr;
@@ -53,6 +56,12 @@ struct BackwardCall {
   ConstTensor mean, rstd;
   bool batch_statistics = true;
   NormGradients grad;
+  // Of slices that are parts of longer ones (sync.h): where their sums go, or those of the whole
+  // slices and the weight of a value in the statistics.
+  bool is_partial = false;
+  GradientSums* sums = nullptr;
+  const GradientSums* whole = nullptr;
+  const double* share = nullptr;
   std::int64_t samples_per_block = 1;
   void* slices = nullptr;  // workspace: what the second launch takes of every slice; null
                            // where nothing flows through the statistics, or one

@@ -57,7 +57,14 @@ Status start_gradient(Call call, const Problem& problem, const CudaPlan& plan,
   if (const Status status = check_plan(problem, plan, workspace); !status.ok()) return status;
   const CudaWorkspaceLayout layout = cuda_workspace_layout(problem, plan);
   call.samples_per_block = plan.samples_per_block;
-  if (plan.path == CudaPath::kSplit) call.slices = part<void>(workspace, layout.slices);
+  if (plan.path == CudaPath::kSplit || call.whole != nullptr) {
+    call.slices = part<void>(workspace, layout.slices);
+  }
+  if (call.whole != nullptr) {
+    const Extent& e = problem.extent;
+    const std::int64_t slices = call.num_groups == 0 ? e.c : e.n * call.num_groups;
+    if (const Status status = cuda::sync_slices(call, slices, stream); !status.ok()) return status;
+  }
   call.records = part<void>(workspace, layout.records);
   call.channel_sums = part<void>(workspace, layout.channel_sums);
   call.counters = workspace.counters;
@@ -95,6 +102,17 @@ void set_group_norm(cuda::BackwardCall& call, const Args& args) {
   set_gradient(call, args);
   call.num_groups = args.num_groups;
   call.mean = {args.mean, DType::kFloat64};
+}
+
+// Of slices that are parts of longer ones.
+template <class Args>
+void set_part(cuda::BackwardCall& call, const Args& args) {
+  call.input = args.input;
+  call.num_groups = args.num_groups;
+  call.grad_y = args.grad_y;
+  call.mean = args.mean;
+  call.rstd = args.rstd;
+  call.is_partial = true;
 }
 
 Status start(const cuda::BackwardCall& call, const Problem& problem, const CudaPlan& plan,
@@ -189,6 +207,62 @@ Status run(const GroupNormDoubleBackwardArgs& args, const CudaPlan& plan,
   set_group_norm(call, args);
   call.cotangents = args.cotangents;
   call.grad_grad_y = args.grad_grad_y;
+  return start(call, problem_of(args), plan, workspace, stream);
+}
+
+Status run(const SyncMomentsArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream) {
+  if (args.input.extent.numel() == 0) return Status::success();
+  if (const Status status = check_args(args); !status.ok()) return status;
+  cuda::ForwardCall call;
+  call.input = args.input;
+  call.num_groups = args.num_groups;
+  call.sums = args.sums;
+  call.by_rank = args.by_rank;
+  return start(call, problem_of(args), plan, workspace, stream);
+}
+
+Status run(const SyncApplyArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream) {
+  if (args.input.extent.numel() == 0) return Status::success();
+  if (const Status status = check_args(args); !status.ok()) return status;
+  cuda::ForwardCall call;
+  call.input = args.input;
+  call.input.mask = {};
+  call.num_groups = args.num_groups;
+  call.y = args.y;
+  call.rstd = args.rstd;
+  call.given_mean = args.mean;
+  call.given_var = args.var;
+  return start(call, problem_of(args), plan, workspace, stream);
+}
+
+Status run(const SyncStatisticsArgs& args, CudaStream stream) {
+  if (const Status status = check_args(args); !status.ok()) return status;
+  if (args.slices == 0) return Status::success();
+  return cuda::sync_statistics(args, stream);
+}
+
+Status run(const SyncGradientSumsArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream) {
+  if (const Status status = check_slices(args.input, args.num_groups); !status.ok()) return status;
+  cuda::BackwardCall call;
+  set_part(call, args);
+  call.grad.scale = args.grad_scale;
+  call.grad.bias = args.grad_bias;
+  call.sums = args.sums;
+  return start(call, problem_of(args), plan, workspace, stream);
+}
+
+Status run(const SyncGradientArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream) {
+  if (const Status status = check_args(args); !status.ok()) return status;
+  cuda::BackwardCall call;
+  set_part(call, args);
+  call.grad.x = args.grad_x;
+  call.grad.residual = args.grad_residual;
+  call.whole = args.sums;
+  call.share = args.share;
   return start(call, problem_of(args), plan, workspace, stream);
 }
 

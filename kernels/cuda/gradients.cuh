@@ -50,6 +50,12 @@ __device__ inline void store_parameters(const BackwardCall& call, std::int64_t s
   if (call.grad.bias) store_element(call.grad.bias, i, bias);
 }
 
+__device__ inline std::int64_t slice_index(const BackwardCall& call, std::int64_t sample,
+                                           std::int64_t channel) {
+  if (call.num_groups == 0) return channel;
+  return sample * call.num_groups + channel / (call.input.extent.c / call.num_groups);
+}
+
 // Values of a slice, masked-out ones included.
 __device__ inline std::int64_t slice_size(const BackwardCall& call) {
   const Extent& e = call.input.extent;

@@ -25,6 +25,10 @@ Status runs_gradient(const BackwardCall& call, const RunsTiling& tiling, const C
 Status runs_gradient(const DoubleBackwardCall& call, const RunsTiling& tiling, const CudaPlan& plan,
                      CudaStream stream);
 
+// The slices of a backward pass, from sums of whole ones (sync.h).
+Status sync_slices(const BackwardCall& call, std::int64_t slices, CudaStream stream);
+Status sync_statistics(const SyncStatisticsArgs& args, CudaStream stream);
+
 // Stores `count` gradients of scale and bias: sums of call.parameters over `blocks` blocks of
 // samples, in order. Without a block they are 0.
 Status sum_parameters(const BackwardCall& call, std::int64_t count, std::int64_t blocks,

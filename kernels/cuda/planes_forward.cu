@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads,
       if (!is_last_block(call.counters + slice, tiling.chunks)) return;
       const ShiftedSums all =
           merge_records(tiling.chunks, lane, lanes, [&](std::uint64_t i) { return records[i]; });
-      if (lane == 0) save_statistics<A>(call, slice, to_moments(all));
+      if (lane == 0) save_reduced<A>(call, slice, to_moments(all));
       return;
     }
     auto& shared = block_shared<PlanesStatistics<A>>();

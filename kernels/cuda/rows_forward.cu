@@ -236,8 +236,8 @@ class RowsForward {
     const auto slices = static_cast<std::uint32_t>(finish.channels / width);
     const auto save = [&](std::uint32_t slice, const ShiftedSums& all) {
       const std::int64_t first_slice = finish.first_channel / width;
-      save_statistics<A>(call_, chunk.tile() * chunk.slices_per_tile() + first_slice + slice,
-                         to_moments(all));
+      save_reduced<A>(call_, chunk.tile() * chunk.slices_per_tile() + first_slice + slice,
+                      to_moments(all));
     };
     // A workspace for batch norm has no channel sums: its slices are columns.
     ShiftedSums* const sums = call_.channel_sums + chunk.tile() * c + finish.first_channel;

@@ -114,6 +114,16 @@ __device__ SliceStatistics<A> save_statistics(const ForwardCall& call, std::int6
   return statistics;
 }
 
+// What a reduction ends with: statistics, or moments of a part of a slice.
+template <class A>
+__device__ void save_reduced(const ForwardCall& call, std::int64_t slice, const Moments& batch) {
+  if (call.sums != nullptr) {
+    call.sums[slice] = MomentSums::of(batch, call.by_rank);
+  } else {
+    save_statistics<A>(call, slice, batch);
+  }
+}
+
 // Those that a former launch saved, or the given ones.
 template <class A>
 __device__ SliceStatistics<A> load_statistics(const ForwardCall& call, std::int64_t slice) {

@@ -131,7 +131,7 @@ SamplesGeometry::SamplesGeometry(const Problem& p)
 }
 
 bool SamplesGeometry::fits(const Problem& p) {
-  if (p.num_groups == 0 || p.mask != MaskKind::kNone) return false;
+  if (p.num_groups == 0 || p.mask != MaskKind::kNone || p.is_partial) return false;
   const bool is_dense = p.layout == Layout::kNCS || p.extent.s == 1;
   const std::int64_t columns = p.extent.c * p.extent.s;
   return is_dense && p.extent.s <= (p.affine_per_sample ? 1 : kMaxPositions) &&

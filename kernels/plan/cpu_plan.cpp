@@ -72,7 +72,7 @@ CpuPlan plan_cpu(const Problem& problem, int num_threads, std::int64_t cache_byt
   // Two outputs may not start at the same place in a cache line.
   plan.stream = bytes >= least_streamed(cache_bytes) && problem.pass != Pass::kDoubleBackward;
   const std::int64_t groups = ceil_div(plan.tiles, tiles_per_group(problem));
-  if (problem.pass == Pass::kInference) {
+  if (problem.pass == Pass::kInference && problem.num_groups == 0) {
     plan.path = CpuPath::kChunk;
     plan.reason = "no statistics to reduce: one sweep in memory order";
   } else if (wanted == 1) {

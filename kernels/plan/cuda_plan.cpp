@@ -90,8 +90,10 @@ class Planner {
   bool may_take(CudaPath path) const { return !options_.path || *options_.path == path; }
 
   // Float64 has no registers to spare (but for runs, which may be read again); a pass that reduces
-  // nothing has nothing to keep.
-  bool may_reside() const { return reduces(problem_) && problem_.dtype != DType::kFloat64; }
+  // nothing has nothing to keep, one that only reduces has nothing to keep it for.
+  bool may_reside() const {
+    return reduces(problem_) && problem_.dtype != DType::kFloat64 && !problem_.is_partial;
+  }
 
   // Of the sums of slices: the same for every number of samples if results have to be.
   bool is_worth_its_workspace() const {
@@ -158,7 +160,8 @@ class Planner {
   // Of whole vectors.
   bool plan_runs() {
     const Extent& e = problem_.extent;
-    if (!is_group_norm(problem_) || e.s != 1 || !reduces(problem_) || !problem_.aligned) {
+    if (!is_group_norm(problem_) || e.s != 1 || !reduces(problem_) || !problem_.aligned ||
+        problem_.is_partial) {
       return false;
     }
     const std::int64_t width = invariant(full_width(problem_)), run = channels_per_slice(problem_);
@@ -565,6 +568,9 @@ CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan
       take(layout.channel_sums, is_rows && is_group_norm(problem) ? e.n * e.c : 0,
            kShiftedSumsBytes);
     }
+  }
+  if (is_backward(problem) && problem.is_partial && !problem.reduces) {
+    take(layout.slices, slice_count(problem), values_of_slice(problem) * arithmetic);
   }
   layout.sums = layout.total;
   if (is_backward(problem) && is_group_norm(problem) && !problem.affine_per_sample &&

@@ -3,6 +3,7 @@
 
 #include "normcore/kernels/batch_norm.h"
 #include "normcore/kernels/group_norm.h"
+#include "normcore/kernels/sync.h"
 #include "plan/cpu_geometry.h"
 #include "plan/cuda_constants.h"
 
@@ -62,6 +63,30 @@ Problem problem_of(const BatchNormBackwardArgs& args) {
 Problem problem_of(const BatchNormDoubleBackwardArgs& args) {
   return double_backward(args.input, kBatchNorm, args.grad_y, args.cotangents, args.grad_grad_y,
                          args.grad, args.batch_statistics);
+}
+Problem problem_of(const SyncMomentsArgs& args) {
+  Problem p = forward(args.input, args.num_groups, Pass::kForward, {});
+  p.applies = false;
+  p.is_partial = true;
+  return p;
+}
+Problem problem_of(const SyncApplyArgs& args) {
+  Problem p = forward(args.input, args.num_groups, Pass::kInference, args.y);
+  p.is_partial = true;
+  return p;
+}
+Problem problem_of(const SyncGradientSumsArgs& args) {
+  const NormGradients grad{{}, args.grad_scale, args.grad_bias, {}};
+  Problem p = backward(args.input, args.num_groups, args.grad_y, grad, true);
+  p.reduces = p.reduces || args.sums != nullptr;
+  p.is_partial = true;
+  return p;
+}
+Problem problem_of(const SyncGradientArgs& args) {
+  const NormGradients grad{args.grad_x, {}, {}, args.grad_residual};
+  Problem p = backward(args.input, args.num_groups, args.grad_y, grad, false);
+  p.is_partial = true;
+  return p;
 }
 Problem problem_of(const GroupNormForwardArgs& args) {
   return forward(args.input, args.num_groups, Pass::kForward, args.y);

@@ -2,6 +2,7 @@
 
 ``normcore.BatchNorm`` and ``normcore.GroupNorm`` are the modules, ``normcore.nn`` holds those of
 torch.nn, ``normcore.functional`` the functions and ``torch.ops.normcore`` the operators below them.
+``normcore.distributed`` names the devices that share statistics.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def _require_torch_version(built_for: str, found: str) -> None:
 
 _require_torch_version(_built_for, torch.__version__)
 
-from . import _C, functional, nn  # noqa: E402  (the native library needs the right torch)
+from . import _C, distributed, functional, nn  # noqa: E402  (the native library needs the right torch)
+from .convert import convert_sync_batchnorm, revert  # noqa: E402
 from .functional import explain  # noqa: E402
 from .modules import BatchNorm, GroupNorm, freeze, unfreeze  # noqa: E402
 from .override import override_aten  # noqa: E402
@@ -42,11 +44,14 @@ __all__ = [
     "batch_invariant",
     "build_info",
     "cmake_prefix_path",
+    "convert_sync_batchnorm",
+    "distributed",
     "explain",
     "freeze",
     "functional",
     "nn",
     "override_aten",
+    "revert",
     "set_batch_invariant",
     "unfreeze",
 ]

@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed
 from torch import Tensor
+
+from .distributed import group_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["batch_norm", "batch_norm_functional", "explain", "group_norm", "instance_norm"]
 
@@ -52,6 +54,18 @@ def given_options(
     return options
 
 
+def sync_options(
+    op: str, group: str | ProcessGroup | DeviceMesh | None, sync_weighting: str
+) -> dict[str, Any]:
+    """Those that differ from the default."""
+    options: dict[str, Any] = {}
+    if group is not None:
+        options["group"] = group_name(op, "group", group)
+    if sync_weighting != "count":
+        options["sync_weighting"] = sync_weighting
+    return options
+
+
 def call_op(
     op: Callable[..., Tensor], arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> Tensor:
@@ -65,25 +79,6 @@ def group_norm_of_graph() -> Callable[..., Tensor]:
     if torch.compiler.is_exporting() and torch.compiler._is_exporting_flag:
         return torch.ops.normcore._group_norm_decomposed
     return group_norm_op
-
-
-def require_single_rank(op: str, argument: str, group: str | ProcessGroup | None = None) -> None:
-    """Raises NotImplementedError if statistics would have to be combined over several ranks."""
-    if group is not None and not isinstance(group, str) and not hasattr(group, "size"):
-        raise TypeError(
-            f"{op}: expected {argument} to be a process group or its name, got {group!r}"
-        )
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    if group is None or isinstance(group, str):
-        size = torch.distributed.get_world_size()
-    else:
-        size = group.size()
-    if size > 1:
-        raise NotImplementedError(
-            f"{op}: expected {argument} to span one rank, got {size}: statistics are not combined "
-            "between ranks; None takes those of each rank"
-        )
 
 
 def _as_type_error(op: str, error: RuntimeError) -> RuntimeError | TypeError:
@@ -115,7 +110,8 @@ def batch_norm(
     residual: Tensor | None = None,
     unbiased: bool = True,
     num_batches_tracked: Tensor | None = None,
-    group: str | ProcessGroup | None = None,
+    group: str | ProcessGroup | DeviceMesh | None = None,
+    sync_weighting: str = "count",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Batch normalization over every axis but ``axis``.
@@ -151,7 +147,15 @@ def batch_norm(
         unbiased: the running variance takes ``var * n / (n - 1)``, as in :mod:`torch.nn`; False
             takes the biased variance, as in Flax. Normalization always uses the biased one.
         num_batches_tracked: int64 scalar, incremented by a training call whose input is not empty.
-        group: process group (or its name) over which statistics are combined; one rank only.
+        group: process group over which statistics are combined, its name, "world" for the default
+            one, or a DeviceMesh of one dimension. All its ranks make the call; one without samples
+            updates its running statistics like the others. None takes the statistics of this rank,
+            and so does any group while torch.distributed is not initialized. Ignored unless
+            ``training``.
+        sync_weighting: "count" weighs ranks by their number of values that count: a value counts as
+            much as any other in the group. "rank" weighs ranks equally, as Flax does; a rank
+            without a valid value then gives NaN on all of them, which keep their running
+            statistics. Running statistics then need ``unbiased=False``.
         dtype: dtype of the output, by default that of ``input``.
 
     ``weight``, ``bias`` and the statistics may be of any of the four dtypes in any mix. If any of
@@ -161,22 +165,21 @@ def batch_norm(
         A tensor of the shape and memory format of ``input``.
 
     Raises:
-        ValueError: a shape or a value does not fit; the message names the argument, the rule and
-            the actual value.
+        ValueError: a shape or a value does not fit, or this rank is not in ``group``; the message
+            names the argument, the rule and the actual value.
         TypeError: unsupported dtype.
         IndexError: ``axis`` is out of range.
-        NotImplementedError: ``group`` has more than one rank.
 
         A call that raises leaves the running statistics unchanged.
 
     Source: Ioffe and Szegedy, `Batch Normalization <https://arxiv.org/abs/1502.03167>`_, 2015.
 
-    In TorchScript, call ``torch.ops.normcore.batch_norm``, which has the same arguments without
-    ``group``.
+    In TorchScript, call ``torch.ops.normcore.batch_norm``, which has the same arguments; its
+    ``group`` is a name.
     """
-    if group is not None:
-        require_single_rank("batch_norm", "group", group)
     options = given_options(axis, mask, activation, residual, dtype)
+    if group is not None or sync_weighting != "count":
+        options |= sync_options("batch_norm", group, sync_weighting)
     if unbiased is not True:
         options["unbiased"] = unbiased
     if num_batches_tracked is not None:
@@ -204,6 +207,8 @@ def batch_norm_functional(
     residual: Tensor | None = None,
     unbiased: bool = True,
     num_batches_tracked: Tensor | None = None,
+    group: str | ProcessGroup | DeviceMesh | None = None,
+    sync_weighting: str = "count",
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`batch_norm` in training, without changing any argument.
@@ -224,6 +229,8 @@ def batch_norm_functional(
         raise TypeError(f"batch_norm_functional: expected {absent} to be of type Tensor, got None")
     options = given_options(axis, mask, activation, residual, dtype)
     options |= {"unbiased": unbiased, "num_batches_tracked": num_batches_tracked}
+    if group is not None or sync_weighting != "count":
+        options |= sync_options("batch_norm_functional", group, sync_weighting)
     arguments = (input, running_mean, running_var, weight, bias, momentum, eps)
     try:
         y, mean, var = torch.ops.normcore.batch_norm_functional(*arguments, **options)
@@ -244,7 +251,8 @@ def group_norm(
     mask: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
-    group: str | ProcessGroup | None = None,
+    group: str | ProcessGroup | DeviceMesh | None = None,
+    sync_weighting: str = "count",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Group normalization over blocks of ``C / num_groups`` neighbouring channels of each sample.
@@ -274,7 +282,13 @@ def group_norm(
             statistics. The output is computed everywhere. A group with no valid element gives NaN.
         activation: None, ``"relu"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
         residual: tensor of the shape of ``input``, added before the activation.
-        group: process group (or its name) over which statistics are combined; one rank only.
+        group: process group over which statistics are combined, its name, "world" for the default
+            one, or a DeviceMesh of one dimension. All its ranks make the call, with the same sizes
+            of the axes that are not reduced. None takes the statistics of this rank, and so does
+            any group while torch.distributed is not initialized.
+        sync_weighting: "count" weighs ranks by their number of values that count: a value counts as
+            much as any other in the group. "rank" weighs ranks equally, as Flax does; a rank
+            without a valid value then gives NaN on all of them.
         dtype: dtype of the output, by default that of ``input``.
 
     ``weight`` and ``bias`` may be of any of the four dtypes in any mix. If ``dtype``, ``weight``,
@@ -284,20 +298,19 @@ def group_norm(
         A tensor of the shape and memory format of ``input``.
 
     Raises:
-        ValueError: a shape or a value does not fit; the message names the argument, the rule and
-            the actual value.
+        ValueError: a shape or a value does not fit, or this rank is not in ``group``; the message
+            names the argument, the rule and the actual value.
         TypeError: unsupported dtype.
         IndexError: ``axis`` or ``reduction_axes`` is out of range.
-        NotImplementedError: ``group`` has more than one rank.
 
     Source: Wu and He, `Group Normalization <https://arxiv.org/abs/1803.08494>`_, 2018.
 
-    In TorchScript, call ``torch.ops.normcore.group_norm``, which has the same arguments without
-    ``group``.
+    In TorchScript, call ``torch.ops.normcore.group_norm``, which has the same arguments; its
+    ``group`` is a name.
     """
-    if group is not None:
-        require_single_rank("group_norm", "group", group)
     options = given_options(axis, mask, activation, residual, dtype)
+    if group is not None or sync_weighting != "count":
+        options |= sync_options("group_norm", group, sync_weighting)
     if reduction_axes is not None:
         options["reduction_axes"] = reduction_axes
     try:

@@ -24,14 +24,15 @@ from ._base import (
     number,
     result_type,
 )
+from .distributed import axis_group
 from .functional import (
     batch_norm_op,
     call_op,
     given_options,
     group_norm_of_graph,
     group_norm_op,
-    require_single_rank,
 )
+from .settings import DEBUG_SYNC
 
 __all__ = ["BatchNorm", "GroupNorm", "freeze", "unfreeze"]
 
@@ -83,10 +84,16 @@ class BatchNorm(NormBase):
         use_bias, use_scale: whether there is such a parameter, independently of each other.
         bias_init, scale_init: functions that fill a tensor in place, such as those of
             :mod:`torch.nn.init`; by default zeros and ones.
-        axis_name: name of the dimension of devices over which statistics are combined; not yet
-            over more than one, and not in TorchScript while batch statistics are used.
-        axis_index_groups: partition of that dimension into independent groups.
-        sync_weighting: "count" weighs devices by their number of elements, "rank" equally.
+        axis_name: the ranks over which the statistics of a batch are combined: "world", or a
+            dimension of the mesh that :func:`normcore.distributed.use_mesh` activates. All of them
+            make the call; one without samples updates its statistics like the others. While
+            torch.distributed is not initialized it has no effect. Not in TorchScript while batch
+            statistics are used.
+        axis_index_groups: partition of the indices of ranks in that dimension, such as ``[[0, 1],
+            [2, 3]]``, into groups with statistics of their own. The first call makes them.
+        sync_weighting: "count" weighs ranks by their number of values that count: a value counts as
+            much as any other. "rank" weighs ranks equally, as Flax does; a rank without a valid
+            value then gives NaN on all of them, which keep their running statistics.
         activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the output.
         device: device of parameters and statistics; by default that of the first input of a lazy
             module, else torch's default device.
@@ -96,9 +103,9 @@ class BatchNorm(NormBase):
     alone, ``.double()`` widens them, and a call never changes their dtype.
 
     Raises:
-        ValueError: a shape or a value does not fit; TypeError: a dtype is unsupported; IndexError:
-            ``axis`` is out of range; NotImplementedError: statistics of several ranks would have
-            to be combined. A call that raises changes nothing; a lazy module stays lazy.
+        ValueError: a shape or a value does not fit, there is no dimension `axis_name`; TypeError: a
+            dtype is unsupported; IndexError: ``axis`` is out of range. A call that raises changes
+            nothing; a lazy module stays lazy.
 
     Example::
 
@@ -199,11 +206,13 @@ class BatchNorm(NormBase):
             batch = self.training and not self.frozen
         else:
             batch = not use_running_average
-        if batch and self.axis_name is not None:
+        group: str | None = None
+        if self.axis_name is not None:
             if torch.jit.is_scripting():  # type: ignore[attr-defined]
-                raise NotImplementedError("BatchNorm: axis_name needs Python, not TorchScript")
-            else:
-                require_single_rank("BatchNorm", "axis_name")
+                if batch:
+                    raise NotImplementedError("BatchNorm: axis_name needs Python, not TorchScript")
+            elif batch or DEBUG_SYNC:
+                group = axis_group("BatchNorm", self.axis_name, self.axis_index_groups)
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             scale, bias, mean, var = self.scale, self.bias, self.mean, self.var
         else:
@@ -238,6 +247,8 @@ class BatchNorm(NormBase):
             options = given_options(axis, mask, self.activation, residual, out_dtype)
             if batch:
                 options["unbiased"] = False
+            if group is not None:
+                options |= {"group": group, "sync_weighting": self.sync_weighting}
             arguments = (x, mean, var, scale, bias, batch, momentum, self.epsilon)
             return call_op(batch_norm_op, arguments, options)
 
@@ -302,10 +313,15 @@ class GroupNorm(NormBase):
             :mod:`torch.nn.init`; by default zeros and ones.
         reduction_axes: the axes that a statistic is taken over, the feature axes among them; every
             other axis keeps statistics of its own. By default all axes but axis 0.
-        axis_name: name of the dimension of devices over which statistics are combined; not yet
-            over more than one, and not in TorchScript.
-        axis_index_groups: partition of that dimension into independent groups.
-        sync_weighting: "count" weighs devices by their number of elements, "rank" equally.
+        axis_name: the ranks over which statistics are combined: "world", or a dimension of the mesh
+            that :func:`normcore.distributed.use_mesh` activates. All of them make the call, with
+            the same sizes of the axes that are not reduced. While torch.distributed is not
+            initialized it has no effect. Not in TorchScript.
+        axis_index_groups: partition of the indices of ranks in that dimension, such as ``[[0, 1],
+            [2, 3]]``, into groups with statistics of their own. The first call makes them.
+        sync_weighting: "count" weighs ranks by their number of values that count: a value counts as
+            much as any other. "rank" weighs ranks equally, as Flax does; a rank without a valid
+            value then gives NaN on all of them.
         activation: None, "relu", "silu", "gelu" or "gelu_tanh", applied to the output.
         device: device of the parameters; by default that of the first input of a lazy module, else
             torch's default device.
@@ -314,8 +330,8 @@ class GroupNorm(NormBase):
 
     Raises:
         ValueError: a shape or a value does not fit, both or neither of `num_groups` and
-            `group_size` are given; TypeError: a dtype is unsupported; IndexError: an axis is out
-            of range; NotImplementedError: statistics of several ranks would have to be combined.
+            `group_size` are given, there is no dimension `axis_name`; TypeError: a dtype is
+            unsupported; IndexError: an axis is out of range.
 
     Example::
 
@@ -415,11 +431,12 @@ class GroupNorm(NormBase):
             y: Tensor = self._first_call(x, mask, residual)
             return y
         self._check_features(x)
+        group: str | None = None
         if self.axis_name is not None:
             if torch.jit.is_scripting():  # type: ignore[attr-defined]
                 raise NotImplementedError("GroupNorm: axis_name needs Python, not TorchScript")
             else:
-                require_single_rank("GroupNorm", "axis_name")
+                group = axis_group("GroupNorm", self.axis_name, self.axis_index_groups)
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             scale, bias = self.scale, self.bias
         else:
@@ -452,6 +469,8 @@ class GroupNorm(NormBase):
             options = given_options(axis, mask, self.activation, residual, out_dtype)
             if self.reduction_axes is not None:
                 options["reduction_axes"] = self.reduction_axes
+            if group is not None:
+                options |= {"group": group, "sync_weighting": self.sync_weighting}
             arguments = (x, num_groups, scale, bias, self.epsilon)
             return call_op(group_norm_of_graph(), arguments, options)
 

@@ -1,8 +1,9 @@
 """The norms of :mod:`torch.nn` on the operators of this library, for models that exist.
 
-Each class is a subclass of the torch class of its name, with the same constructor, defaults,
-buffers, state_dict and ``repr``, and the same meaning of attributes that are changed later. Results
-are those of torch, in the dtype and memory format of the input. What torch does not have:
+Each class is a subclass of the torch class of its name (:class:`SyncBatchNorm`: of what torch's
+batch norms have in common), with the same constructor, defaults, buffers, state_dict and ``repr``,
+and the same meaning of attributes that are changed later. Results are those of torch, in the dtype
+and memory format of the input. What torch does not have:
 
 * ``activation`` in the constructor, ``residual`` and ``mask`` in a call: ``y = activation(norm(x) +
   residual)``, with the statistics of the elements that ``mask`` selects.
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules import batchnorm, instancenorm
 
 from ._base import check_activation, is_recorded, leaf
+from .distributed import group_name, group_of_several, without_handle
 from .functional import (
     batch_norm,
     batch_norm_op,
@@ -33,6 +35,7 @@ from .functional import (
     instance_norm,
     instance_norm_train_op,
 )
+from .settings import DEBUG_SYNC
 
 __all__ = [
     "BatchNorm1d",
@@ -43,6 +46,7 @@ __all__ = [
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "SyncBatchNorm",
 ]
 
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
@@ -129,6 +133,7 @@ def _batch_norm(
     activation: str | None,
     residual: Tensor | None,
     num_batches_tracked: Tensor | None = None,
+    group: str | None = None,
 ) -> Tensor:
     """:func:`normcore.functional.batch_norm`, also in TorchScript."""
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -160,6 +165,7 @@ def _batch_norm(
             activation=activation,
             residual=residual,
             num_batches_tracked=num_batches_tracked,
+            group=group,
         )
 
 
@@ -205,6 +211,10 @@ class _BatchNorm(_Norm, batchnorm._BatchNorm):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
 
+    def _group(self, of_batch: bool) -> str | None:
+        """Name of the process group that shares the statistics of a batch, if there are others."""
+        return None
+
     def _normalize(self, input: Tensor, mask: Tensor | None, residual: Tensor | None) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         mean: Tensor | None = self.running_mean
@@ -219,7 +229,8 @@ class _BatchNorm(_Norm, batchnorm._BatchNorm):
         if momentum is None and count is None:
             momentum = 0.0
         of_batch = self.training or (mean is None and var is None)
-        if of_batch and input.numel() == input.size(1):
+        group = self._group(of_batch)
+        if of_batch and group is None and input.numel() == input.size(1):
             sizes = input.size()
             _require_more_than_one("value per channel", sizes, sizes[0])  # type: ignore[arg-type]
         if self.eps <= 0.0:
@@ -242,8 +253,9 @@ class _BatchNorm(_Norm, batchnorm._BatchNorm):
             self.activation,
             residual,
             count,
+            group,
         )
-        if count is not None and input.numel() == 0:
+        if count is not None and group is None and input.numel() == 0:
             count.add_(1)  # torch counts empty batches, the operator does not
         return y
 
@@ -270,6 +282,74 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     The arguments are those of the torch class, and ``activation``: None, "relu", "silu", "gelu" or
     "gelu_tanh".
     """
+
+
+class SyncBatchNorm(_BatchNorm):
+    """:class:`torch.nn.SyncBatchNorm`, on the CPU too; see :mod:`normcore.nn`.
+
+    In training the statistics are those of all values in the process group: ranks may have any
+    number of samples, none too. In evaluation, and for a group of one rank, it is a batch norm of
+    ``[N, C, *]``. :func:`normcore.convert_sync_batchnorm` puts it into a model,
+    :func:`normcore.revert` takes it out again. TorchScript compiles its evaluation only.
+
+    The arguments are those of the torch class, and ``activation``: None, "relu", "silu", "gelu" or
+    "gelu_tanh". ``process_group`` may also be the name of a group or a DeviceMesh of one dimension.
+    Copies and pickles hold the name of the group, which is looked up where they are called.
+
+    It is a ``torch.nn.modules.batchnorm._BatchNorm``, but no :class:`torch.nn.SyncBatchNorm`, which
+    rejects the CPU.
+    """
+
+    process_group: Any
+    _former_class: type[nn.Module] | None = None  # before convert_sync_batchnorm(), for revert()
+    __jit_ignored_attributes__: ClassVar = ["process_group", "_former_class"]
+
+    @_signature_of(nn.SyncBatchNorm)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        group_name("SyncBatchNorm", "process_group", process_group)  # checks it
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, *args, **kwargs)
+        self.process_group = process_group
+
+    def _group(self, of_batch: bool) -> str | None:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if self.training:
+                raise NotImplementedError("SyncBatchNorm: training needs Python, not TorchScript")
+            return None
+        elif not self.training and (of_batch or not DEBUG_SYNC):
+            return None
+        else:
+            group = self.process_group
+            return group_of_several(
+                "SyncBatchNorm", "process_group", "world" if group is None else group
+            )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        if input.size(1) == 0:
+            raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes, with the name of the process group, which can be copied."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "process_group": without_handle(self.process_group)}
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """:func:`normcore.convert_sync_batchnorm`."""
+        from .convert import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module, process_group)
 
 
 class FrozenBatchNorm2d(_Norm):

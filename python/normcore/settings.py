@@ -1,8 +1,18 @@
-"""Settings of the library, for the whole process."""
+"""Settings of the library, for the whole process.
+
+``NORMCORE_DEBUG_SYNC=1`` in the environment, read when the library is imported, makes the ranks of
+a norm compare what they are about to do, in training and in evaluation: where they disagree, each
+of them raises a ValueError that lists all.
+"""
 
 from __future__ import annotations
 
+import os
+
 from . import _C
+
+DEBUG_SYNC = os.environ.get("NORMCORE_DEBUG_SYNC", "0") not in ("", "0")
+_C.set_debug_sync(DEBUG_SYNC)
 
 
 def set_batch_invariant(enabled: bool) -> None:

@@ -4,7 +4,11 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+#include <vector>
 
 #include "module_test.h"
 
@@ -82,6 +86,15 @@ class RegisteredGroup {
   RegisteredGroup& operator=(const RegisteredGroup&) = delete;
   ~RegisteredGroup() { c10d::unregister_process_group(name_); }
 
+  // Gives it a backend for tensors on the CPU.
+  template <class Backend>
+  c10::intrusive_ptr<Backend> use() {
+    auto backend = c10::make_intrusive<Backend>(group_->getSize());
+    group_->setBackend(at::kCPU, c10d::ProcessGroup::BackendType::CUSTOM, backend);
+    group_->setGroupName(name_);
+    return backend;
+  }
+
  private:
   std::string name_;
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
@@ -120,24 +133,65 @@ TEST_F(Modules, FindTheProcessGroupOfAxisName) {
   }
 }
 
-TEST_F(Modules, RefuseToCombineStatisticsOfSeveralRanks) {
-  const auto x = at::randn({4, 6});
-  const auto expect_refused = [&](const char* group, const char* axis_name) {
-    BatchNorm bn(BatchNormOptions().axis_name(axis_name));
-    GroupNorm gn(GroupNormOptions().num_groups(2).axis_name(axis_name));
-    bn->forward(x);
-    const auto mean = bn->mean.clone();
-    const RegisteredGroup two_ranks(group, 2);
-    const char* text = "expected axis_name to span one rank, got 2";
-    expect_error<c10::NotImplementedError>([&] { bn->forward(x); }, text);
-    expect_error<c10::NotImplementedError>([&] { gn->forward(x); }, text);
-    EXPECT_TRUE(is_equal(bn->mean, mean));
-    bn->forward(x, /*use_running_average=*/true);
-    BatchNorm()->forward(x);
+// All ranks of the group do the same: a sum over them is a multiple of one.
+class EqualRanks : public c10d::Backend {
+ public:
+  explicit EqualRanks(int size) : c10d::Backend(/*rank=*/0, size) {}
+  const std::string getBackendName() const override { return "equal"; }
+  c10::intrusive_ptr<c10d::Work> allreduce(std::vector<at::Tensor>& tensors,
+                                           const c10d::AllreduceOptions&) override {
+    ++calls;
+    for (const auto& t : tensors) t.mul_(getSize());
+    auto future =
+        c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
+    future->markCompleted(tensors);
+    return c10d::Work::create_from_future(future);
+  }
+  int calls = 0;
+};
+
+TEST_F(Modules, CombineStatisticsOfSeveralRanks) {
+  RegisteredGroup group("data", 3);
+  const auto backend = group.use<EqualRanks>();
+  const auto x = at::randn({4, 6, 5}), grad = at::randn_like(x);
+  const auto expect_same = [&](auto local, auto shared) {
+    const auto x1 = x.clone().requires_grad_(), x2 = x.clone().requires_grad_();
+    const auto want = local->forward(x1), y = shared->forward(x2);
+    EXPECT_TRUE(at::allclose(y, want, 1e-5, 1e-6));
+    want.backward(grad);
+    y.backward(grad);
+    EXPECT_TRUE(at::allclose(x2.grad(), x1.grad(), 1e-5, 1e-6));
+    EXPECT_TRUE(at::allclose(shared->scale.grad(), local->scale.grad(), 1e-5, 1e-5));
+    EXPECT_EQ(std::exchange(backend->calls, 0), 2);  // one in each pass
   };
-  expect_refused("data", "data");
-  expect_refused("0", "world");  // the default group
-  expect_refused("0", "0");
+  const auto options = BatchNormOptions().axis(1);
+  BatchNorm local(options), shared(BatchNormOptions(options).axis_name("data"));
+  expect_same(local, shared);
+  EXPECT_TRUE(at::allclose(shared->mean, local->mean));
+  EXPECT_TRUE(at::allclose(shared->var, local->var));
+  shared->forward(x, /*use_running_average=*/true);
+  EXPECT_EQ(backend->calls, 0);
+  const auto groups = GroupNormOptions().num_groups(2).axis(1);
+  expect_same(GroupNorm(groups), GroupNorm(GroupNormOptions(groups).axis_name("data")));
+  expect_same(GroupNorm(groups),
+              GroupNorm(GroupNormOptions(groups).axis_name("data").sync_weighting("rank")));
+}
+
+TEST_F(Modules, ErrorsOfSeveralRanksNameTheOperator) {
+  const auto x = at::randn({4, 6});
+  const RegisteredGroup two_ranks("data", 2);  // without a backend
+  BatchNorm bn(BatchNormOptions().num_features(6).axis_name("data"));
+  GroupNorm gn(GroupNormOptions().num_groups(2).axis_name("data"));
+  const std::string text = ": expected every rank of group 'data' to call it";
+  expect_error<c10::DistBackendError>([&] { bn->forward(x); }, "batch_norm" + text);
+  expect_error<c10::DistBackendError>([&] { gn->forward(x); }, "group_norm" + text);
+  EXPECT_TRUE(is_equal(bn->mean, at::zeros({6})));
+  bn->forward(x, /*use_running_average=*/true);
+
+  const std::vector<std::vector<std::int64_t>> halves{{0}, {1}};
+  BatchNorm split(BatchNormOptions().axis_name("data").axis_index_groups(halves));
+  expect_error<c10::NotImplementedError>([&] { split->forward(x); },
+                                         "expected no axis_index_groups over several ranks");
 }
 
 }  // namespace

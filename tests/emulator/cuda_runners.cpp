@@ -50,6 +50,13 @@ class CudaRunner : public RunnerOf<CudaRunner> {
     return true;
   }
 
+  template <class Args>
+  void run_unplanned(const Args& args) const {
+    emulator::use(schedule_);
+    const Status status = kernels::run(args, CudaStream{});
+    EXPECT_TRUE(status.ok()) << status.message;
+  }
+
  private:
   CudaDevice device_;
   CudaOptions options_;

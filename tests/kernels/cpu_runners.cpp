@@ -26,6 +26,12 @@ class CpuRunner : public RunnerOf<CpuRunner> {
     return true;
   }
 
+  template <class Args>
+  void run_unplanned(const Args& args) const {
+    const Status status = kernels::run(args, executor_);
+    EXPECT_TRUE(status.ok()) << status.message;
+  }
+
  private:
   CpuExecutor executor_;
   Change change_;

@@ -61,6 +61,14 @@ void check_backward(Inputs& inputs, bool from_batch = true, const Wanted& wanted
 void check_double_backward(Inputs& inputs, const Cotangents& cotangents, bool from_batch = true,
                            const WantedOfDoubleBackward& wanted = {});
 
+// That results of either pass, by whatever means, are within the bounds.
+void expect_forward(const Inputs& inputs, const std::vector<Outputs>& results);
+void expect_backward(const Inputs& inputs, const Statistics& statistics, const Wanted& wanted,
+                     const std::vector<Outputs>& results);
+
+// Zeroes grad_y where it would make a gradient undetermined or NaN.
+void zero_undetermined_gradients(Inputs& inputs, const Statistics& statistics);
+
 // |actual - expected| <= bound for every element.
 void expect_near(const std::string& name, const std::vector<double>& actual,
                  const std::vector<double>& expected, const std::vector<double>& bound);

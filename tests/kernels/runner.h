@@ -10,6 +10,7 @@
 
 #include "normcore/kernels/batch_norm.h"
 #include "normcore/kernels/group_norm.h"
+#include "normcore/kernels/sync.h"
 
 namespace normcore::kernels::testing {
 
@@ -26,6 +27,11 @@ class Runner {
   virtual bool run(const GroupNormForwardArgs& args) const = 0;
   virtual bool run(const GroupNormBackwardArgs& args) const = 0;
   virtual bool run(const GroupNormDoubleBackwardArgs& args) const = 0;
+  virtual bool run(const SyncMomentsArgs& args) const = 0;
+  virtual bool run(const SyncApplyArgs& args) const = 0;
+  virtual bool run(const SyncGradientSumsArgs& args) const = 0;
+  virtual bool run(const SyncGradientArgs& args) const = 0;
+  virtual void run(const SyncStatisticsArgs& args) const = 0;  // needs no plan
 };
 
 // Runners that give the same bits for every call.
@@ -56,6 +62,11 @@ class RunnerOf : public Runner {
   bool run(const GroupNormDoubleBackwardArgs& args) const override {
     return derived().run_any(args);
   }
+  bool run(const SyncMomentsArgs& args) const override { return derived().run_any(args); }
+  bool run(const SyncApplyArgs& args) const override { return derived().run_any(args); }
+  bool run(const SyncGradientSumsArgs& args) const override { return derived().run_any(args); }
+  bool run(const SyncGradientArgs& args) const override { return derived().run_any(args); }
+  void run(const SyncStatisticsArgs& args) const override { derived().run_unplanned(args); }
 
  private:
   const Derived& derived() const { return static_cast<const Derived&>(*this); }

@@ -64,9 +64,9 @@ class Case:
         shared = ("scale", "bias", "mean0", "var0", "mask")
         return {k: v if k in shared else v[index] for k, v in self.arrays.items()}
 
-    def build(self, x: Tensor) -> normcore.BatchNorm | normcore.GroupNorm:
+    def build(self, x: Tensor, **more: Any) -> normcore.BatchNorm | normcore.GroupNorm:
         """The module of the case, initialized from `x` and holding the case's state."""
-        options = {k: v for k, v in self.ctor.items() if k not in _NOT_OURS}
+        options = {k: v for k, v in self.ctor.items() if k not in _NOT_OURS} | more
         treex_default = "float32" if self.is_treex else None
         dtype = options.get("dtype", treex_default)
         options["dtype"] = None if dtype is None else DTYPES[dtype]
@@ -106,6 +106,27 @@ class Case:
             got.detach().to(torch.float64), want, rtol=rtol, atol=atol, equal_nan=True,
             msg=lambda text: f"{self.name}, {key}: {text}",
         )  # fmt: skip
+
+    def call_and_check(self, module: Any, arrays: dict[str, Tensor]) -> None:
+        """One call, forward and backward, and everything the case knows about it."""
+        x = arrays["x"].clone()
+        inputs = {"dscale": module.scale, "dbias": module.bias}
+        if x.is_floating_point():
+            inputs["dx"] = x.requires_grad_()
+        inputs = {name: t for name, t in inputs.items() if t is not None}
+        arguments: dict[str, Any] = {"mask": arrays["mask"]} if self.call.get("mask") else {}
+        if self.is_batch_norm:
+            arguments["use_running_average"] = self.call["use_running_average"]
+        y = module(x, **arguments)
+        assert y.dtype == DTYPES[self.dtypes["y"]]
+        self.check("y", y, arrays)
+        if "dy" in arrays and inputs:
+            grads = torch.autograd.grad(y, list(inputs.values()), arrays["dy"])
+            for name, grad in zip(inputs, grads):
+                self.check(name, grad, arrays)
+        if self.is_batch_norm:
+            self.check("new_mean", module.mean, arrays)
+            self.check("new_var", module.var, arrays)
 
 
 def cases() -> list[Case]:

@@ -36,14 +36,33 @@ def axes_of(axis: int | Sequence[int], rank: int) -> list[int]:
     return sorted(a % rank for a in ([axis] if isinstance(axis, int) else axis))
 
 
-def moments(x: Tensor, mask: Tensor | None, axes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and number of values over `axes`, kept with size 1."""
-    valid = torch.ones_like(x) if mask is None else (mask != 0).to(x.dtype).expand(x.shape)
+Mask = Tensor | Sequence[Tensor] | None
+
+
+def moments(x: Tensor, mask: Mask, axes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of values over `axes`, kept with size 1.
+
+    Several masks: mean and second moment are means over the masks of those of the values of each,
+    and the number is 0 where one of them has no value.
+    """
     zero = torch.zeros_like(x)
 
     def total(t: Tensor) -> Tensor:
         return t.sum(tuple(axes), keepdim=True) if axes else t
 
+    def valid_of(mask: Tensor) -> Tensor:
+        return (mask != 0).to(x.dtype).expand(x.shape)
+
+    if isinstance(mask, Sequence):
+        valid = [valid_of(m) for m in mask]
+        count = [total(v) for v in valid]
+        share = sum(v / n for v, n in zip(valid, count, strict=True)) / len(valid)
+        mean = total(torch.where(share != 0, x, zero) * share)
+        var = total(torch.where(share != 0, x - mean, zero).square() * share)
+        alive = torch.stack(count).all(0)
+        nan = torch.where(alive, 0.0, math.nan)  # of tensors without an element too
+        return mean + nan, var + nan, torch.where(alive, sum(count), 0.0)
+    valid = torch.ones_like(x) if mask is None else valid_of(mask)
     count = total(valid)
     mean = total(torch.where(valid != 0, x, zero)) / count
     var = total(torch.where(valid != 0, x - mean, zero).square()) / count
@@ -81,7 +100,7 @@ def _finish(
     with torch.no_grad():
         g = dy.to(torch.float64).abs() * (1.0 if activation is None else 1.0 + size)
         h = g * scale.abs()
-        largest = h.max() if h.numel() else zero
+        largest = h.nan_to_num(0.0).max() if h.numel() else zero
         # The means of |h| and |h * normalized| over a slice are at most max |h|.
         result.magnitude["x"] = rstd * (h + largest * (1 + normalized.abs()) * of_mean)
         result.magnitude["residual"] = g
@@ -112,7 +131,7 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     axis: int | Sequence[int] = 1,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     activation: str | None = None,
     residual: Tensor | None = None,
     unbiased: bool = True,
@@ -163,7 +182,7 @@ def group_norm(
     *,
     axis: int | Sequence[int] = 1,
     reduction_axes: Sequence[int] | None = None,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     activation: str | None = None,
     residual: Tensor | None = None,
     dy: Tensor | None = None,
@@ -189,7 +208,10 @@ def group_norm(
 
     leaves = _leaves(x=x, weight=weight, bias=bias, residual=residual)
     axes = [i for i, a in enumerate(others) if a in reduced] + [len(others) + 1]
-    folded_mask = None if mask is None else fold(mask.broadcast_to(x.shape))
+    if isinstance(mask, Tensor):
+        folded_mask: Mask = fold(mask.broadcast_to(x.shape))
+    else:
+        folded_mask = mask and [fold(m.broadcast_to(x.shape)) for m in mask]
     folded = fold(leaves["x"])
     mean, var, _ = moments(folded, folded_mask, axes)
     rstd = (var + eps).rsqrt()

@@ -287,6 +287,76 @@ for mode in ("inference", "training"):
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+def test_sync(tmp_path: Path) -> None:
+    results, folder = tmp_path / "sync.json", tmp_path / "report"
+    chosen = ["--ranks=2", "--shapes=2x8x4x4,6x4", "--repeats=1", "--networks=slow=100:1"]
+    printed = benchmarks("sync", *chosen, "--output", results).stdout
+    document = json.loads(results.read_text())
+    assert (document["kind"], document["threads"]) == ("sync", 1)
+    assert [(c["size"], c["ranks"]) for c in document["cases"]] == [("2x8x4x4", 2), ("6x4", 2)]
+    for case in document["cases"]:
+        channels = case["channels"]
+        assert set(case["microseconds"]) == {
+            *("normcore", "torch", "local", "normcore collectives", "torch collectives")
+        }
+        sent = {
+            name: [
+                (c["collective"], c["dtype"], c["bytes"]) for part in passes.values() for c in part
+            ]
+            for name, passes in case["collectives"].items()
+        }
+        assert sent == {
+            "normcore": [
+                ("all_reduce", "float64", 64 * channels),
+                ("all_reduce", "float64", 16 * channels),
+            ],
+            "torch": [
+                ("all_gather", "float32", 8 * channels + 4),
+                ("all_reduce", "float32", 8 * channels),
+            ],
+            "local": [],
+        }
+        assert case["collectives"]["normcore"]["backward without grad_x"] == []
+    assert {(m["collective"], m["ranks"]) for m in document["messages"]} == {
+        ("all_reduce", 2),
+        ("all_gather", 2),
+    }
+    assert [n["name"] for n in document["networks"]] == ["slow", "gloo here"]
+    assert document["networks"][1]["within a factor of"] >= 1
+
+    report = benchmarks("report", results, "--output", folder).stdout
+    assert "| 2x8x4x4 | 2 | normcore | forward | all_reduce of 512 bytes | 512 |" in report
+    assert report.partition("## Measured")[2] == printed.partition("## Measured")[2]
+    assert is_png(folder / "sync_ranks.png")
+
+
+def test_cost_model_of_collectives() -> None:
+    program = """
+from benchmarks.sync_model import Network, collectives_of, cost, fit, microseconds, sent
+
+assert cost("all_reduce", "ring", 4, 1000) == (6, 1500)
+assert cost("all_reduce", "tree", 5, 1000) == (6, 6000)
+assert cost("all_reduce", "doubling", 8, 1000) == (3, 3000)
+assert cost("all_gather", "tree", 4, 1000) == cost("all_gather", "ring", 4, 1000) == (3, 3000)
+assert cost("all_gather", "doubling", 5, 1000) == (3, 4000)
+
+ours, theirs = (collectives_of(name, 100) for name in ("normcore", "torch"))
+assert sent(ours, 2) == 8000
+assert sent(theirs, 2) == 1604
+assert sent(ours, 17) > sent(theirs, 17)
+assert sent(ours, 19) < sent(theirs, 19)
+
+network = Network("n", alpha=3.0, speed=2.0)
+assert microseconds(ours, "ring", 2, network) == 4 * 3.0 + 8000 / 2000
+samples = [(m, n, 3.0 * m + n / 2000) for m in (2, 6, 14) for n in (64, 5000, 10**6)]
+found, factor = fit("found", samples)
+assert abs(found.alpha - 3) < 1e-9 and abs(found.speed - 2) < 1e-9 and factor < 1 + 1e-9
+assert fit("speed alone", [(1, 1000, 2.0), (2, 1000, 1.0)])[0].alpha == 0
+assert fit("alpha alone", [(2, 1000, 10.0), (2, 10**6, 9.0)])[0].speed == float("inf")
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize(
     ("command", "option", "message"),
     [
@@ -295,6 +365,8 @@ for mode in ("inference", "training"):
         ("scaling", "--threads=0", "'0' is not like 1,2"),
         ("scaling", "--max-values=1e4", "1e4 is less than 100000, the first step"),
         ("chain", "--sizes=4096x256", "4096x256 is no size of images"),
+        ("sync", "--ranks=1,2", "1,2: one rank has nobody to talk to"),
+        ("sync", "--networks=slow", "'slow' is not like NAME=MICROSECONDS:GB/S"),
     ],
 )
 def test_wrong_arguments(command: str, option: str, message: str) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from devices import place
 from shape_list import Shape, shape_named
@@ -229,21 +228,20 @@ def test_errors_name_argument_rule_and_value(
             )
 
 
-def test_group(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("group", ["world", "some name"])
+def test_without_a_process_group_any_group_is_this_process(group: str) -> None:
     x = torch.randn(4, 6)
-    assert torch.equal(NF.group_norm(x, 2, group="world"), NF.group_norm(x, 2))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    with pytest.raises(NotImplementedError, match="group_norm: expected group to span one rank"):
-        NF.group_norm(x, 2, group="world")
-    with pytest.raises(NotImplementedError, match=r"batch_norm: .* got 4"):
-        NF.batch_norm(x, None, None, training=True, group="world")
+    assert torch.equal(NF.group_norm(x, 2, group=group), NF.group_norm(x, 2))
+    got = NF.batch_norm(x, None, None, training=True, group=group, sync_weighting="count")
+    assert torch.equal(got, NF.batch_norm(x, None, None, training=True))
 
-    class OneRank:
-        def size(self) -> int:
-            return 1
 
-    assert NF.group_norm(x, 2, group=OneRank()).shape == x.shape
+def test_errors_of_group() -> None:
+    x = torch.randn(4, 6)
+    with pytest.raises(TypeError, match=r"^group_norm: expected group to be a process .*3$"):
+        NF.group_norm(x, 2, group=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_norm: expected sync_weighting to be 'count' or"):
+        NF.batch_norm(x, None, None, training=True, sync_weighting="size")
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -1,5 +1,7 @@
 """The results of Flax linen and treex in tests/golden, every case at its stated tolerance.
 
+Those of several ranks are in tests/distributed/test_flax_sync.py.
+
 Also the acceptance cases and worked numbers that were computed by hand from the formulas.
 """
 
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden import DTYPES, Case, cases
+from golden import Case, cases
 from torch import Tensor
 
 import normcore
@@ -22,28 +24,6 @@ CASES = cases()
 def of_kind(kind: str) -> Any:
     chosen = [case for case in CASES if case.kind == kind]
     return pytest.mark.parametrize("case", chosen, ids=lambda case: case.name)
-
-
-def call_and_check(case: Case, module: Any, arrays: dict[str, Tensor]) -> None:
-    """One call, forward and backward, and everything the case knows about it."""
-    x = arrays["x"].clone()
-    inputs = {"dscale": module.scale, "dbias": module.bias}
-    if x.is_floating_point():
-        inputs["dx"] = x.requires_grad_()
-    inputs = {name: t for name, t in inputs.items() if t is not None}
-    arguments: dict[str, Any] = {"mask": arrays["mask"]} if case.call.get("mask") else {}
-    if case.is_batch_norm:
-        arguments["use_running_average"] = case.call["use_running_average"]
-    y = module(x, **arguments)
-    assert y.dtype == DTYPES[case.dtypes["y"]]
-    case.check("y", y, arrays)
-    if "dy" in arrays and inputs:
-        grads = torch.autograd.grad(y, list(inputs.values()), arrays["dy"])
-        for name, grad in zip(inputs, grads):
-            case.check(name, grad, arrays)
-    if case.is_batch_norm:
-        case.check("new_mean", module.mean, arrays)
-        case.check("new_var", module.var, arrays)
 
 
 def test_the_collection_is_complete() -> None:
@@ -59,14 +39,14 @@ def test_single_call(case: Case) -> None:
     if case.is_treex:
         module.train(case.entry.get("training", True))
         module.freeze(case.entry.get("frozen", False), affine=False)
-    call_and_check(case, module, case.arrays)
+    case.call_and_check(module, case.arrays)
 
 
 @of_kind("steps")
 def test_consecutive_calls(case: Case) -> None:
     module = case.build(case.arrays["x"][0])
     for index in range(case.steps):
-        call_and_check(case, module, case.step(index))
+        case.call_and_check(module, case.step(index))
 
 
 @of_kind("init")
@@ -105,11 +85,6 @@ def test_lifecycle(case: Case) -> None:
         case.check("y", y, row)
         case.check("new_mean", module.mean, row)
         case.check("new_var", module.var, row)
-
-
-@of_kind("sync")
-def test_synchronized(case: Case) -> None:
-    pytest.skip("statistics are not combined between ranks")
 
 
 def close(got: Tensor, want: Any, tolerance: float = 1e-12) -> None:

@@ -1,4 +1,4 @@
-"""normcore's modules inside models: compile, trace, functional calls, parametrizations, ranks."""
+"""normcore's modules inside models: compile, trace, functional calls, parametrizations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.distributed
 from torch import Tensor, nn
 
 import normcore
@@ -117,33 +116,3 @@ def test_parametrization() -> None:
     plain = norm(x)
     nn.utils.parametrize.register_parametrization(norm, "scale", Double())
     assert torch.equal(norm(x), 2 * plain)
-
-
-@pytest.fixture
-def process_group() -> Any:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield torch.distributed.group.WORLD
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("initialized", [False, True])
-def test_axis_name_on_one_rank(initialized: bool, request: pytest.FixtureRequest) -> None:
-    if initialized:
-        request.getfixturevalue("process_group")
-    x = torch.randn(8, 6)
-    options = {"axis_name": "world", "axis_index_groups": [[0]], "sync_weighting": "rank"}
-    for kind, own in ((normcore.BatchNorm, {}), (normcore.GroupNorm, {"num_groups": 2})):
-        assert torch.equal(kind(**own, **options)(x), kind(**own)(x))
-
-
-def test_axis_name_on_several_ranks(process_group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    norm = normcore.BatchNorm(num_features=6, axis_name="world")
-    x = torch.randn(8, 6)
-    with pytest.raises(NotImplementedError, match="expected axis_name to span one rank, got 2"):
-        norm(x)
-    assert torch.equal(norm.mean, torch.zeros(6))
-    assert norm.eval()(x).shape == x.shape
-    with pytest.raises(NotImplementedError, match="GroupNorm: expected axis_name"):
-        normcore.GroupNorm(num_groups=2, axis_name="world")(x)

@@ -21,15 +21,16 @@ SCHEMAS = [
     "Tensor? weight=None, Tensor? bias=None, bool training=False, float? momentum=0.1, "
     "float eps=1e-05, *, int[1] axis=1, Tensor? mask=None, str? activation=None, "
     "Tensor? residual=None, bool unbiased=True, Tensor(c!)? num_batches_tracked=None, "
-    "ScalarType? dtype=None) -> Tensor",
+    'ScalarType? dtype=None, str? group=None, str sync_weighting="count") -> Tensor',
     "batch_norm_functional(Tensor input, Tensor running_mean, Tensor running_var, "
     "Tensor? weight=None, Tensor? bias=None, float? momentum=0.1, float eps=1e-05, *, "
     "int[1] axis=1, Tensor? mask=None, str? activation=None, Tensor? residual=None, "
-    "bool unbiased=True, Tensor? num_batches_tracked=None, ScalarType? dtype=None) "
-    "-> (Tensor, Tensor, Tensor)",
+    "bool unbiased=True, Tensor? num_batches_tracked=None, ScalarType? dtype=None, "
+    'str? group=None, str sync_weighting="count") -> (Tensor, Tensor, Tensor)',
     "group_norm(Tensor input, int num_groups, Tensor? weight=None, Tensor? bias=None, "
     "float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? mask=None, "
-    "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
+    "str? activation=None, Tensor? residual=None, ScalarType? dtype=None, str? group=None, "
+    'str sync_weighting="count") -> Tensor',
     "explain(Tensor input, str op, *, int[1] axis=1, int num_groups=32, "
     "int[]? reduction_axes=None, Tensor? mask=None, str? activation=None, "
     "bool affine_per_sample=False, bool training=True, bool backward=False, "
@@ -67,15 +68,37 @@ SCHEMAS = [
 COMPOSITE = [
     "_group_norm_decomposed(Tensor input, int num_groups, Tensor? weight=None, Tensor? bias=None, "
     "float eps=1e-05, *, int[1] axis=1, int[]? reduction_axes=None, Tensor? mask=None, "
-    "str? activation=None, Tensor? residual=None, ScalarType? dtype=None) -> Tensor",
+    "str? activation=None, Tensor? residual=None, ScalarType? dtype=None, str? group=None, "
+    'str sync_weighting="count") -> Tensor',
     "_instance_norm_train(Tensor input, Tensor(a!) running_mean, Tensor(b!) running_var, "
     "Tensor? weight=None, Tensor? bias=None, float momentum=0.1, float eps=1e-05, *, "
     "int[1] axis=1, Tensor? mask=None, str? activation=None, Tensor? residual=None, "
     "ScalarType? dtype=None) -> Tensor",
+    "_all_reduce_sum(Tensor t, str group) -> Tensor",
+]
+
+# What ranks do between the collectives; the derivatives are those of the composition.
+SYNC = [
+    "_sync_moments(Tensor input, Tensor? mask, int num_groups, int[] axis, int[]? reduction_axes, "
+    "bool by_rank) -> Tensor",
+    "_sync_statistics(Tensor own, Tensor total, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, bool unbiased, "
+    "bool by_rank) -> (Tensor, Tensor, Tensor)",
+    "_sync_apply(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, "
+    "Tensor var, int num_groups, int[] axis, int[]? reduction_axes, float eps, str? activation, "
+    "ScalarType? dtype) -> (Tensor, Tensor)",
+    "_sync_gradient_sums(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
+    "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int num_groups, int[] axis, "
+    "int[]? reduction_axes, float eps, str? activation, bool[3] output_mask) "
+    "-> (Tensor, Tensor, Tensor)",
+    "_sync_gradient(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
+    "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, Tensor? sums, Tensor share, "
+    "int num_groups, int[] axis, int[]? reduction_axes, float eps, str? activation, "
+    "bool[2] output_mask) -> (Tensor, Tensor)",
 ]
 
 
-@pytest.mark.parametrize("schema", [*SCHEMAS, *COMPOSITE], ids=lambda s: s.split("(")[0])
+@pytest.mark.parametrize("schema", [*SCHEMAS, *COMPOSITE, *SYNC], ids=lambda s: s.split("(")[0])
 def test_schema_is_the_published_one(schema: str) -> None:
     name = schema.split("(")[0]
     packet = getattr(ops, name)
@@ -94,6 +117,12 @@ LOW_LEVEL = [s.split("(")[0] for s in SCHEMAS if s.startswith("_")]
 def test_every_low_level_operator_is_registered_for(name: str, key: str) -> None:
     if key == "FuncTorchBatched" and name.endswith("double_backward"):
         key = "FuncTorchBatchedDecomposition"  # its formula
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"normcore::{name}", key)
+
+
+@pytest.mark.parametrize("name", [s.split("(")[0] for s in SYNC])
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta"])
+def test_every_operator_between_collectives_is_registered_for(name: str, key: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"normcore::{name}", key)
 
 
@@ -229,6 +258,48 @@ def low_level_group_norm_double_backward() -> Any:
     return ops._group_norm_double_backward, (*cotangents, dy, *args, [True] * 5), {}
 
 
+# Two ranks of a batch norm, or of a group norm with as many groups.
+def sync_statistics(groups: int = 0, axis: int = 1) -> tuple[Tensor, ...]:
+    x, other = nchw().detach(), nchw().detach()
+    own, others = (ops._sync_moments(t, None, groups, [axis], None, False) for t in (x, other))
+    return x, own, own + others
+
+
+def low_level_sync_moments() -> Any:
+    mask = torch.rand(3, 6, 4, 1) > 0.3
+    return ops._sync_moments, (nchw().detach(), mask, 0, [-1], None, True), {}
+
+
+def low_level_sync_statistics() -> Any:
+    _, own, total = sync_statistics()
+    args = (own, total, *statistics(6), torch.tensor(2), None, True, False)
+    return ops._sync_statistics, args, {}
+
+
+def low_level_sync_apply() -> Any:
+    x, own, total = sync_statistics(3)
+    mean, var, _ = ops._sync_statistics(own, total, None, None, None, 0.1, False, False)
+    w, b = (t.detach() for t in parameters(6))
+    return ops._sync_apply, (x, w, b, x, mean, var, 3, [1], None, 1e-5, "silu", None), {}
+
+
+def low_level_sync_gradient_sums() -> Any:
+    _, (x, w, b, r, mean, var, *norm, dtype), _ = low_level_sync_apply()
+    y, rstd = ops._sync_apply(x, w, b, r, mean, var, *norm, dtype)
+    args = (torch.randn_like(y), x, w, b, r, None, mean, rstd, *norm)
+    return ops._sync_gradient_sums, (*args, [True, True, False]), {}
+
+
+def low_level_sync_gradient() -> Any:
+    _, (*args, mean, rstd, groups, axis, reduction, eps, activation, _), _ = (
+        low_level_sync_gradient_sums()
+    )
+    norm = groups, axis, reduction, eps, activation
+    sums, _, _ = ops._sync_gradient_sums(*args, mean, rstd, *norm, [True, False, False])
+    share = torch.full_like(mean, 0.01)
+    return ops._sync_gradient, (*args, mean, rstd, sums, share, *norm, [True, True]), {}
+
+
 CASES = [
     batch_norm_train,
     batch_norm_counted,
@@ -251,6 +322,11 @@ CASES = [
     low_level_double_backward,
     low_level_eval_double_backward,
     low_level_group_norm_double_backward,
+    low_level_sync_moments,
+    low_level_sync_statistics,
+    low_level_sync_apply,
+    low_level_sync_gradient_sums,
+    low_level_sync_gradient,
 ]
 # Those of one output, compiled to the operators that they run in eager mode.
 PUBLIC = [

@@ -135,12 +135,13 @@ class NORMCORE_API NormImpl : public torch::nn::Cloneable<Derived> {
 /// `num_features` the module is lazy: it has no parameters before its first input, so call
 /// `init(x)`, or give `num_features`, before making the optimizer.
 ///
-/// Errors: c10::ValueError, c10::TypeError, c10::IndexError, and c10::NotImplementedError where
-/// statistics of several ranks would have to be combined. The constructor refuses options that can
-/// never be right, a call refuses an input that has other features than the module. A call that
-/// throws changes nothing: the running statistics stay as they are, a lazy module stays lazy.
+/// Errors: c10::ValueError, c10::TypeError, c10::IndexError, c10::NotImplementedError, and
+/// c10::DistBackendError if a rank fails. The constructor refuses options that can never be right, a
+/// call refuses an input that has other features than the module. A call that throws changes
+/// nothing: the running statistics stay as they are, a lazy module stays lazy.
 ///
-/// `axis_name` is the name of a process group in c10d, or "world" for the default group. Without
+/// `axis_name` is the name of a process group in c10d, or "world" for the default group: the
+/// statistics of a batch are those of all its ranks, each of which has to make the call. Without
 /// any group the statistics are local. A name that is unknown while torch.distributed's default
 /// group exists is a c10::ValueError; groups that a program without it has registered under other
 /// names cannot be seen, since c10d does not list its groups.

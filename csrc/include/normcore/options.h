@@ -74,6 +74,10 @@ struct NORMCORE_API BatchNormFuncOptions {
   TORCH_ARG(at::Tensor, num_batches_tracked);
   /// Dtype of the output; empty: that of the input.
   TORCH_ARG(std::optional<at::ScalarType>, dtype);
+  /// Name of the process group (c10d::register_process_group) whose ranks have common statistics.
+  TORCH_ARG(std::optional<std::string>, group);
+  /// "count": every value counts the same; "rank": every rank does, as in Flax.
+  TORCH_ARG(std::string, sync_weighting) = "count";
 };
 
 /// Options of `normcore::group_norm`.
@@ -92,6 +96,10 @@ struct NORMCORE_API GroupNormFuncOptions {
   TORCH_ARG(at::Tensor, residual);
   /// Dtype of the output; empty: that of the input.
   TORCH_ARG(std::optional<at::ScalarType>, dtype);
+  /// Name of the process group (c10d::register_process_group) whose ranks have common statistics.
+  TORCH_ARG(std::optional<std::string>, group);
+  /// "count": every value counts the same; "rank": every rank does, as in Flax.
+  TORCH_ARG(std::string, sync_weighting) = "count";
 };
 
 /// Options of the module `normcore::BatchNorm`.
@@ -118,9 +126,10 @@ struct NORMCORE_API BatchNormOptions {
   TORCH_ARG(Initializer, bias_init);
   /// Initial value of scale; empty: 1.
   TORCH_ARG(Initializer, scale_init);
-  /// Name of the process group over which statistics are combined, "world" for the default group.
+  /// Name of the process group whose ranks have common statistics, "world" for the default group.
   TORCH_ARG(std::optional<std::string>, axis_name);
-  /// Independent subgroups, e.g. {{0, 1}, {2, 3}}: a partition of that group's ranks.
+  /// Independent subgroups, e.g. {{0, 1}, {2, 3}}: a partition of that group's ranks. They cannot be
+  /// made here: of a group of several ranks, a call throws and says what to do instead.
   TORCH_ARG(std::optional<std::vector<std::vector<std::int64_t>>>, axis_index_groups);
   /// "count": every element counts the same; "rank": every rank does, as in Flax.
   TORCH_ARG(std::string, sync_weighting) = "count";
@@ -158,9 +167,10 @@ struct NORMCORE_API GroupNormOptions {
   TORCH_ARG(Initializer, scale_init);
   /// Axes that a statistic is taken over, the feature axes among them. Empty: all axes but axis 0.
   TORCH_ARG(OptionalIntList, reduction_axes);
-  /// Name of the process group over which statistics are combined, "world" for the default group.
+  /// Name of the process group whose ranks have common statistics, "world" for the default group.
   TORCH_ARG(std::optional<std::string>, axis_name);
-  /// Independent subgroups, e.g. {{0, 1}, {2, 3}}: a partition of that group's ranks.
+  /// Independent subgroups, e.g. {{0, 1}, {2, 3}}: a partition of that group's ranks. They cannot be
+  /// made here: of a group of several ranks, a call throws and says what to do instead.
   TORCH_ARG(std::optional<std::vector<std::vector<std::int64_t>>>, axis_index_groups);
   /// "count": every element counts the same; "rank": every rank does, as in Flax.
   TORCH_ARG(std::string, sync_weighting) = "count";

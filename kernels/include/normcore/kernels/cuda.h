@@ -7,6 +7,7 @@
 #include "normcore/kernels/batch_norm.h"
 #include "normcore/kernels/cuda_plan.h"
 #include "normcore/kernels/group_norm.h"
+#include "normcore/kernels/sync.h"
 
 namespace normcore::kernels {
 
@@ -39,5 +40,14 @@ Status run(const GroupNormBackwardArgs& args, const CudaPlan& plan, const CudaWo
            CudaStream stream);
 Status run(const GroupNormDoubleBackwardArgs& args, const CudaPlan& plan,
            const CudaWorkspace& workspace, CudaStream stream);
+Status run(const SyncMomentsArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream);
+Status run(const SyncApplyArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream);
+Status run(const SyncGradientSumsArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream);
+Status run(const SyncGradientArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,
+           CudaStream stream);
+Status run(const SyncStatisticsArgs& args, CudaStream stream);
 
 }  // namespace normcore::kernels

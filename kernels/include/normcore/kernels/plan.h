@@ -30,8 +30,10 @@ struct Problem {
   std::int64_t num_groups = 0;
   Pass pass = Pass::kForward;
   Activation activation = Activation::kNone;
-  // A backward pass needs sums over slices; it writes a gradient over the extent.
+  // A pass needs statistics or sums over slices; it writes a result over the extent.
   bool reduces = true, applies = true;
+  // Slices are parts of longer ones (sync.h): what is reduced leaves, and comes back in another call.
+  bool is_partial = false;
   // CUDA only: every tensor over the extent starts at a multiple of 16 bytes; running statistics are
   // cumulative.
   bool aligned = true, cumulative = false;

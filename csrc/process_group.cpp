@@ -1,0 +1,175 @@
+#include "process_group.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/stack.h>
+#include <ATen/ops/tensor.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <sstream>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <vector>
+
+#include "autograd.h"
+#include "context.h"
+#include "normcore/settings.h"
+
+namespace normcore {
+namespace {
+
+// The name under which torch.distributed registers the default process group.
+constexpr const char* kDefaultGroup = "0";
+
+// The process group of that name; null if there is none.
+c10::intrusive_ptr<c10d::ProcessGroup> find_group(const std::string& name) {
+#if TORCH_VERSION_MAJOR > 2 || (TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 15)
+  if (!c10d::is_process_group_registered(name)) return {};
+  return c10d::resolve_process_group(name);
+#else  // no query without an exception
+  try {
+    return c10d::resolve_process_group(name);
+  } catch (const c10::Error&) {
+    return {};
+  }
+#endif
+}
+
+// Called boxed: the schemas of the collectives differ between releases of torch.
+template <class... Arguments>
+Tensor call_collective(const char* name, const Tensor& t, const Arguments&... arguments) {
+  const auto find = [](const char* op) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(op, "");
+  };
+  static const auto wait_tensor = find("_c10d_functional::wait_tensor");
+  torch::jit::Stack stack{t, arguments...};
+  find(name).callBoxed(stack);
+  wait_tensor.callBoxed(stack);
+  return stack.front().toTensor();
+}
+
+Tensor call_all_reduce(const Tensor& t, const std::string& group) {
+  return call_collective("_c10d_functional::all_reduce", t, std::string("sum"), group);
+}
+
+// Runs a collective below autograd. What goes wrong there is an error that names the operator.
+template <class Collective>
+Tensor run_collective(const char* op, const std::string& group, const Collective& collective) {
+  try {
+    const at::AutoDispatchBelowAutograd guard;
+    return collective();
+  } catch (const std::exception& error) {
+    const auto* const own = dynamic_cast<const c10::Error*>(&error);
+    TORCH_CHECK_WITH(DistBackendError, false, op, ": expected every rank of group '", group,
+                     "' to call it with the same arguments, got: ",
+                     own != nullptr ? own->what_without_backtrace() : error.what());
+  }
+}
+
+// The derivative of a sum over ranks is one.
+struct AllReduceRule {
+  static constexpr std::size_t kSaved = 0, kResults = 1;
+  static const char* name() { return "NormcoreAllReduceBackward"; }
+
+  std::string group;
+
+  template <class Self, class F>
+  static void for_each_member(Self& self, F&& f) {
+    f(self.group);
+  }
+
+  autograd::ta::variable_list backward(const autograd::ta::variable_list& gradients,
+                                       const std::array<bool, 1>&,
+                                       const std::array<Tensor, 0>&) const {
+    return {op::all_reduce_sum().call(gradients[0], group)};
+  }
+};
+
+Tensor all_reduce_sum(const Tensor& t, std::string_view group) {
+  const std::string name(group);
+  using Node = autograd::OperatorNode<AllReduceRule>;
+  decltype(autograd::make_node<Node>(std::declval<AllReduceRule>())) node{};
+  if (autograd::ta::compute_requires_grad(t)) {
+    node = autograd::make_node<Node>(AllReduceRule{name});
+    node->set_next_edges(autograd::ta::collect_next_edges(t));
+  }
+  const auto sum = [&](const Tensor& shares) {
+    const at::AutoDispatchBelowAutograd guard;
+    return call_all_reduce(shares, name);
+  };
+  const auto result = sum(autograd::without_tangent(t));
+  if (node) autograd::ta::set_history(result, autograd::NodePtr(node));
+  if (const auto tangent = autograd::tangent_of(t); tangent.defined()) {
+    result._set_fw_grad(sum(tangent), /*level=*/0, /*is_inplace_op=*/false);
+  }
+  return result;
+}
+
+}  // namespace
+
+Ranks check_ranks(const char* op, OptionalString group, std::string_view sync_weighting) {
+  TORCH_CHECK_VALUE(sync_weighting == "count" || sync_weighting == "rank", op,
+                    ": expected sync_weighting to be 'count' or 'rank', got '", sync_weighting,
+                    "'");
+  if (!group.has_value()) return {};
+  std::string name(*group);
+  const auto found = find_group(name);
+  TORCH_CHECK_VALUE(found, op, ": expected group to be the name of a process group, got '", name,
+                    "'");
+  if (found->getSize() == 1) return {};
+  return {std::move(name), found->getSize(), sync_weighting == "rank"};
+}
+
+// c10d cannot list its groups. Those of torch.distributed never exist without the default one.
+OptionalGroup group_of_axis(const char* op, const std::string& axis_name) {
+  if (find_group(axis_name)) return axis_name;
+  if (!find_group(kDefaultGroup)) return {};
+  TORCH_CHECK_VALUE(axis_name == "world", op,
+                    ": expected axis_name to be 'world' or the name of a process group, got '",
+                    axis_name, "'");
+  return kDefaultGroup;
+}
+
+void check_agreement(const char* op, const Tensor& input, const Intent& intent,
+                     const Ranks& ranks) {
+  using c10::impl::TorchDispatchModeKey;
+  if (!debug_sync() || is_recorded() || is_in_mode(TorchDispatchModeKey::FAKE)) return;
+  enum { kTraining, kNumGroups, kSlices, kByRank, kNumbers };
+  const std::vector<std::int64_t> own{intent.training, intent.num_groups,
+                                      intent.slices.guard_int(__FILE__, __LINE__), ranks.by_rank};
+  const auto of_all = run_collective(op, ranks.group, [&] {
+                        return call_collective("_c10d_functional::all_gather_into_tensor",
+                                               at::tensor(own, at::kLong).to(input.device()),
+                                               ranks.size, ranks.group);
+                      }).cpu();
+  const auto* const values = of_all.const_data_ptr<std::int64_t>();
+  std::ostringstream text;
+  bool agree = true;
+  for (std::int64_t rank = 0; rank < ranks.size; ++rank) {
+    const auto* const of_rank = values + rank * kNumbers;
+    agree = agree && std::equal(own.begin(), own.end(), of_rank);
+    text << (rank == 0 ? "" : "; ") << "rank " << rank << ": "
+         << (of_rank[kNumGroups] == 0 ? "batch_norm" : "group_norm") << " in "
+         << (of_rank[kTraining] != 0 ? "training" : "evaluation") << ", " << of_rank[kSlices]
+         << " statistics, sync_weighting '" << (of_rank[kByRank] != 0 ? "rank" : "count") << "'";
+  }
+  TORCH_CHECK_VALUE(agree, op, ": expected the same call on every rank of group '", ranks.group,
+                    "', got ", text.str());
+}
+
+Tensor all_reduce(const char* op, const Tensor& t, const std::string& group) {
+  return run_collective(op, group, [&] { return call_all_reduce(t, group); });
+}
+
+Tensor differentiable_all_reduce(const Tensor& t, const std::string& group) {
+  return op::all_reduce_sum().call(t, group);
+}
+
+TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
+  m.impl("_all_reduce_sum", TORCH_FN(all_reduce_sum));
+}
+
+TORCH_LIBRARY_IMPL(normcore, Python, m) { m.impl("_all_reduce_sum", TORCH_FN(all_reduce_sum)); }
+
+}  // namespace normcore
