@@ -74,6 +74,9 @@ SYNCED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 LOCAL: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "evaluation": lambda x, w, r: _batch_norm(x, w, r, training=False),
+    "evaluation by rank": lambda x, w, r: _batch_norm(
+        x, w, r, training=False, sync_weighting="rank"
+    ),
     "a group of one rank": lambda x, w, r: _batch_norm(x, w, r, group=group_of("alone")),
     "group_norm of one rank": lambda x, w, r: NF.group_norm(
         x, 2, w, residual=r, group=group_of("alone")
@@ -99,23 +102,32 @@ LOCAL: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def check_counts(
-    kind: str, wanted: tuple[str, ...], samples: int, forward: list[str], backward: list[str]
+    kind: str,
+    required: tuple[str, ...],
+    wanted: tuple[str, ...],
+    samples: int,
+    forward: list[str],
+    backward: list[str],
 ) -> None:
-    """The collectives of a call and of its gradients of the `wanted` operands."""
+    """The collectives of a call and of its gradients of the `wanted` operands.
+
+    `required`: those that require gradients.
+    """
     norm = (SYNCED | LOCAL)[kind]
     operands = {
         "x": torch.randn(samples, CHANNELS, 5),
         "w": torch.randn(CHANNELS),
         "r": torch.randn(samples, CHANNELS, 5),
     }
-    leaves = [operands[name].requires_grad_() for name in wanted]
+    for name in required:
+        operands[name].requires_grad_()
     group_of("alone")  # whose making communicates
     with Collectives() as first:
         y = norm(*operands.values())
     assert first.found == forward
-    if leaves:
+    if wanted:
         with Collectives() as second:
-            torch.autograd.grad(y, leaves, torch.ones_like(y))
+            torch.autograd.grad(y, [operands[name] for name in wanted], torch.ones_like(y))
         assert second.found == backward
 
 

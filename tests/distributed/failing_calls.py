@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import pytest
@@ -62,6 +64,8 @@ def name_of_a_group_of_others() -> str:
     dist.broadcast_object_list(names, 0)
     return names[0]
 
+
+TIMEOUT = 5  # seconds that a collective waits for a rank that does not come
 
 Mistake = tuple[Callable[[list[Tensor]], Any], type[Exception], str]
 
@@ -156,6 +160,18 @@ MISTAKES: dict[str, Mistake] = {
         ValueError,
         "^batch_norm: expected num_batches_tracked with momentum None",
     ),
+    "vmap": (
+        lambda held: torch.vmap(lambda x: batch_norm(held, x))(torch.randn(2, 4, 6, 3)),
+        NotImplementedError,
+        "^batch_norm: ",
+    ),
+    "vmap of group_norm": (
+        lambda held: torch.vmap(lambda x: NF.group_norm(x, 2, group="world"))(
+            torch.randn(2, 4, 6, 3)
+        ),
+        NotImplementedError,
+        "^group_norm: ",
+    ),
     "requires_grad": (
         lambda held: batch_norm([held[0].requires_grad_(), *held[1:]]),
         ValueError,
@@ -201,47 +217,54 @@ def check_rank_outside(form: str) -> None:
 # ---- what others do ----
 
 
+@cache
+def impatient() -> Any:
+    """A group of all ranks that does not wait long."""
+    dist.barrier()
+    return dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+
+
+def call(name: str, x: Tensor) -> Tensor:
+    group = impatient()
+    if name == "group_norm":
+        return NF.group_norm(x, 2, group=group)
+    if name == "SyncBatchNorm":
+        y: Tensor = normcore.nn.SyncBatchNorm(6, process_group=group)(x)
+        return y
+    return NF.batch_norm(x, None, None, training=True, group=group)
+
+
 def leave_before_the_call(name: str) -> None:
+    impatient()
     if dist.get_rank() == 1:
         os._exit(0)
-    call(name)
+    call(name, torch.randn(4, 6, 3))
 
 
 def leave_before_the_backward_pass(name: str) -> None:
-    x = torch.randn(4, 6, 3, requires_grad=True)
-    y = call(name, x)
+    y = call(name, torch.randn(4, 6, 3, requires_grad=True))
     if dist.get_rank() == 1:
         os._exit(0)
     y.sum().backward()
 
 
-def call(name: str, x: Tensor | None = None) -> Tensor:
-    x = torch.randn(4, 6, 3) if x is None else x
-    if name == "group_norm":
-        return NF.group_norm(x, 2, group="world")
-    if name == "SyncBatchNorm":
-        y: Tensor = normcore.nn.SyncBatchNorm(6)(x)
-        return y
-    return batch_norm(x=x)
-
-
 def do_not_call(name: str) -> None:
+    impatient()
     if dist.get_rank() == 0:
-        call(name)
+        call(name, torch.randn(4, 6, 3))
 
 
 def call_in_two_modes() -> None:
-    norm = normcore.nn.SyncBatchNorm(6)
+    norm = normcore.nn.SyncBatchNorm(6, process_group=impatient())
     norm.train(dist.get_rank() == 0)(torch.randn(4, 6, 3))
 
 
 def call_with_different_features() -> None:
-    features = 6 + dist.get_rank()
-    NF.batch_norm(torch.randn(4, features), None, None, training=True, group="world")
+    call("batch_norm", torch.randn(4, 6 + dist.get_rank()))
 
 
 def call_with_different_samples() -> None:
-    NF.group_norm(torch.randn(4 + dist.get_rank(), 6, 3), 2, group="world")
+    call("group_norm", torch.randn(4 + dist.get_rank(), 6, 3))
 
 
 # ---- with NORMCORE_DEBUG_SYNC ----

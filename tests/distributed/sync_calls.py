@@ -43,7 +43,8 @@ class Call:
         per_sample: weight and bias of group norm are those of each sample.
         mask: one of MASKS.
         values: "normal"; "far": the mean is 10^6 standard deviations; "apart": the means of the
-            ranks are 1000 standard deviations apart; "scaled": rank r has numbers 10^3r as large.
+            ranks are 1000 standard deviations apart; "scaled", "wide": the numbers of a rank are
+            10^3 or 10^10 times as large as those of the one before.
         options: other arguments.
     """
 
@@ -116,8 +117,8 @@ def make_input(call: Call) -> Tensor:
         mine = call.part(x, rank)
         if call.values == "apart":
             mine += 3000 * rank
-        elif call.values == "scaled":
-            mine *= 1000**rank
+        elif call.values in ("scaled", "wide"):
+            mine *= {"scaled": 1e3, "wide": 1e10}[call.values] ** rank
     return x.to(call.dtype)
 
 
@@ -290,6 +291,38 @@ def check_order(given: Call) -> None:
         found.append(mine)
         for name in ("running_mean", "running_var"):
             assert_equal_bits(mine[name], found[0][name], f"{name} in order {order}")
+
+
+def check_hidden(given: Call, value: float) -> None:
+    """What a mask hides on the first rank reaches no bit of what any rank has."""
+    rank = dist.get_rank()
+    x, operands = make_input(given), make_operands(given)
+    mask = operands["mask"].expand(given.whole)
+    dy = torch.randn_like(x) * mask
+    results = []
+    for hidden in (0.0, value):
+        mine = mine_of(given, operands, rank)
+        y, grads = call(
+            norm(given), given.part(x.where(mask, hidden), rank), given.part(dy, rank), **mine
+        )
+        seen = given.part(mask, rank)
+        state = {name: t for name, t in mine.items() if name.startswith("running")}
+        results.append({"y": y[seen], **grads, "x": grads["x"][seen], **state})
+    for name, got in results[1].items():
+        assert_equal_bits(got, results[0][name], name)
+
+
+def check_special_value(given: Call, value: float) -> None:
+    """Of the first rank: all values of its channel have it in their statistics, no others."""
+    rank = dist.get_rank()
+    x, operands = make_input(given), make_operands(given)
+    x[0, 1] = value
+    mine = mine_of(given, operands, rank)
+    y = norm(given)(given.part(x, rank), **mine)
+    for t in (y.transpose(0, 1), mine["running_mean"], mine["running_var"]):
+        assert not t[1].isfinite().any()
+        assert t[[0, 2]].isfinite().all()
+    assert y[:, 1].isnan().all()
 
 
 def check_alone(given: Call) -> None:

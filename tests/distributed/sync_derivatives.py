@@ -197,6 +197,36 @@ def check_nested(call: Call, name: str) -> None:
     close(got, problem.part(want), want, name)
 
 
+class _NoGradient(torch.autograd.Function):
+    """The identity, through which no gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def check_rank_without_gradient(call: Call) -> None:
+    """The first rank's output has none: its loss is 0 for the others, which it keeps company."""
+    problem = Problem(call)
+    rank = dist.get_rank()
+    weights = torch.randn_like(problem.whole[0])
+    weights[: call.sizes[0]] = 0
+    whole, own = leaves(problem.whole), leaves(problem.parts(problem.whole))
+    want = torch.autograd.grad((problem.of_whole(*whole) * weights).sum(), whole)
+    y = problem.of_part(*own)
+    y = _NoGradient.apply(y) if rank == 0 else y * problem.part(weights)
+    y.sum().backward()
+    for name, t, w in zip(problem.names, own, want, strict=True):
+        if name == "x":
+            close(t.grad, problem.part(w), w, name)
+        else:
+            close(problem.sum_of_all(torch.zeros_like(t) if t.grad is None else t.grad), w, w, name)
+
+
 def check_differences(call: Call) -> None:
     """First and second derivatives against differences of the loss and the gradient of all ranks,
     when the operands of all ranks move at once."""

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._inductor import config
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 import normcore
 import normcore.functional as NF
@@ -144,6 +145,17 @@ def check_many_sizes() -> None:
         torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-5)
         frames.append(counter.frame_count)
     assert frames[1:] == [2, 2, 2]
+
+
+def check_data_parallel() -> None:
+    """DistributedDataParallel, compiled, whose optimizer splits the graph where buckets end."""
+    torch.compiler.reset()
+    plain, model, x = network("SyncBatchNorm"), network("SyncBatchNorm"), own_part((3, 3))
+    parallel = [DistributedDataParallel(m) for m in (model, plain)]
+    compiled = torch.compile(parallel[0], backend="aot_eager")
+    got, want = steps(model, compiled, x), steps(plain, parallel[1], x)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 
 
 def check_compiled_autograd() -> None:

@@ -13,7 +13,16 @@ import torch
 from rank_groups import FORMS
 from ranks import Ranks
 from reference import ACTIVATIONS
-from sync_calls import MASKS, Call, check, check_alone, check_far, check_order
+from sync_calls import (
+    MASKS,
+    Call,
+    check,
+    check_alone,
+    check_far,
+    check_hidden,
+    check_order,
+    check_special_value,
+)
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 IMAGE = (0, 5, 4, 3)
@@ -98,6 +107,20 @@ def test_masks(two: Ranks, dtype: torch.dtype, memory: str, mask: str) -> None:
     two.run(check, Call(IMAGE, (4, 3), dtype=dtype, memory=memory, mask=mask, options=options))
 
 
+@pytest.mark.parametrize("num_groups", [None, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("mask", ["samples", "elements", "one rank"])
+def test_what_a_mask_hides(two: Ranks, mask: str, value: float, num_groups: int | None) -> None:
+    shape, split = (IMAGE, 0) if num_groups is None else ((2, 5, 0), 2)
+    call = Call(shape, (2, 3), split, num_groups=num_groups, dtype=torch.float32, mask=mask)
+    two.run(check_hidden, call, value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_special_values(two: Ranks, value: float) -> None:
+    two.run(check_special_value, Call((0, 3, 5), (2, 3), dtype=torch.float32), value)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -154,7 +177,7 @@ def test_float32_is_within_1e_6_of_float64(two: Ranks, num_groups: int | None, v
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("values", ["normal", "far", "apart", "scaled"])
+@pytest.mark.parametrize("values", ["normal", "far", "apart", "scaled", "wide"])
 def test_the_order_of_ranks_changes_no_bit(four: Ranks, values: str, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and values == "far":
         values = "normal"

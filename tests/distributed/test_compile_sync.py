@@ -8,6 +8,7 @@ from sync_graphs import (
     NORMS,
     check_compiled,
     check_compiled_autograd,
+    check_data_parallel,
     check_export,
     check_graphs,
     check_many_sizes,
@@ -37,6 +38,10 @@ def test_inductor(two: Ranks, sizes: tuple[int, int]) -> None:
 
 def test_many_sizes(two: Ranks) -> None:
     two.run(check_many_sizes)
+
+
+def test_data_parallel(two: Ranks) -> None:
+    two.run(check_data_parallel)
 
 
 def test_compiled_autograd(two: Ranks) -> None:

@@ -16,6 +16,7 @@ from sync_derivatives import (
     check_gradients_as_functions,
     check_hessian_times_vector,
     check_nested,
+    check_rank_without_gradient,
 )
 
 ROWS: dict[str, Any] = {"shape": (0, 4, 5), "sizes": (3, 3)}
@@ -67,6 +68,11 @@ def test_two_ranks(two: Ranks, check: Callable[[Call], None], name: str) -> None
 @pytest.mark.parametrize("name", ["batch norm", "an empty rank", "group norm"])
 def test_nested_transforms(two: Ranks, name: str, transforms: str) -> None:
     two.run(check_nested, CALLS[name], transforms)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (1, 4), (0, 2)], ids=str)
+def test_a_rank_without_gradient(two: Ranks, sizes: tuple[int, int]) -> None:
+    two.run(check_rank_without_gradient, Call((0, 4, 5), sizes))
 
 
 @pytest.mark.parametrize("layout", ["neighbours", "strided"])

@@ -9,7 +9,6 @@ import failing_calls as calls
 import pytest
 from ranks import Ranks
 
-TIMEOUT = 5  # seconds that a collective waits in the groups that fail
 NAMES = ["batch_norm", "group_norm", "SyncBatchNorm"]
 
 
@@ -25,7 +24,7 @@ def test_a_rank_outside_of_the_group(two: Ranks, form: str) -> None:
 
 @pytest.fixture
 def short_lived() -> Iterator[Ranks]:
-    ranks = Ranks(2, timeout=TIMEOUT)
+    ranks = Ranks(2)
     yield ranks
     ranks.close()
 
@@ -42,7 +41,7 @@ def test_a_rank_that_dies(short_lived: Ranks, job: Callable[[str], None], name: 
     assert second == "ended"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["batch_norm", "group_norm"])
 def test_a_rank_that_does_not_call(short_lived: Ranks, name: str) -> None:
     first, second = short_lived.answers(calls.do_not_call, name)
     assert f"DistBackendError: {op_of(name)}: expected every rank of group" in first

@@ -13,7 +13,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -31,19 +30,12 @@ def _serve(
     rank: int,
     size: int,
     store: str,
-    timeout: float,
     environment: Mapping[str, str],
 ) -> None:
     """Runs jobs until there is none; sends back what each has to say: a traceback, or nothing."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout),
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
         try:
             task = connection.recv()
@@ -72,15 +64,11 @@ class Ranks:
 
     Args:
         size: number of processes.
-        timeout: seconds that a collective waits for the other ranks.
         environment: environment variables of the processes, besides those of this one.
     """
 
-    def __init__(
-        self, size: int, timeout: float = 300, environment: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, size: int, environment: Mapping[str, str] | None = None) -> None:
         self._size = size
-        self._timeout = timeout
         self._environment = environment or {}
         self._ranks: list[tuple[Any, Connection]] = []
 
@@ -119,7 +107,7 @@ class Ranks:
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(there, rank, self._size, store, self._timeout, self._environment),
+                args=(there, rank, self._size, store, self._environment),
                 daemon=True,
             )
             process.start()
