@@ -198,7 +198,7 @@ Tensor train(const Operands& operands, const RunningState& running, bool counts,
   } else if (ranks) {
     check_no_tangent("batch_norm", "running_mean and running_var", mean, var);
     check_no_grad("batch_norm", mean, var);
-    check_not_mapped("batch_norm");
+    check_transforms("batch_norm");
     TORCH_CHECK_VALUE(!unbiased || !ranks.by_rank || !has(mean),
                       "batch_norm: expected unbiased False with sync_weighting 'rank', got True");
     Check<c10::SymInt>::batch_norm_train(operands, mean, var, num_batches_tracked, axis, momentum,

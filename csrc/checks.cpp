@@ -449,7 +449,10 @@ void Check<Int>::sync_statistics(const Tensor& own, const Tensor& total,
                       " to have ", slices, " elements, got shape ", sizes_of<Int>(*t));
     check_writable(name, *t);
   }
-  if (has(mean)) check_cumulative(momentum, num_batches_tracked);
+  if (has(mean)) {
+    check_apart("running_mean", *mean, "running_var", *var);
+    check_cumulative(momentum, num_batches_tracked);
+  }
   if (has(num_batches_tracked)) check_counter(*num_batches_tracked, own);
 }
 

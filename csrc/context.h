@@ -34,12 +34,8 @@ inline bool is_transformed() {
          tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerBackMode);
 }
 
-// torch.vmap maps no collectives.
-inline void check_not_mapped(const char* op) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchBatched) &&
-          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchVmapMode),
-      op, ": expected group to be None or of one rank under torch.vmap; call it outside of vmap");
-}
+// NotImplementedError where torch.func transforms a call whose ranks share statistics in a way that
+// would lose what the collectives do: torch.vmap, and transforms within each other.
+void check_transforms(const char* op);
 
 }  // namespace normcore

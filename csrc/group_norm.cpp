@@ -129,7 +129,7 @@ Tensor group_norm(const Tensor& input, std::int64_t num_groups, const OptionalTe
   }
   // A DTensor has the statistics of all devices, whatever the group says.
   if (ranks && !is_spread) {
-    check_not_mapped("group_norm");
+    check_transforms("group_norm");
     return sync_norm(operands, {num_groups, axis, reduction_axes}, {}, eps, activation, y_dtype,
                      ranks);
   }

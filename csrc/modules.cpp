@@ -13,6 +13,7 @@
 
 #include "checks.h"
 #include "normcore/ops.h"
+#include "normcore/settings.h"
 #include "process_group.h"
 
 namespace normcore {
@@ -464,7 +465,7 @@ at::Tensor BatchNormImpl::forward(const at::Tensor& x, std::optional<bool> use_r
   at::Tensor y;
   init(x, [&] {
     const bool batch = use_running_average ? !*use_running_average : is_training() && !is_frozen();
-    const auto group = batch ? group_of(kName, options) : std::nullopt;
+    const auto group = batch || debug_sync() ? group_of(kName, options) : std::nullopt;
     y = normcore::batch_norm(floating_point(x), mean, var, scale, bias,
                              BatchNormFuncOptions()
                                  .training(batch)

@@ -3,11 +3,14 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/stack.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/GradMode.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <algorithm>
 #include <sstream>
+#include <stdexcept>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
@@ -61,15 +64,22 @@ Tensor run_collective(const char* op, const std::string& group, const Collective
     return collective();
   } catch (const std::exception& error) {
     const auto* const own = dynamic_cast<const c10::Error*>(&error);
+    const bool is_memory = dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr;
+    // Backends throw errors of c10 or of the standard library; others come from Python.
+    const bool is_known =
+        own != nullptr || dynamic_cast<const std::runtime_error*>(&error) != nullptr;
+    if (is_memory || !is_known) throw;
     TORCH_CHECK_WITH(DistBackendError, false, op, ": expected every rank of group '", group,
                      "' to call it with the same arguments, got: ",
                      own != nullptr ? own->what_without_backtrace() : error.what());
   }
 }
 
-// The derivative of a sum over ranks is one.
+// The derivative of a sum over ranks is one. Other ranks wait for the gradient of this one, which is 0
+// where it has none.
 struct AllReduceRule {
-  static constexpr std::size_t kSaved = 0, kResults = 1;
+  static constexpr std::size_t kSaved = 1, kResults = 1;
+  static constexpr bool kConcernsOthers = true;
   static const char* name() { return "NormcoreAllReduceBackward"; }
 
   std::string group;
@@ -81,8 +91,10 @@ struct AllReduceRule {
 
   autograd::ta::variable_list backward(const autograd::ta::variable_list& gradients,
                                        const std::array<bool, 1>&,
-                                       const std::array<Tensor, 0>&) const {
-    return {op::all_reduce_sum().call(gradients[0], group)};
+                                       const std::array<Tensor, 1>& shares) const {
+    const auto& gradient = gradients[0];
+    return {op::all_reduce_sum().call(gradient.defined() ? gradient : at::zeros_like(shares[0]),
+                                      group)};
   }
 };
 
@@ -93,10 +105,11 @@ Tensor all_reduce_sum(const Tensor& t, std::string_view group) {
   if (autograd::ta::compute_requires_grad(t)) {
     node = autograd::make_node<Node>(AllReduceRule{name});
     node->set_next_edges(autograd::ta::collect_next_edges(t));
+    node->save(0, t.detach());
   }
   const auto sum = [&](const Tensor& shares) {
-    const at::AutoDispatchBelowAutograd guard;
-    return call_all_reduce(shares, name);
+    return run_collective("batch_norm or group_norm", name,
+                          [&] { return call_all_reduce(shares, name); });
   };
   const auto result = sum(autograd::without_tangent(t));
   if (node) autograd::ta::set_history(result, autograd::NodePtr(node));
@@ -135,9 +148,11 @@ void check_agreement(const char* op, const Tensor& input, const Intent& intent,
                      const Ranks& ranks) {
   using c10::impl::TorchDispatchModeKey;
   if (!debug_sync() || is_recorded() || is_in_mode(TorchDispatchModeKey::FAKE)) return;
-  enum { kTraining, kNumGroups, kSlices, kByRank, kNumbers };
+  enum { kTraining, kNumGroups, kSlices, kByRank, kGradient, kNumbers };
+  const bool has_gradient = c10::GradMode::is_enabled() && input.requires_grad();
   const std::vector<std::int64_t> own{intent.training, intent.num_groups,
-                                      intent.slices.guard_int(__FILE__, __LINE__), ranks.by_rank};
+                                      intent.slices.guard_int(__FILE__, __LINE__), ranks.by_rank,
+                                      intent.training && has_gradient};
   const auto of_all = run_collective(op, ranks.group, [&] {
                         return call_collective("_c10d_functional::all_gather_into_tensor",
                                                at::tensor(own, at::kLong).to(input.device()),
@@ -152,7 +167,8 @@ void check_agreement(const char* op, const Tensor& input, const Intent& intent,
     text << (rank == 0 ? "" : "; ") << "rank " << rank << ": "
          << (of_rank[kNumGroups] == 0 ? "batch_norm" : "group_norm") << " in "
          << (of_rank[kTraining] != 0 ? "training" : "evaluation") << ", " << of_rank[kSlices]
-         << " statistics, sync_weighting '" << (of_rank[kByRank] != 0 ? "rank" : "count") << "'";
+         << " statistics, sync_weighting '" << (of_rank[kByRank] != 0 ? "rank" : "count") << "'"
+         << (of_rank[kGradient] != 0 ? ", with" : ", without") << " a gradient of the input";
   }
   TORCH_CHECK_VALUE(agree, op, ": expected the same call on every rank of group '", ranks.group,
                     "', got ", text.str());
@@ -170,6 +186,7 @@ TORCH_LIBRARY_IMPL(normcore, CompositeImplicitAutograd, m) {
   m.impl("_all_reduce_sum", TORCH_FN(all_reduce_sum));
 }
 
+// Without autograd (inference_mode) a tensor subclass would see the composite operator itself.
 TORCH_LIBRARY_IMPL(normcore, Python, m) { m.impl("_all_reduce_sum", TORCH_FN(all_reduce_sum)); }
 
 }  // namespace normcore

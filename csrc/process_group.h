@@ -27,8 +27,8 @@ Ranks check_ranks(const char* op, OptionalString group, std::string_view sync_we
 // names of groups. None without a process group. ValueError: no group has that name.
 OptionalGroup group_of_axis(const char* op, const std::string& axis_name);
 
-// What a rank is about to do, for people: see normcore/settings.h. Does nothing unless that is asked
-// for, or while a graph is recorded.
+// What a rank is about to do, for people (normcore/settings.h). Nothing happens unless that is
+// asked for, nor while a graph is recorded.
 struct Intent {
   bool training = true;
   std::int64_t num_groups = 0;  // 0: batch norm

@@ -64,9 +64,11 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
                 f"{kind.__name__} {name!r}; call the model once before"
             )
         converted = _with_class(module, SyncBatchNorm)
+        assert isinstance(converted, SyncBatchNorm)
         converted.process_group = process_group
         if kind is not SyncBatchNorm:
-            converted._former_class = kind  # type: ignore[assignment]
+            converted._former_class = kind
+            converted._former_group = getattr(module, "process_group", None)
         return converted
 
     return _replace(model, replacement)
@@ -87,11 +89,10 @@ def revert(model: nn.Module) -> nn.Module:
             return module
         kind = module._former_class
         reverted = _with_class(module, kind)
-        del reverted._former_class
+        for name in ("_former_class", "_former_group", "process_group"):
+            reverted.__dict__.pop(name, None)
         if issubclass(kind, (nn.SyncBatchNorm, SyncBatchNorm)):
-            reverted.process_group = resolve(module.process_group)
-        else:
-            del reverted.process_group
+            reverted.process_group = resolve(module._former_group)
         return reverted
 
     return _replace(model, replacement)

@@ -35,8 +35,7 @@ _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 _mesh: DeviceMesh | None = None
 
 # By the default process group, which a program may destroy and initialise again: then the same
-# names stand for other groups. Neither holds a group or a mesh.
-_axes: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Any, str | None]]] = WeakKeyDictionary()
+# names stand for other groups.
 _subgroups: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
 
 
@@ -175,18 +174,10 @@ def _axis_group(
         )
     if axis is world and axis_index_groups is None:
         return world.group_name  # type: ignore[no-any-return]
-    partition = None
-    if axis_index_groups is not None:
-        partition = tuple(map(tuple, axis_index_groups))
-    known = _axes.setdefault(world, WeakKeyDictionary()).setdefault(axis, {})
-    key = (axis_name, partition)
-    if key not in known:
-        parent = world if axis is world else _dimension(op, axis_name, mesh)
-        if partition is None:
-            known[key] = parent.group_name
-        else:
-            known[key] = _subgroup(op, parent, partition, world)
-    return known[key]
+    parent = world if axis is world else _dimension(op, axis_name, mesh)
+    if axis_index_groups is None:
+        return parent.group_name
+    return _subgroup(op, parent, tuple(map(tuple, axis_index_groups)), world)
 
 
 def _dimension(op: str, axis_name: str, mesh: Any) -> ProcessGroup:

@@ -284,6 +284,9 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """
 
 
+_GROUPS = ("process_group", "_former_group")
+
+
 class SyncBatchNorm(_BatchNorm):
     """:class:`torch.nn.SyncBatchNorm`, on the CPU too; see :mod:`normcore.nn`.
 
@@ -301,8 +304,10 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     process_group: Any
-    _former_class: type[nn.Module] | None = None  # before convert_sync_batchnorm(), for revert()
-    __jit_ignored_attributes__: ClassVar = ["process_group", "_former_class"]
+    # Before convert_sync_batchnorm(), for revert().
+    _former_class: type[nn.Module] | None = None
+    _former_group: Any = None
+    __jit_ignored_attributes__: ClassVar = ["process_group", "_former_class", "_former_group"]
 
     @_signature_of(nn.SyncBatchNorm)
     def __init__(
@@ -342,7 +347,8 @@ class SyncBatchNorm(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         """The attributes, with the name of the process group, which can be copied."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {**state, "process_group": without_handle(self.process_group)}
+        groups = {name: without_handle(getattr(self, name)) for name in _GROUPS}
+        return {**state, **groups}
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:

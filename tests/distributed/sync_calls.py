@@ -38,6 +38,7 @@ class Call:
         num_groups: of group norm; None: batch norm.
         dtype: of the input and of the residual.
         param_dtype: of weight and bias; None: `dtype`, but float32 with halves.
+        state_dtype: of running statistics; None: float32, but float64 with a float64 input.
         memory: how the input lies in memory (`lay_out`).
         names: the optional operands that are given.
         per_sample: weight and bias of group norm are those of each sample.
@@ -56,6 +57,7 @@ class Call:
     num_groups: int | None = None
     dtype: torch.dtype = torch.float64
     param_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype | None = None
     memory: str = "contiguous"
     names: tuple[str, ...] = ("weight", "bias")
     per_sample: bool = False
@@ -155,7 +157,8 @@ def make_operands(call: Call) -> dict[str, Tensor]:
     if mask is not None:
         operands["mask"] = mask
     if call.is_batch_norm:
-        state = torch.float64 if call.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if call.dtype == torch.float64 else torch.float32
+        state = call.state_dtype or wide
         operands["running_mean"] = torch.randn(features).to(state)
         operands["running_var"] = (torch.rand(features) + 0.5).to(state)
         operands["num_batches_tracked"] = torch.tensor(3)

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from nn_cases import randomize
 from rank_groups import assert_equal_bits, group_of, members, total
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import normcore
+import normcore.functional as NF
 import normcore.nn as NN
 from normcore.distributed import set_mesh, use_mesh
 
@@ -270,6 +273,16 @@ def check_autocast() -> None:
     assert got.dtype == want.dtype
     torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def check_dtensor() -> None:
+    """It has the statistics of the whole tensor, whatever the group."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.randn(6, 4, 3, dtype=torch.float64)
+    x = distribute_tensor(whole, mesh, [Shard(0)]).requires_grad_()
+    for group in ("world", None):
+        y = NF.batch_norm(x, None, None, training=True, group=group)
+        close("y", y.full_tensor(), F.batch_norm(whole, None, None, training=True))
 
 
 def check_total(layout: str) -> None:

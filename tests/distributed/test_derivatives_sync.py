@@ -17,6 +17,7 @@ from sync_derivatives import (
     check_hessian_times_vector,
     check_nested,
     check_rank_without_gradient,
+    check_vmap,
 )
 
 ROWS: dict[str, Any] = {"shape": (0, 4, 5), "sizes": (3, 3)}
@@ -68,6 +69,11 @@ def test_two_ranks(two: Ranks, check: Callable[[Call], None], name: str) -> None
 @pytest.mark.parametrize("name", ["batch norm", "an empty rank", "group norm"])
 def test_nested_transforms(two: Ranks, name: str, transforms: str) -> None:
     two.run(check_nested, CALLS[name], transforms)
+
+
+@pytest.mark.parametrize("name", ["batch norm", "group norm"])
+def test_vmap(two: Ranks, name: str) -> None:
+    two.run(check_vmap, CALLS[name])
 
 
 @pytest.mark.parametrize("sizes", [(3, 3), (1, 4), (0, 2)], ids=str)

@@ -62,6 +62,10 @@ def test_uneven_and_empty_ranks(
     two.run(check, Call(sizes=sizes, mask=mask, **SEQUENCE, options={"sync_weighting": weighting}))
 
 
+def test_no_samples(two: Ranks) -> None:
+    two.run(check, Call((0, 6, 0), (1, 3), split=2, num_groups=3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_four_ranks(four: Ranks, dtype: torch.dtype) -> None:
     four.run(check, Call(sizes=(5, 1, 0, 2), dtype=dtype, **IMAGE))

@@ -67,6 +67,10 @@ def test_autocast(two: Ranks) -> None:
     two.run(checks.check_autocast)
 
 
+def test_dtensor(two: Ranks) -> None:
+    two.run(checks.check_dtensor)
+
+
 # ---- conversion ----
 
 

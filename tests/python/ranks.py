@@ -91,7 +91,7 @@ class Ranks:
                 rank = waiting.pop(connection)
                 try:
                     answers[rank] = connection.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     answers[rank] = "ended"
                 if answers[rank]:
                     end = min(end, time.monotonic() + PATIENCE)
@@ -102,7 +102,8 @@ class Ranks:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        store = str(Path(tempfile.mkdtemp()) / "store")
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
         for rank in range(self._size):
             here, there = context.Pipe()
             process = context.Process(
@@ -121,4 +122,6 @@ class Ranks:
         for process, _ in self._ranks:
             process.join(timeout=2)
             process.kill()
+        if self._ranks:
+            self._folder.cleanup()
         self._ranks = []

@@ -194,6 +194,14 @@ def test_axis_name_in_a_compiled_graph(
     torch.testing.assert_close(step(x), want)
 
 
+def test_equal_meshes_of_other_groups(mesh: DeviceMesh) -> None:
+    for _ in range(2):
+        other = DeviceMesh.from_group(dist.new_group([0]), "cpu", mesh_dim_names=("data",))
+        with normcore.distributed.use_mesh(other):
+            name = normcore.distributed.axis_group("op", "data", None)
+        assert name == other.get_group("data").group_name != mesh.get_group("data").group_name
+
+
 def test_compiled_code_is_guarded_by_mesh_and_process_group(mesh: DeviceMesh) -> None:
     class Recorder(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -448,9 +456,11 @@ def test_process_group_of_converted_norms(world: ProcessGroup) -> None:
     assert again is model
     assert model[1].process_group == "world"
     assert type(normcore.revert(model)[1]) is NN.BatchNorm2d  # not the class in between
-    model = normcore.convert_sync_batchnorm(network(), group)
-    restored = normcore.revert(copy.deepcopy(model))
-    assert restored[2].process_group is group  # torch takes no names
+    for former in (None, group):
+        own = nn.Sequential(nn.SyncBatchNorm(6, process_group=former))
+        model = normcore.convert_sync_batchnorm(own, "world")
+        for restored in (normcore.revert(copy.deepcopy(model)), normcore.revert(model)):
+            assert restored[0].process_group is former  # torch takes no names
     for wrong, error in ((3, TypeError), (dist.GroupMember.NON_GROUP_MEMBER, ValueError)):
         with pytest.raises(error, match="convert_sync_batchnorm: expected process_group"):
             normcore.convert_sync_batchnorm(network(), wrong)

@@ -13,9 +13,10 @@ NORMCORE_API void set_batch_invariant(bool enabled);
 NORMCORE_API bool batch_invariant();
 
 // Whether calls of norms with a process group first compare what the ranks are about to do, in
-// training and in evaluation: a disagreement, which otherwise ends in a timeout, is an error at once
-// that lists the ranks. It costs a collective and waits for the device. Off by default; the Python
-// package switches it on if NORMCORE_DEBUG_SYNC=1 is in the environment when it is imported.
+// training and in evaluation: a disagreement, which otherwise ends in a timeout, is an error at
+// once that lists the ranks. Graphs that have been recorded compare nothing. It costs a collective
+// and waits for the device. Off by default; the Python package switches it on if
+// NORMCORE_DEBUG_SYNC=1 is in the environment when it is imported.
 NORMCORE_API void set_debug_sync(bool enabled);
 NORMCORE_API bool debug_sync();
 

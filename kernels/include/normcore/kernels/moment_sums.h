@@ -6,11 +6,13 @@
 //   square    weight * (mean^2 + variance)
 // sum and square are the textbook sums of x and x^2, whose difference cancels for a large mean. So
 // each is kept to 80 bits or more, as three numbers: multiples of 2^40k below 2^40(k+1) in absolute
-// value for three neighbouring k, the one of k at index k mod 3. Such numbers of up to 2^13 sets add
-// up in float64 without a rounding, whatever the magnitudes of the sets: the result has the same
-// bits in any order, and the variance keeps its digits up to means of 10^9 standard deviations. (Sets
-// whose sums differ by a factor of 2^80 may share an index; what the larger one then rounds off is
-// 2^-80 of it.) Source: binned sums of Demmel and Nguyen 2013, with a fixed number of bins in a ring.
+// value for three neighbouring k, the one of k at index k mod 3. Such numbers of up to 2^13 sets
+// add up in float64 without a rounding: the result has the same bits in any order. Where sums of
+// sets differ by more than 2^40 they may share an index, and 2^-80 of the largest may be lost,
+// which shows (and depends on the order) only if the largest cancel. The variance is as good as
+// means in float64 allow: a set's mean of k standard deviations has an error of k 2^-53 of one.
+// Means above 1e154, whose squares float64 does not hold, give NaN. Source: binned sums of Demmel
+// and Nguyen 2013, here with a ring of three bins.
 #pragma once
 
 #include <cmath>

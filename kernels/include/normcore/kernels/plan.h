@@ -32,7 +32,7 @@ struct Problem {
   Activation activation = Activation::kNone;
   // A pass needs statistics or sums over slices; it writes a result over the extent.
   bool reduces = true, applies = true;
-  // Slices are parts of longer ones (sync.h): what is reduced leaves, and comes back in another call.
+  // Slices are parts of longer ones (sync.h): what is reduced leaves, and comes back in a later call.
   bool is_partial = false;
   // CUDA only: every tensor over the extent starts at a multiple of 16 bytes; running statistics are
   // cumulative.

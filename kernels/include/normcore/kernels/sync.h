@@ -7,13 +7,13 @@
 //   apply          x, mean, variance -> y
 //   gradient sums  grad_y, x -> H = sum scale g and Hx = sum scale g (x - mean) of every slice, and
 //                  the gradients of this rank's scale and bias
-//   gradients      their sums over ranks -> grad_x = rstd (scale g - w_i (H + (x - mean) rstd^2 Hx))
-//                  and grad_residual = g
+//   gradients      their sums over ranks -> grad_residual = g and
+//                  grad_x = rstd (scale g - w_i (H + (x - mean) rstd^2 Hx))
 // with w_i the weight of a value in the statistics, 0 where masked out: 1 / count of all ranks, or,
 // by rank, 1 / (ranks * count of this one), for statistics that are means over ranks of those of a
 // rank (Flax's pmean). A slice that no rank has a value of, or by rank one has none of, is NaN and
-// leaves its running statistics alone. An empty tensor has nothing to reduce: all sums are 0, and by
-// rank the weight is NaN.
+// leaves its running statistics alone. An empty tensor has nothing to reduce: all sums are 0, and
+// by rank the weight is NaN.
 #pragma once
 
 #include "normcore/kernels/batch_norm.h"
