@@ -193,14 +193,14 @@ def check_nested(call: Call, name: str) -> None:
     """Transforms of torch.func within each other are refused, on all ranks alike."""
     problem = Problem(replace(call, names=()))
     x, v = problem.whole[0], torch.randn_like(problem.whole[0])
-    with pytest.raises(NotImplementedError, match="transforms of torch.func within each other"):
+    with pytest.raises(NotImplementedError, match=r"transforms of torch\.func within each other"):
         NESTED[name](problem.of_part, problem.part(x), problem.part(v))
 
 
 def check_vmap(call: Call) -> None:
     problem = Problem(replace(call, names=()))
     batch = torch.stack([problem.part(problem.whole[0])] * 2)
-    with pytest.raises(NotImplementedError, match="under torch.vmap; call it outside"):
+    with pytest.raises(NotImplementedError, match=r"under torch\.vmap; call it outside"):
         torch.vmap(problem.of_part)(batch)
 
 
