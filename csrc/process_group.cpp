@@ -39,21 +39,29 @@ c10::intrusive_ptr<c10d::ProcessGroup> find_group(const std::string& name) {
 #endif
 }
 
+c10::OperatorHandle find_collective(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+}
+
 // Called boxed: the schemas of the collectives differ between releases of torch.
 template <class... Arguments>
-Tensor call_collective(const char* name, const Tensor& t, const Arguments&... arguments) {
-  const auto find = [](const char* op) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(op, "");
-  };
-  static const auto wait_tensor = find("_c10d_functional::wait_tensor");
+Tensor call_collective(const c10::OperatorHandle& collective, const Tensor& t,
+                       const Arguments&... arguments) {
+  static const auto wait_tensor = find_collective("_c10d_functional::wait_tensor");
   torch::jit::Stack stack{t, arguments...};
-  find(name).callBoxed(stack);
+  collective.callBoxed(stack);
   wait_tensor.callBoxed(stack);
   return stack.front().toTensor();
 }
 
 Tensor call_all_reduce(const Tensor& t, const std::string& group) {
-  return call_collective("_c10d_functional::all_reduce", t, std::string("sum"), group);
+  static const auto collective = find_collective("_c10d_functional::all_reduce");
+  return call_collective(collective, t, std::string("sum"), group);
+}
+
+Tensor call_all_gather(const Tensor& t, std::int64_t ranks, const std::string& group) {
+  static const auto collective = find_collective("_c10d_functional::all_gather_into_tensor");
+  return call_collective(collective, t, ranks, group);
 }
 
 // Runs a collective below autograd. What goes wrong there is an error that names the operator.
@@ -75,8 +83,8 @@ Tensor run_collective(const char* op, const std::string& group, const Collective
   }
 }
 
-// The derivative of a sum over ranks is one. Other ranks wait for the gradient of this one, which is 0
-// where it has none.
+// The derivative of a sum over ranks is one. Other ranks wait for the gradient of this one, which is
+// 0 where it has none.
 struct AllReduceRule {
   static constexpr std::size_t kSaved = 1, kResults = 1;
   static constexpr bool kConcernsOthers = true;
@@ -154,8 +162,7 @@ void check_agreement(const char* op, const Tensor& input, const Intent& intent,
                                       intent.slices.guard_int(__FILE__, __LINE__), ranks.by_rank,
                                       intent.training && has_gradient};
   const auto of_all = run_collective(op, ranks.group, [&] {
-                        return call_collective("_c10d_functional::all_gather_into_tensor",
-                                               at::tensor(own, at::kLong).to(input.device()),
+                        return call_all_gather(at::tensor(own, at::kLong).to(input.device()),
                                                ranks.size, ranks.group);
                       }).cpu();
   const auto* const values = of_all.const_data_ptr<std::int64_t>();

@@ -284,6 +284,10 @@ def check_report(name: str) -> None:
             ),
             "rank 0: .* 6 statistics.*; rank 1: .* 7 statistics",
         ),
+        "gradients": (
+            lambda: batch_norm(x=torch.randn(4, 6, requires_grad=rank == 0)),
+            "rank 0: .* with a gradient of the input; rank 1: .* without a gradient",
+        ),
         "samples": (
             lambda: NF.group_norm(torch.randn(4 + rank, 6), 2, group="world"),
             "rank 0: .* 8 statistics.*; rank 1: .* 10 statistics",
@@ -294,7 +298,7 @@ def check_report(name: str) -> None:
         ),
         "weighting": (
             lambda: batch_norm(unbiased=False, sync_weighting="count" if rank == 0 else "rank"),
-            "rank 0: .*'count'; rank 1: .*'rank'",
+            "rank 0: .*'count'.*; rank 1: .*'rank'",
         ),
     }
     call, text = calls[name]

@@ -79,6 +79,8 @@ def checked() -> Iterator[Ranks]:
     ranks.close()
 
 
-@pytest.mark.parametrize("name", ["modes", "features", "samples", "norms", "weighting"])
+@pytest.mark.parametrize(
+    "name", ["modes", "features", "gradients", "samples", "norms", "weighting"]
+)
 def test_reports_by_rank(checked: Ranks, name: str) -> None:
     checked.run(calls.check_report, name)
