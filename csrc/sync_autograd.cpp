@@ -109,8 +109,13 @@ using SyncNode = autograd::OperatorNode<SyncBackwardRule>;
 
 Tensor sync_norm(const Operands& operands, const Slices& slices, const RunningUpdate& running,
                  double eps, OptionalString activation, OptionalDType dtype, const Ranks& ranks) {
-  const auto& [input, weight, bias, residual, mask] = operands;
-  const auto& [num_groups, axis, reduction_axes] = slices;
+  // Not structured bindings, which not every compiler captures.
+  const auto& input = operands.input;
+  const auto &weight = operands.weight, &bias = operands.bias, &residual = operands.residual,
+             &mask = operands.mask;
+  const auto num_groups = slices.num_groups;
+  const auto axis = slices.axis;
+  const auto reduction_axes = slices.reduction_axes;
   decltype(autograd::make_node<SyncNode>(std::declval<SyncBackwardRule>())) node{};
   if (ta::compute_requires_grad(input, weight, bias, residual)) {
     SyncBackwardRule rule;
