@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -138,9 +139,11 @@ Tensor sync_norm(const Operands& operands, const Slices& slices, const RunningUp
                   ranks);
   const auto total = all_reduce(name_of(num_groups), own, ranks.group);
   const auto& [running_mean, running_var, num_batches_tracked] = running.state;
-  const auto [mean, var, share] =
+  const auto statistics =
       op::sync_statistics().call(own, total, running_mean, running_var, num_batches_tracked,
                                  running.momentum, running.unbiased, ranks.by_rank);
+  const auto &mean = std::get<0>(statistics), &var = std::get<1>(statistics),
+             &share = std::get<2>(statistics);
   const auto [y, rstd] = [&] {
     const at::AutoDispatchBelowAutograd guard;
     return op::sync_apply().call(input, weight, bias, residual, mean, var, num_groups, axis,
