@@ -62,7 +62,11 @@ struct ExactSum {
     DoubleDouble rest = value;
     for (int i = 0; i < kParts; ++i, --bin) {
       const double part = std::scalbn(std::rint(std::scalbn(rest.high, -bin * kBits)), bin * kBits);
-      out.part[((bin % kParts) + kParts) % kParts] = part;
+      // No array is indexed by a variable: on a device that would be memory instead of registers.
+      const int index = ((bin % kParts) + kParts) % kParts;
+      out.part[0] = index == 0 ? part : out.part[0];
+      out.part[1] = index == 1 ? part : out.part[1];
+      out.part[2] = index == 2 ? part : out.part[2];
       rest = DoubleDouble::sum(rest.high - part, rest.low);
     }
     return out;
