@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "checks.h"
+
 #if defined(NORMCORE_CUDA)
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -110,10 +112,6 @@ void run_on(const char* op, const Args& args, c10::Device device) {
   TORCH_CHECK(try_on(op, args, device), op, ": the input is too large for a CUDA grid");
 }
 
-const char* name_of(std::int64_t num_groups) {
-  return num_groups == 0 ? "batch_norm" : "group_norm";
-}
-
 }  // namespace
 
 kernels::DType to_dtype(at::ScalarType dtype) {
@@ -182,16 +180,16 @@ void run(const kernels::GroupNormBackwardArgs& args, c10::Device device) {
   run_on("group_norm", args, device);
 }
 void run(const kernels::SyncMomentsArgs& args, c10::Device device) {
-  run_on(name_of(args.num_groups), args, device);
+  run_on(norm_name(args.num_groups), args, device);
 }
 void run(const kernels::SyncApplyArgs& args, c10::Device device) {
-  run_on(name_of(args.num_groups), args, device);
+  run_on(norm_name(args.num_groups), args, device);
 }
 void run(const kernels::SyncGradientSumsArgs& args, c10::Device device) {
-  run_on(name_of(args.num_groups), args, device);
+  run_on(norm_name(args.num_groups), args, device);
 }
 void run(const kernels::SyncGradientArgs& args, c10::Device device) {
-  run_on(name_of(args.num_groups), args, device);
+  run_on(norm_name(args.num_groups), args, device);
 }
 void run(const kernels::SyncStatisticsArgs& args, [[maybe_unused]] c10::Device device) {
 #if defined(NORMCORE_CUDA)

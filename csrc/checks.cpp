@@ -418,7 +418,7 @@ CheckedNorm<Int> Check<Int>::sync(const Operands& operands, std::int64_t num_gro
                                   const Tensor& grad_output,
                                   std::initializer_list<OfSlices> saved) {
   const auto& input = operands.input;
-  const char* const op = num_groups == 0 ? kBatchNorm : kGroupNorm;
+  const char* const op = norm_name(num_groups);
   auto norm = num_groups == 0
                   ? check_batch_norm<Int>(operands, axis, eps, activation, dtype)
                   : group_norm(operands, num_groups, axis, reduction_axes, eps, activation, dtype);

@@ -149,6 +149,11 @@ void check_no_tangent(const char* op, const char* names, const OptionalTensor& m
 Tensor promote_input(const Tensor& input, std::initializer_list<const OptionalTensor*> others,
                      OptionalDType dtype);
 
+// Of a norm whose num_groups is 0 for batch norm.
+inline const char* norm_name(std::int64_t num_groups) {
+  return num_groups == 0 ? "batch_norm" : "group_norm";
+}
+
 kernels::Activation parse_activation(const char* op, OptionalString name);
 OptionalString activation_name(kernels::Activation activation);
 

@@ -23,15 +23,25 @@ constexpr std::int64_t kDefaultNumGroups = 32;
 
 // The process group of a module's axis; none: this process alone.
 template <class Options>
-std::optional<std::string> group_of(const char* module, const Options& options) {
+OptionalGroup group_of(const char* module, const Options& options) {
   if (!options.axis_name()) return std::nullopt;
-  auto group = group_of_axis(module, *options.axis_name());
-  if (!check_ranks(module, group, options.sync_weighting())) return std::nullopt;
+  const auto group = group_of_axis(module, *options.axis_name());
+  const auto ranks = check_ranks(module, group, options.sync_weighting());
+  if (!ranks) return std::nullopt;
+  if (!options.axis_index_groups()) return group;
+  // A partition of as many indices, as the constructor has checked.
+  const auto& parts = *options.axis_index_groups();
+  std::int64_t indices = 0;
+  for (const auto& part : parts) indices += static_cast<std::int64_t>(part.size());
+  TORCH_CHECK_VALUE(indices == ranks.size, module,
+                    ": expected axis_index_groups to be a partition of the ", ranks.size,
+                    " ranks of axis_name, got ", parts);
+  if (parts.size() == 1) return group;
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !options.axis_index_groups(), module,
-      ": expected no axis_index_groups over several ranks, got ", *options.axis_index_groups(),
+      static_cast<std::int64_t>(parts.size()) == ranks.size, module,
+      ": expected axis_index_groups to be one group or one of each rank, got ", parts,
       "; register a process group for each of them, and name that of this rank as axis_name");
-  return group;
+  return std::nullopt;
 }
 
 std::int64_t product(at::IntArrayRef sizes) {

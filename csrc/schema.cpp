@@ -107,7 +107,7 @@ TORCH_LIBRARY(normcore, m) {
       tags);
 
   // Norms whose statistics are those of several ranks, around two sums over ranks. num_groups 0:
-  // batch norm. All values of slices are flat, one for each of slice.
+  // batch norm. All values of slices are flat, one for each slice.
   // [slices, 8] float64, to be added up over the ranks (moment_sums.h)
   m.def(
       "_sync_moments(Tensor input, Tensor? mask, int num_groups, int[] axis, "

@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& grad_output, const Tensor& inp
                            {"sums", has(sums) ? *sums : share, has(sums) ? kGradientSums : 0},
                            {"share", share}},
                           num_groups, axis, reduction_axes, eps, activation);
-  TORCH_CHECK_VALUE(has(sums) || !output_mask[0], num_groups == 0 ? "batch_norm" : "group_norm",
+  TORCH_CHECK_VALUE(has(sums) || !output_mask[0], norm_name(num_groups),
                     ": expected sums with the gradient of input, got None");
   const auto gradients =
       empty_gradients<Int>(operands, {output_mask[0], false, false, output_mask[1]});

@@ -19,10 +19,6 @@ namespace {
 
 namespace ta = autograd::ta;
 
-const char* name_of(std::int64_t num_groups) {
-  return num_groups == 0 ? "batch_norm" : "group_norm";
-}
-
 using autograd::kInput;
 using autograd::kMean;
 using autograd::kRstd;
@@ -72,7 +68,7 @@ struct SyncBackwardRule {
       auto [sums, grad_weight, grad_bias] = op::sync_gradient_sums().call(
           grad_output, input, weight, bias, residual, mask, t[kMean], t[kRstd], num_groups, axis,
           reduction(), eps, name, of_sums);
-      if (wanted[0]) total = all_reduce(name_of(num_groups), sums, group);
+      if (wanted[0]) total = all_reduce(norm_name(num_groups), sums, group);
       result[1] = std::move(grad_weight);
       result[2] = std::move(grad_bias);
     }
@@ -124,7 +120,7 @@ Tensor sync_norm(const Operands& operands, const Slices& slices, const RunningUp
     rule.axis = axis.vec();
     if (reduction_axes.has_value()) rule.reduction_axes = reduction_axes->vec();
     rule.eps = eps;
-    rule.activation = parse_activation(name_of(num_groups), activation);
+    rule.activation = parse_activation(norm_name(num_groups), activation);
     rule.group = ranks.group;
     const bool has_activation = rule.activation != kernels::Activation::kNone;
     node = autograd::make_node<SyncNode>(std::move(rule));
@@ -135,9 +131,9 @@ Tensor sync_norm(const Operands& operands, const Slices& slices, const RunningUp
     const at::AutoDispatchBelowAutograd guard;
     return op::sync_moments().call(input, mask, num_groups, axis, reduction_axes, ranks.by_rank);
   }();
-  check_agreement(name_of(num_groups), input, {/*training=*/true, num_groups, own.sym_size(0)},
+  check_agreement(norm_name(num_groups), input, {/*training=*/true, num_groups, own.sym_size(0)},
                   ranks);
-  const auto total = all_reduce(name_of(num_groups), own, ranks.group);
+  const auto total = all_reduce(norm_name(num_groups), own, ranks.group);
   const auto& [running_mean, running_var, num_batches_tracked] = running.state;
   const auto statistics =
       op::sync_statistics().call(own, total, running_mean, running_var, num_batches_tracked,

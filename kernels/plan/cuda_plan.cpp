@@ -89,11 +89,10 @@ class Planner {
  private:
   bool may_take(CudaPath path) const { return !options_.path || *options_.path == path; }
 
-  // Float64 has no registers to spare (but for runs, which may be read again); a pass that reduces
-  // nothing has nothing to keep, one that only reduces has nothing to keep it for.
-  bool may_reside() const {
-    return reduces(problem_) && problem_.dtype != DType::kFloat64 && !problem_.is_partial;
-  }
+  // A pass that reduces nothing has nothing to keep, one that only reduces nothing to keep it for.
+  bool may_keep() const { return reduces(problem_) && !problem_.is_partial; }
+  // Float64 has no registers to spare (but for runs, which may be read again).
+  bool may_reside() const { return may_keep() && problem_.dtype != DType::kFloat64; }
 
   // Of the sums of slices: the same for every number of samples if results have to be.
   bool is_worth_its_workspace() const {
@@ -160,10 +159,7 @@ class Planner {
   // Of whole vectors.
   bool plan_runs() {
     const Extent& e = problem_.extent;
-    if (!is_group_norm(problem_) || e.s != 1 || !reduces(problem_) || !problem_.aligned ||
-        problem_.is_partial) {
-      return false;
-    }
+    if (!is_group_norm(problem_) || e.s != 1 || !may_keep() || !problem_.aligned) return false;
     const std::int64_t width = invariant(full_width(problem_)), run = channels_per_slice(problem_);
     if (width == 1 || run % width != 0 || !may_take(CudaPath::kRun)) return false;
     const std::int64_t vectors = run / width;

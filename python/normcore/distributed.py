@@ -166,22 +166,19 @@ def _axis_group(
     mesh, world = _real(mesh), _real(world)
     if world is None:
         return None
-    axis = world if axis_name == "world" else mesh
-    if axis is None:
-        raise ValueError(
-            f"{op}: expected axis_name to be 'world' or a dimension of the active mesh, got "
-            f"{axis_name!r} and no mesh; normcore.distributed.use_mesh activates one"
-        )
-    if axis is world and axis_index_groups is None:
-        return world.group_name  # type: ignore[no-any-return]
-    parent = world if axis is world else _dimension(op, axis_name, mesh)
+    parent = world if axis_name == "world" else _dimension(op, axis_name, mesh)
     if axis_index_groups is None:
         return parent.group_name
     return _subgroup(op, parent, tuple(map(tuple, axis_index_groups)), world)
 
 
 def _dimension(op: str, axis_name: str, mesh: Any) -> ProcessGroup:
-    """The process group of the dimension `axis_name` of `mesh`."""
+    """The process group of the dimension `axis_name` of `mesh`, if there is one."""
+    if mesh is None:
+        raise ValueError(
+            f"{op}: expected axis_name to be 'world' or a dimension of the active mesh, got "
+            f"{axis_name!r} and no mesh; normcore.distributed.use_mesh activates one"
+        )
     _require_member(op, "the active mesh", mesh)
     try:
         group: ProcessGroup = mesh.get_group(axis_name)  # knows flattened dimensions as well

@@ -187,11 +187,24 @@ TEST_F(Modules, ErrorsOfSeveralRanksNameTheOperator) {
   expect_error<c10::DistBackendError>([&] { gn->forward(x); }, "group_norm" + text);
   EXPECT_TRUE(is_equal(bn->mean, at::zeros({6})));
   bn->forward(x, /*use_running_average=*/true);
+}
 
-  const std::vector<std::vector<std::int64_t>> halves{{0}, {1}};
-  BatchNorm split(BatchNormOptions().axis_name("data").axis_index_groups(halves));
-  expect_error<c10::NotImplementedError>([&] { split->forward(x); },
-                                         "expected no axis_index_groups over several ranks");
+TEST_F(Modules, GroupsOfSeveralRanks) {
+  using Groups = std::vector<std::vector<std::int64_t>>;
+  RegisteredGroup group("data", 4);
+  const auto backend = group.use<EqualRanks>();
+  const auto x = at::randn({4, 6});
+  const auto norm = [](const Groups& groups) {
+    return BatchNorm(BatchNormOptions().axis_name("data").axis_index_groups(groups));
+  };
+  norm({{0, 2, 3, 1}})->forward(x);
+  EXPECT_EQ(std::exchange(backend->calls, 0), 1);
+  EXPECT_TRUE(is_equal(norm({{0}, {1}, {2}, {3}})->forward(x), BatchNorm()->forward(x)));
+  EXPECT_EQ(backend->calls, 0);
+  expect_error<c10::NotImplementedError>([&] { norm({{0, 1}, {2, 3}})->forward(x); },
+                                         "register a process group for each of them");
+  expect_error<c10::ValueError>([&] { norm({{0, 1}})->forward(x); },
+                                "expected axis_index_groups to be a partition of the 4 ranks");
 }
 
 }  // namespace

@@ -237,6 +237,8 @@ def check(given: Call) -> None:
         if name in ("weight", "bias"):
             want, magnitude = own.value[name], own.magnitude[name]
             usable = want.isfinite()
+            lost = got[~usable]  # NaN, but where no gradient comes in
+            assert (lost.isnan() | (lost == 0)).all(), name
         else:
             want, magnitude = (
                 given.part(t[name], rank) for t in (expected.value, expected.magnitude)

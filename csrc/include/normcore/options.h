@@ -128,8 +128,8 @@ struct NORMCORE_API BatchNormOptions {
   TORCH_ARG(Initializer, scale_init);
   /// Name of the process group whose ranks have common statistics, "world" for the default group.
   TORCH_ARG(std::optional<std::string>, axis_name);
-  /// Independent subgroups, e.g. {{0, 1}, {2, 3}}: a partition of that group's ranks. They cannot be
-  /// made here: of a group of several ranks, a call throws and says what to do instead.
+  /// Independent subgroups, e.g. {{0, 1}, {2, 3}}: a partition of that group's ranks. Only all ranks
+  /// in one and each rank alone are done here; for others a call throws, and says what to do instead.
   TORCH_ARG(std::optional<std::vector<std::vector<std::int64_t>>>, axis_index_groups);
   /// "count": every element counts the same; "rank": every rank does, as in Flax.
   TORCH_ARG(std::string, sync_weighting) = "count";
@@ -169,8 +169,8 @@ struct NORMCORE_API GroupNormOptions {
   TORCH_ARG(OptionalIntList, reduction_axes);
   /// Name of the process group whose ranks have common statistics, "world" for the default group.
   TORCH_ARG(std::optional<std::string>, axis_name);
-  /// Independent subgroups, e.g. {{0, 1}, {2, 3}}: a partition of that group's ranks. They cannot be
-  /// made here: of a group of several ranks, a call throws and says what to do instead.
+  /// Independent subgroups, e.g. {{0, 1}, {2, 3}}: a partition of that group's ranks. Only all ranks
+  /// in one and each rank alone are done here; for others a call throws, and says what to do instead.
   TORCH_ARG(std::optional<std::vector<std::vector<std::int64_t>>>, axis_index_groups);
   /// "count": every element counts the same; "rank": every rank does, as in Flax.
   TORCH_ARG(std::string, sync_weighting) = "count";
