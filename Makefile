@@ -24,6 +24,9 @@ export PATH := $(bin):$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(venv)
 export CMAKE_GENERATOR := Ninja
 export CMAKE_CXX_COMPILER_LAUNCHER ?= $(shell command -v ccache)
+# So that it works with precompiled headers, and across build folders.
+export CCACHE_BASEDIR ?= $(CURDIR)
+export CCACHE_SLOPPINESS ?= pch_defines,time_macros
 
 # Stamps carry a hash of what they depend on: they survive touched files and notice deleted ones.
 hash = $(shell find $(1) -type f -not -path '*/__pycache__/*' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c -16)
