@@ -1,6 +1,7 @@
-"""The command `sync`: a batch norm over several ranks, which are processes of this machine.
+"""The command `sync`: a batch norm over ranks, which are processes of this machine.
 
-A step is a call and its backward pass, for the gradients of x, weight and bias.
+A step is a call and its backward pass, for the gradients of x, weight and bias. One rank alone
+talks to nobody.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import normcore
 
 from . import pages
-from .cases import text_of
+from .cases import Shape, text_of
 from .common import make_operands
 from .documents import write
 from .machine import facts
@@ -114,8 +115,10 @@ def measure(size: tuple[int, ...], repeats: int) -> dict[str, Any]:
     contenders = {name: OnRanks(partial(step, norm, x, dy)) for name, norm in norms.items()}
     for name in CONTENDERS:
         collectives = counted[name]["forward"] + counted[name]["backward"]
-        assert collectives == collectives_of(name, channels)  # what the model takes
-        contenders[f"{name} collectives"] = OnRanks(communicate(collectives))
+        # What the model takes.
+        assert collectives == (collectives_of(name, channels) if ranks > 1 else [])
+        if collectives:
+            contenders[f"{name} collectives"] = OnRanks(communicate(collectives))
     return {
         "size": text_of(size),
         "channels": channels,
@@ -157,14 +160,16 @@ def run(arguments: argparse.Namespace) -> int:
         "messages": [],
         "cases": [],
     }
-    todo = [(ranks, shape) for ranks in arguments.ranks for shape in (None, *arguments.shapes)]
+    todo: list[tuple[int, Shape | None]] = [(p, None) for p in arguments.ranks if p > 1]
+    todo += [(ranks, shape) for ranks in arguments.ranks for shape in arguments.shapes]
     for ranks, shape in track(todo, "measuring", console=Console(stderr=True)):
         start = partial(on_ranks, ranks, arguments.threads)
         if shape is None:
             document["messages"] += start(measure_messages, arguments.repeats)
         else:
             document["cases"].append(start(measure, shape.size, arguments.repeats))
-    document["networks"].append(fitted(document["messages"]))
+    if document["messages"]:
+        document["networks"].append(fitted(document["messages"]))
     write(document, arguments.output)
     print(sync_report(document))
     return 0

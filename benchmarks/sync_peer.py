@@ -61,7 +61,7 @@ class _Norm(torch.autograd.Function):
 
 
 class TorchSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Training of the default group of several ranks only."""
+    """Training of the default group only. One rank alone has torch's own batch norm, as there."""
 
     def update(self, mean: Tensor, var: Tensor) -> None:
         assert self.running_mean is not None
@@ -70,7 +70,12 @@ class TorchSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(var, self.momentum)
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        assert input.dim() >= 2
+
     def forward(self, input: Tensor) -> Tensor:
+        if dist.get_world_size() == 1:
+            return super().forward(input)
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         y: Tensor = _Norm.apply(input, self.weight, self.bias, self)

@@ -20,14 +20,14 @@ from .sync_model import microseconds as modelled
 def step_rows(document: Document) -> Iterator[list[str]]:
     for case in document["cases"]:
         us = case["microseconds"]
-        alone = [us[f"{name} collectives"] for name in CONTENDERS]
+        alone = ours, theirs = [us.get(f"{name} collectives") for name in CONTENDERS]
         yield [
             case["size"],
             str(case["ranks"]),
             *(microseconds(us[name]) for name in (*CONTENDERS, "local")),
             f"{us['torch'] / us['normcore']:.2f}",
             *map(microseconds, alone),
-            f"{alone[1] / alone[0]:.2f}",
+            f"{theirs / ours:.2f}" if ours and theirs else "",
         ]
 
 

@@ -289,12 +289,17 @@ for mode in ("inference", "training"):
 
 def test_sync(tmp_path: Path) -> None:
     results, folder = tmp_path / "sync.json", tmp_path / "report"
-    chosen = ["--ranks=2", "--shapes=2x8x4x4,6x4", "--repeats=1", "--networks=slow=100:1"]
+    chosen = ["--ranks=1,2", "--shapes=2x8x4x4,6x4", "--repeats=1", "--networks=slow=100:1"]
     printed = benchmarks("sync", *chosen, "--output", results).stdout
     document = json.loads(results.read_text())
     assert (document["kind"], document["threads"]) == ("sync", 1)
-    assert [(c["size"], c["ranks"]) for c in document["cases"]] == [("2x8x4x4", 2), ("6x4", 2)]
-    for case in document["cases"]:
+    assert [(c["ranks"], c["size"]) for c in document["cases"]] == [
+        *((1, "2x8x4x4"), (1, "6x4"), (2, "2x8x4x4"), (2, "6x4"))
+    ]
+    for case in document["cases"][:2]:
+        assert set(case["microseconds"]) == {"normcore", "torch", "local"}
+        assert not any(part for passes in case["collectives"].values() for part in passes.values())
+    for case in document["cases"][2:]:
         channels = case["channels"]
         assert set(case["microseconds"]) == {
             *("normcore", "torch", "local", "normcore collectives", "torch collectives")
@@ -365,7 +370,7 @@ assert fit("alpha alone", [(2, 1000, 10.0), (2, 10**6, 9.0)])[0].speed == float(
         ("scaling", "--threads=0", "'0' is not like 1,2"),
         ("scaling", "--max-values=1e4", "1e4 is less than 100000, the first step"),
         ("chain", "--sizes=4096x256", "4096x256 is no size of images"),
-        ("sync", "--ranks=1,2", "1,2: one rank has nobody to talk to"),
+        ("sync", "--ranks=0,2", "'0,2' is not like 1,2"),
         ("sync", "--networks=slow", "'slow' is not like NAME=MICROSECONDS:GB/S"),
     ],
 )
