@@ -3,6 +3,7 @@
 #   TORCH_VERSION=2.11.0   another torch than the newest one, in an environment and build folder of its own
 #   PYTHON=python3.12      the Python to make the environment with
 #   WERROR=ON              compiler warnings are errors
+#   CMAKE_ARGS=...         further arguments of the CMake build
 #   CUDA=ON                with CUDA kernels: needs nvcc, takes some minutes more; pip install has them where nvcc is
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -32,7 +33,7 @@ export CCACHE_SLOPPINESS ?= pch_defines,time_macros
 hash = $(shell find $(1) -type f -not -path '*/__pycache__/*' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c -16)
 environment := $(stamps)/environment-$(call hash,pyproject.toml .ci/system_packages)
 installed = $(stamps)/installed-$(WERROR)-$(CUDA)-$(call hash,$(sources))
-cmake_args = -DNORMCORE_TESTS=ON -DNORMCORE_WERROR=$(WERROR) -DNORMCORE_CUDA=$(CUDA)
+cmake_args = -DNORMCORE_TESTS=ON -DNORMCORE_WERROR=$(WERROR) -DNORMCORE_CUDA=$(CUDA) $(CMAKE_ARGS)
 sources := CMakeLists.txt cmake csrc kernels pyproject.toml python setup.py
 
 .PHONY: help
