@@ -22,7 +22,7 @@ class ShapeTest : public ::testing::TestWithParam<std::tuple<Shape, Layout>> {
  protected:
   // All variants of tensors of up to so many values; fewer of slow runners.
   explicit ShapeTest(std::int64_t all_up_to = std::numeric_limits<std::int64_t>::max(),
-                     std::int64_t slow_up_to = 256)
+                     std::int64_t slow_up_to = 128)
       : all_up_to_(runners_are_slow() ? slow_up_to : all_up_to) {}
 
   template <class Check>

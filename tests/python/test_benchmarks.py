@@ -289,17 +289,15 @@ for mode in ("inference", "training"):
 
 def test_sync(tmp_path: Path) -> None:
     results, folder = tmp_path / "sync.json", tmp_path / "report"
-    chosen = ["--ranks=1,2", "--shapes=2x8x4x4,6x4", "--repeats=1", "--networks=slow=100:1"]
+    chosen = ["--ranks=1,2", "--shapes=2x8x4x4", "--repeats=1", "--networks=slow=100:1"]
     printed = benchmarks("sync", *chosen, "--output", results).stdout
     document = json.loads(results.read_text())
     assert (document["kind"], document["threads"]) == ("sync", 1)
-    assert [(c["ranks"], c["size"]) for c in document["cases"]] == [
-        *((1, "2x8x4x4"), (1, "6x4"), (2, "2x8x4x4"), (2, "6x4"))
-    ]
-    for case in document["cases"][:2]:
+    assert [(c["ranks"], c["size"]) for c in document["cases"]] == [(1, "2x8x4x4"), (2, "2x8x4x4")]
+    for case in document["cases"][:1]:
         assert set(case["microseconds"]) == {"normcore", "torch", "local"}
         assert not any(part for passes in case["collectives"].values() for part in passes.values())
-    for case in document["cases"][2:]:
+    for case in document["cases"][1:]:
         channels = case["channels"]
         assert set(case["microseconds"]) == {
             *("normcore", "torch", "local", "normcore collectives", "torch collectives")

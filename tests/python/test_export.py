@@ -34,8 +34,14 @@ class Call(nn.Module):
 CALLS = [("evaluation", name) for name in EVALUATIONS] + [("group", name) for name in GROUP_NORMS]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("norm", "name"), CALLS)
+# Where results are rounded in between, or not.
+ROUNDED = [call for call in CALLS if call[1] in ("activation", "float32 output", "mask")]
+
+
+@pytest.mark.parametrize(
+    ("norm", "name", "dtype"),
+    [(*call, torch.float32) for call in CALLS] + [(*call, torch.bfloat16) for call in ROUNDED],
+)
 def test_every_call_decomposes(norm: str, name: str, dtype: torch.dtype) -> None:
     is_group = norm == "group"
     module = Call(group, GROUP_NORMS[name]) if is_group else Call(evaluate, EVALUATIONS[name])
