@@ -15,6 +15,9 @@ the time of the candidate; 100 % is as fast as a copy. Cases are run in the orde
 importance until the time is over; torch.compile is left out of the later ones if its compilation
 would take their time. What was left out is listed.
 
+With --paths the forward and backward passes of normcore take those paths too, where they can run so
+(normcore/kernels/cuda_plan.h), as candidates "normcore split" and so on.
+
 Without a device the exit code is 77. --rehearse takes small tensors on the CPU instead, to see that
 everything runs; TRITON_INTERPRET=1 adds the Triton kernels. Its times mean nothing.
 """
@@ -36,6 +39,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +226,45 @@ def attempt(what: str, failures: list[str]) -> Iterator[None]:
         failures.append(f"{what}: {type(error).__name__}: {text[0][:200]}")
 
 
+@torch.no_grad()
+def forward_of(norm: Norm, x: Tensor) -> tuple[Tensor]:
+    return (norm(x),)
+
+
 def norms_of(case: Case, o: Operands) -> tuple[Norm, Norm]:
     if case.norm == "batch_norm":
         return batch_norms(o, True)
     return group_norms(o, "silu" if case.norm.endswith("silu") else None)
+
+
+def on_path(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    def on_path() -> Any:
+        normcore._C.set_cuda_path(name)
+        try:
+            return run()
+        finally:
+            normcore._C.set_cuda_path("")
+
+    return on_path
+
+
+def path_candidates(
+    case: Case, o: Operands, paths: list[str]
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+    """Forward and backward passes of normcore on paths that can run them, by name."""
+    axes = {"axis": 1, "num_groups": o.groups} if case.norm != "batch_norm" else {"axis": 1}
+    op = case.norm.split(" ")[0]
+    forward: dict[str, Callable[[], Any]] = {}
+    backward: dict[str, Callable[[], Any]] = {}
+    for path in paths:
+        for is_backward, found in ((False, forward), (True, backward)):
+            explain = partial(normcore.explain, o.x, op, backward=is_backward, **axes)
+            if f" {path} path, " not in on_path(path, partial(explain, device="cuda"))():
+                continue
+            norm = norms_of(case, o)[0]
+            run = backward_of(norm, o) if is_backward else partial(forward_of, norm, o.x)
+            found[f"normcore {path}"] = on_path(path, run)
+    return forward, backward
 
 
 def triton_candidates(
@@ -253,18 +292,22 @@ def triton_candidates(
 
 
 def candidates(
-    case: Case, o: Operands, peers: set[str], failures: list[str]
+    case: Case, o: Operands, peers: set[str], paths: list[str], failures: list[str]
 ) -> dict[str, dict[str, Callable[[], Any]]]:
     """Of each operation, by name. The first result of each is what the operation is about."""
     # Norms of their own for each use: a call must not change the statistics that a backward saved.
-    forward = {
-        name: torch.no_grad()(lambda f=f: (f(o.x),))
-        for name, f in zip(("normcore", "torch"), norms_of(case, o), strict=True)
+    forward: dict[str, Callable[[], Any]] = {
+        name: partial(forward_of, norm, o.x)
+        for name, norm in zip(("normcore", "torch"), norms_of(case, o), strict=True)
     }
     backward: dict[str, Callable[[], Any]] = {}
     for name, norm in zip(("normcore", "torch"), norms_of(case, o), strict=True):
         with attempt(f"{case.name}, {name}", failures):
             backward[name] = backward_of(norm, o)
+    with attempt(f"{case.name}, normcore on paths", failures):
+        more_forward, more_backward = path_candidates(case, o, paths)
+        forward |= more_forward
+        backward |= more_backward
     if "compile" in peers:
         with attempt(f"{case.name}, compile", failures):
             # One compilation serves both passes: the forward pass is that of a training step.
@@ -290,7 +333,7 @@ def candidates(
     if case.norm == "batch_norm":
         evaluations = zip(("normcore", "torch"), batch_norms(o, False), strict=True)
         found["batch_norm eval"] = {
-            name: torch.no_grad()(lambda f=f: (f(o.x),)) for name, f in evaluations
+            name: partial(forward_of, norm, o.x) for name, norm in evaluations
         }
     return found
 
@@ -315,14 +358,20 @@ def wanted(case: Case, o: Operands) -> dict[str, Tensor]:
 
 
 def measure(
-    case: Case, watch: Any, device: str, seconds: float, peers: set[str], report: Report
+    case: Case,
+    watch: Any,
+    device: str,
+    seconds: float,
+    peers: set[str],
+    paths: list[str],
+    report: Report,
 ) -> None:
     shape = case.shape
     # torch's group norm on a device wants scale and bias in the dtype of x.
     parameters = torch.float32 if case.norm == "batch_norm" else case.dtype
     o = make_operands(shape.size, shape.groups, case.layout, case.dtype, device, parameters)
     target = torch.empty_like(o.x)
-    operations = candidates(case, o, peers, report.failures)
+    operations = candidates(case, o, peers, paths, report.failures)
     exact = wanted(case, o) if o.x.numel() <= 1 << 30 else {}
     for operation, by_name in operations.items():
         prepared: dict[str, Callable[[], object]] = {}
@@ -440,10 +489,14 @@ def show(report: Report, console: Console) -> None:
     for column in ("eager", "compile", "triton"):
         table.add_column(f"/ {column}")
     ratios: dict[str, list[float]] = {"eager": [], "compile": [], "triton": []}
+    by_path: dict[str, list[float]] = {}
     for key, row in rows_of(report.results):
         ours = row.get("normcore")
         if ours is None:
             continue
+        for name, result in row.items():
+            if name.startswith("normcore "):
+                by_path.setdefault(name, []).append(result.cold_us / ours.cold_us)
         triton = [r.cold_us for name, r in row.items() if name.startswith("triton")]
         peers = {
             "eager": row["torch"].cold_us if "torch" in row else None,
@@ -469,6 +522,12 @@ def show(report: Report, console: Console) -> None:
                 f"against {name}: geometric mean {statistics.geometric_mean(values):.2f}, worst "
                 f"{min(values):.2f}, best {max(values):.2f} over {len(values)} cases"
             )
+    for name, values in by_path.items():
+        console.print(
+            f"{name} over normcore as planned: geometric mean "
+            f"{statistics.geometric_mean(values):.2f}, between {min(values):.2f} and "
+            f"{max(values):.2f} over {len(values)} cases"
+        )
     for name, values in double_backward_ratios(report.results).items():
         console.print(
             f"double backward over backward, {name}: geometric mean "
@@ -487,6 +546,7 @@ def sweep(report: Report, arguments: argparse.Namespace) -> None:
     rehearse = arguments.rehearse
     watch: Any = RehearsalStopwatch() if rehearse else Stopwatch()
     peers = set(arguments.peers.split(","))
+    paths = [path for path in arguments.paths.split(",") if path]
     # A backward pass is run many times.
     torch._functorch.config.donated_buffer = False
     if not importlib.util.find_spec("triton") or (
@@ -514,7 +574,7 @@ def sweep(report: Report, arguments: argparse.Namespace) -> None:
         share = min(arguments.case_seconds, (end - now) / (len(todo) - index))
         device = "cpu" if rehearse else "cuda"
         with attempt(f"{case.name}, all", report.failures), watch.stream():
-            measure(case, watch, device, share, chosen, report)
+            measure(case, watch, device, share, chosen, paths, report)
         took = time.perf_counter() - now
         print(f"{index + 1}/{len(todo)} {case.name}: {took:.1f} s", file=sys.stderr, flush=True)
         if with_compile:
@@ -548,6 +608,7 @@ def main() -> int:
     parser.add_argument("--case-seconds", type=float, default=0.6, help="of timing, at most")
     parser.add_argument("--only", default="", help="regular expression: part of a case's name")
     parser.add_argument("--peers", default="compile,triton", help="beside torch eager")
+    parser.add_argument("--paths", default="", help="of normcore: split, cluster, team")
     parser.add_argument("--rehearse", action="store_true", help="small tensors on the CPU")
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()
@@ -564,7 +625,7 @@ def main() -> int:
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         document = asdict(report)
-        document["rehearsal"] = arguments.rehearse
+        document |= {"kind": "cuda", "rehearsal": arguments.rehearse}
         arguments.output.write_text(json.dumps(document, indent=1, default=str))
     if not has_device and not arguments.rehearse:
         return NO_DEVICE

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from .accuracy_report import largest_error
+from .cuda_report import bytes_of, bytes_per_second, rows_of
 from .documents import Document
 from .markdown import threads, unique
 from .scaling_report import curves, nanoseconds_per_value
@@ -214,11 +215,40 @@ def sync(document: Document) -> dict[str, Figure]:
     return {"ranks": figure}
 
 
+def _roofline(axes: Axes, row: list[dict[str, Document]]) -> None:
+    """A point for each case and candidate: bytes that cannot be avoided, and those per second."""
+    for name, color in (("copy", NEUTRAL), ("torch", SLOWER), ("normcore", FASTER)):
+        chosen = sorted((r[name] for r in row if name in r), key=bytes_of)
+        points = [(bytes_of(r), bytes_per_second(r) / 1e9) for r in chosen]
+        if points:
+            axes.loglog(*zip(*points), ".", color=color, label=name)
+    axes.set_xlabel("bytes read and written once", fontsize=8)
+    axes.set_ylabel("GB/s", fontsize=8)
+    axes.tick_params(labelsize=7, which="both")
+
+
+def cuda(document: Document) -> dict[str, Figure]:
+    """Bandwidth over size: what a copy of the same tensors reaches is the roof."""
+    rows = rows_of(document)
+    operations = unique(operation for *_, operation in rows)
+    columns = min(COLUMNS, len(operations))
+    title = f"{document['facts']['device'] or 'rehearsal'}, cold L2"
+    figure, grid = _grid(-(-len(operations) // columns), columns, title)
+    for axes in grid.flat[len(operations) :]:
+        axes.remove()
+    for operation, axes in zip(operations, grid.flat):
+        _roofline(axes, [row for key, row in rows.items() if key[-1] == operation])
+        axes.set_title(operation, fontsize=10)
+    grid[0][0].legend(fontsize=7)
+    return {"roofline": figure}
+
+
 FIGURES: dict[str, Callable[[Document], dict[str, Figure]]] = {
     "speed": speed,
     "accuracy": accuracy,
     "scaling": scaling,
     "sync": sync,
+    "cuda": cuda,
 }
 
 

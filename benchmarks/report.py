@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .accuracy_report import accuracy_report
 from .chain_report import chain_report
+from .cuda_report import cuda_report
 from .documents import Document
 from .scaling_report import scaling_report
 from .speed_report import speed_report
@@ -20,6 +21,7 @@ REPORTS: Mapping[str, Callable[[Document, str, Sequence[str]], str]] = {
     "scaling": scaling_report,
     "chain": chain_report,
     "sync": sync_report,
+    "cuda": cuda_report,
 }
 
 

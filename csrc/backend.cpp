@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <optional>
 
 #include "checks.h"
 
@@ -54,10 +55,17 @@ void run_on_cpu(const char* op, const Args& args) {
   check(kernels::run(args, plan, workspace, executor), op);
 }
 
-kernels::CudaOptions cuda_options() {
+// By the settings of the library.
+std::optional<kernels::CudaPlan> cuda_plan(const kernels::Problem& problem,
+                                           const kernels::CudaDevice& device) {
   kernels::CudaOptions options;
   options.batch_invariant = batch_invariant();
-  return options;
+  options.path = kernels::cuda_path_of(cuda_path());
+  if (options.path) {
+    if (const auto plan = kernels::plan_cuda(problem, device, options)) return plan;
+    options.path.reset();
+  }
+  return kernels::plan_cuda(problem, device, options);
 }
 
 #if defined(NORMCORE_CUDA)
@@ -67,27 +75,40 @@ kernels::CudaStream stream_of(c10::Device device) {
 }
 
 template <class Args>
-bool try_on_cuda(const char* op, const Args& args, c10::Device device) {
-  const c10::DeviceGuard guard(device);
-  const kernels::CudaStream handle = stream_of(device);
-  kernels::CudaDevice facts;
-  check(kernels::query_device(device.index(), facts), op);
-  const auto plan = kernels::plan_cuda(problem_of(args), facts, cuda_options());
-  if (!plan) return false;
+kernels::Status run_plan(const Args& args, const kernels::CudaPlan& plan, c10::Device device) {
   // Zeroed for every call and not kept: graphs may record the call, and torch may have redirected its
   // allocator to the pool of one.
   at::Tensor workspace, counters;
   kernels::CudaWorkspace memory;
-  if (plan->workspace_bytes != 0) {
-    workspace = at::empty({static_cast<std::int64_t>(plan->workspace_bytes)},
+  if (plan.workspace_bytes != 0) {
+    workspace = at::empty({static_cast<std::int64_t>(plan.workspace_bytes)},
                           at::device(device).dtype(at::kByte));
     memory.data = workspace.mutable_data_ptr();
   }
-  if (plan->counters != 0) {
-    counters = at::zeros({plan->counters}, at::device(device).dtype(at::kInt));
+  if (plan.counters != 0) {
+    counters = at::zeros({plan.counters}, at::device(device).dtype(at::kInt));
     memory.counters = reinterpret_cast<unsigned*>(counters.mutable_data_ptr<std::int32_t>());
   }
-  check(kernels::run(args, *plan, memory, handle), op);
+  return kernels::run(args, plan, memory, stream_of(device));
+}
+
+template <class Args>
+bool try_on_cuda(const char* op, const Args& args, c10::Device device) {
+  const c10::DeviceGuard guard(device);
+  kernels::CudaDevice facts;
+  check(kernels::query_device(device.index(), facts), op);
+  const kernels::Problem problem = problem_of(args);
+  const auto plan = cuda_plan(problem, facts);
+  if (!plan) return false;
+  kernels::Status status = run_plan(args, *plan, device);
+  if (status.code == kernels::StatusCode::kNoRoom) {
+    facts.max_cluster = 1;
+    facts.cooperative = false;
+    const auto plan_without_teams = cuda_plan(problem, facts);
+    if (!plan_without_teams) return false;
+    status = run_plan(args, *plan_without_teams, device);
+  }
+  check(status, op);
   return true;
 }
 
@@ -160,7 +181,7 @@ std::string describe_plan(const kernels::Problem& problem, c10::Device device) {
   }
   if (!kernels::query_device(ordinal, facts).ok()) facts = {};
 #endif
-  const auto plan = kernels::plan_cuda(problem, facts, cuda_options());
+  const auto plan = cuda_plan(problem, facts);
   return plan ? describe(*plan) : "too large for a CUDA grid";
 }
 

@@ -3,6 +3,7 @@
 // runs_gradient.cuh do to the vectors, channels and slices that they walk over. Its types:
 //   Call          arguments; a BackwardCall
 //   Operands      of a vector: load()ed, and held in registers
+//   HeldOperands  of several vectors, held in shared memory; if the pass has kernels of kTeam
 //   Sums          over the values of a channel (gradients.cuh); add() of one element
 //   Slice         what is known of a slice beside its statistics(): prepare() before its sums are
 //                 there, finish_slice() from them, zeros where nothing flows through the statistics
@@ -104,6 +105,34 @@ struct BackwardPass {
     }
   };
 
+  // In shared memory, of so many vectors (hold_vector()).
+  class HeldOperands {
+   public:
+    __device__ HeldOperands(void* memory, std::uint32_t vectors)
+        : x_(static_cast<Vector<T, kWidth>*>(memory)),
+          grad_y_(reinterpret_cast<GradientVector<kPlain, T, kWidth>*>(x_ + vectors)),
+          end_(grad_y_ + vectors) {}
+
+    __device__ void hold(const Call& call, std::uint32_t i, std::int64_t index, Span span) const {
+      hold_vector<kPlain>(x_ + i, static_cast<const T*>(call.input.x.data), index, span);
+      if constexpr (kPlain) {
+        hold_vector<kPlain>(grad_y_ + i, static_cast<const T*>(call.grad_y.data), index, span);
+      } else {
+        grad_y_[i] = load_gradients<kPlain, T, kWidth>(call.grad_y, index, span);
+      }
+    }
+    __device__ void load(std::uint32_t i, Operands& operands) const {
+      operands.x = x_[i];
+      operands.grad_y = grad_y_[i];
+    }
+    __device__ void* end() const { return end_; }
+
+   private:
+    Vector<T, kWidth>* x_;
+    GradientVector<kPlain, T, kWidth>* grad_y_;
+    void* end_;
+  };
+
   struct Coefficients : Affine<A> {
     A slope, offset;
     __device__ const Coefficients& operator[](int) const { return *this; }
@@ -201,11 +230,11 @@ struct BackwardPass {
     store_values<kPlain, T>(call.grad.x, index, span, dx);
   }
 
-  // Completes a slice of `channels` channels and stores the gradients of its parameters. sums(i) are
-  // those of channel first_channel + i. Called by `lanes` neighbouring threads of a warp, all of whose
+  // Completes a slice of `channels` channels and, if it `stores`, the gradients of its parameters. sums(i)
+  // are those of channel first_channel + i. Called by `lanes` neighbouring threads of a warp, all of whose
   // threads take part.
   template <class SumsOf>
-  __device__ static Slice finish_slice(const Call& call, bool is_active,
+  __device__ static Slice finish_slice(const Call& call, bool is_active, bool stores,
                                        const SliceStatistics<A>& statistics, std::int64_t sample,
                                        std::int64_t first_channel, std::uint32_t channels,
                                        unsigned lane, unsigned lanes, SumsOf sums) {
@@ -225,7 +254,7 @@ struct BackwardPass {
       const double scale = load_or(call.input.scale, at, 1.0);
       h += scale * channel.g;
       h_centered += scale * g_centered;
-      store_parameters(call, sample, first_channel + i, g_centered * rstd, channel.g);
+      if (stores) store_parameters(call, sample, first_channel + i, g_centered * rstd, channel.g);
     }
     h = warp_sum(h, lanes);
     h_centered = warp_sum(h_centered, lanes);

@@ -6,17 +6,20 @@
 #include "normcore/kernels/norm_input.h"
 #include "normcore/kernels/sync.h"
 #include "normcore/kernels/types.h"
+#include "plan/cuda_constants.h"
 #include "plan/cuda_tiling.h"
 
 namespace normcore::kernels::cuda {
 
-// kResident: one launch, what is reduced stays in registers. kReduce and kApply: the two launches of
-// kSplit; kApply alone is kStream.
-enum class Stage : std::uint8_t { kResident, kReduce, kApply };
+// kResident: one launch, what is reduced stays in registers. kTeam: one launch, it stays in the shared
+// memory of one or several blocks (kCluster and CudaPath::kTeam). kReduce and kApply: the two launches
+// of kSplit; kApply alone is kStream.
+enum class Stage : std::uint8_t { kResident, kTeam, kReduce, kApply };
 
 // For how many blocks of a kernel a multiprocessor has to have registers: kPlain kernels of kSplit and
-// kStream hold nothing, and need few.
+// kStream hold nothing, and need few; plans count on room for two blocks of teams.
 constexpr int blocks_at_once(bool is_plain, Stage stage, int of_split) {
+  if (stage == Stage::kTeam) return kTeamBlocksPerMultiprocessor;
   return is_plain && stage != Stage::kResident ? of_split : 1;
 }
 
@@ -43,7 +46,8 @@ struct ForwardCall {
   ConstTensor given_mean, given_var;  // statistics that are not those of x
   MomentSums* sums = nullptr;         // of parts of slices (sync.h): instead of mean and rstd
   bool by_rank = false;
-  void* records = nullptr;  // workspace: ShiftedSums of every chunk, ColumnSums of its channels
+  void* records = nullptr;  // workspace: ShiftedSums of every chunk, ColumnSums of its channels; of
+                            // CudaPath::kTeam, those of team.cuh
   ShiftedSums* channel_sums = nullptr;  // workspace of group norm over kNSC: per sample and channel
   unsigned* counters = nullptr;
 };
@@ -68,8 +72,8 @@ struct BackwardCall {
                            // launch does
   ParameterSums* parameters = nullptr;  // workspace: per block of samples and channel; null where
                                         // nothing is left to be summed
-  void* records = nullptr;              // workspace: sums per chunk and channel in it
-  void* channel_sums = nullptr;         // workspace: sums per sample and channel
+  void* records = nullptr;  // workspace: sums per chunk and channel in it, or those of team.cuh
+  void* channel_sums = nullptr;  // workspace: sums per sample and channel
   unsigned* counters = nullptr;
 };
 

@@ -1,8 +1,8 @@
 // From run-time choices to kernel instantiations. Every combination that plan_cuda() can choose is
-// instantiated here, and no other: kPack and kBlock are for 16- and 32-bit dtypes only, few vectors
-// per thread exist only where a vector has several elements. kPlain kernels are for the common calls:
-// no mask, whole vectors only, all tensors but parameters in the dtype of x. They take a third to a
-// sixth of the instructions.
+// instantiated here, and no other: kPack, kBlock, kCluster and kTeam are for 16- and 32-bit dtypes only,
+// few vectors per thread, and the latter two, only where a vector has several elements. kPlain kernels
+// are for the common calls: no mask, whole vectors only, all tensors but parameters in the dtype of x.
+// They take a third to a sixth of the instructions.
 #pragma once
 
 #include <type_traits>
@@ -17,26 +17,6 @@
 
 namespace normcore::kernels::cuda {
 
-inline bool has_dtype(const auto& tensor, DType dtype) { return !tensor || tensor.dtype == dtype; }
-
-inline bool is_plain(const ForwardCall& call) {
-  const DType dtype = call.input.x.dtype;
-  return !call.input.mask && has_dtype(call.input.residual, dtype) && has_dtype(call.y, dtype);
-}
-
-inline bool is_plain(const BackwardCall& call) {
-  const DType dtype = call.input.x.dtype;
-  return !call.input.mask && has_dtype(call.input.residual, dtype) &&
-         has_dtype(call.grad_y, dtype) && has_dtype(call.grad.x, dtype) &&
-         has_dtype(call.grad.residual, dtype);
-}
-
-inline bool is_plain(const DoubleBackwardCall& call) {
-  const DType dtype = call.input.x.dtype;
-  return is_plain(static_cast<const BackwardCall&>(call)) && has_dtype(call.cotangents.x, dtype) &&
-         has_dtype(call.cotangents.residual, dtype) && has_dtype(call.grad_grad_y, dtype);
-}
-
 template <class... Parameters>
 Status launch_blocks(void (*kernel)(Parameters...), const CudaPlan& plan, std::int64_t blocks,
                      CudaStream stream, std::type_identity_t<Parameters>... arguments) {
@@ -44,8 +24,18 @@ Status launch_blocks(void (*kernel)(Parameters...), const CudaPlan& plan, std::i
   config.grid = dim3(static_cast<unsigned>(blocks));
   config.block = dim3(static_cast<unsigned>(plan.threads));
   config.dynamic_shared = plan.shared_bytes;
+  if (plan.path == CudaPath::kCluster) config.cluster = static_cast<unsigned>(plan.team);
+  config.cooperative = plan.path == CudaPath::kTeam;
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  return to_status(launch(kernel, config, arguments...));
+  const cudaError_t error = launch(kernel, config, arguments...);
+  Status status = to_status(error);
+  const bool is_together = config.cooperative || config.cluster > 1;
+  if (is_together &&
+      (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
+       error == cudaErrorLaunchOutOfResources)) {
+    status.code = StatusCode::kNoRoom;
+  }
+  return status;
 }
 
 // Calls start.operator()<T, kWidth, kVectors, kStage, kPlain>(blocks) for every launch of the plan.
@@ -67,6 +57,14 @@ Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
             plan.blocks);
       }
       break;
+    case CudaPath::kCluster:
+    case CudaPath::kTeam:
+      if constexpr (constexpr int kTeamVectors = kKernels.team_vectors(kPlain);
+                    !std::is_same_v<T, double> && kWidth > 1 && kTeamVectors > 0) {
+        return start.template operator()<T, kWidth, kTeamVectors, Stage::kTeam, kPlain>(
+            plan.blocks);
+      }
+      break;
     case CudaPath::kSplit: {
       const Status status =
           start.template operator()<T, kWidth, kVectors, Stage::kReduce, kPlain>(plan.blocks);
@@ -83,13 +81,13 @@ Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
 }
 
 template <CudaKernels kKernels, class Start>
-Status for_each_stage(DType x, const CudaPlan& plan, bool is_plain, const Start& start) {
+Status for_each_stage(DType x, const CudaPlan& plan, const Start& start) {
   return visit_dtype(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr auto kWidth = static_cast<int>(kKernels.width(sizeof(T)));
     if (plan.width != kWidth) return for_each_stage_of<kKernels, T, 1, false>(plan, start);
     if constexpr (!std::is_same_v<T, double>) {
-      if (is_plain) return for_each_stage_of<kKernels, T, kWidth, true>(plan, start);
+      if (plan.is_plain) return for_each_stage_of<kKernels, T, kWidth, true>(plan, start);
     }
     return for_each_stage_of<kKernels, T, kWidth, false>(plan, start);
   });
@@ -97,13 +95,13 @@ Status for_each_stage(DType x, const CudaPlan& plan, bool is_plain, const Start&
 
 // Calls start.operator()<T, kWidth, kPlain>() for the one launch of kRun.
 template <CudaKernels kKernels, class Start>
-Status for_each_run_kernel(DType x, const CudaPlan& plan, bool is_plain, const Start& start) {
+Status for_each_run_kernel(DType x, const CudaPlan& plan, const Start& start) {
   return visit_dtype(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr auto kWidth = static_cast<int>(kKernels.width(sizeof(T)));
     if (plan.width != kWidth) return Status::invalid("the plan has no kernel");
     if constexpr (!std::is_same_v<T, double>) {
-      if (is_plain) return start.template operator()<T, kWidth, true>();
+      if (plan.is_plain) return start.template operator()<T, kWidth, true>();
     }
     return start.template operator()<T, kWidth, false>();
   });

@@ -287,7 +287,7 @@ struct DoubleBackwardPass {
   }
 
   template <class SumsOf>
-  __device__ static Slice finish_slice(const Call& call, bool is_active,
+  __device__ static Slice finish_slice(const Call& call, bool is_active, bool stores,
                                        const SliceStatistics<A>& statistics, std::int64_t sample,
                                        std::int64_t first_channel, std::uint32_t channels,
                                        unsigned lane, unsigned lanes, SumsOf sums) {
@@ -329,7 +329,8 @@ struct DoubleBackwardPass {
       hu += w * gu;
       e += w * k + v * g;
       ex += w * kx + v * gx;
-      store_parameters(call, sample, first_channel + i, r * (gu - p0 * g - p1 * gx) + kx, k);
+      if (stores)
+        store_parameters(call, sample, first_channel + i, r * (gu - p0 * g - p1 * gx) + kx, k);
     }
     h = warp_sum(h, lanes);
     hx = warp_sum(hx, lanes);

@@ -181,6 +181,17 @@ __device__ Vector<T, kWidth> load_vector(const T* data, std::int64_t index, Span
   return out;
 }
 
+// load_vector() to shared memory, where the same thread may read it behind wait_for_copies(). kPlain: a
+// whole vector, which need not pass through registers.
+template <bool kPlain, class T, int kWidth>
+__device__ void hold_vector(Vector<T, kWidth>* to, const T* data, std::int64_t index, Span span) {
+  if constexpr (kPlain) {
+    copy_async(to, reinterpret_cast<const Vector<T, kWidth>*>(data + index));
+  } else {
+    *to = load_vector<T, kWidth>(data, index, span);
+  }
+}
+
 // Calls f(TypeTag) with the element type of a tensor beside x: with T, that of x, if kPlain.
 template <bool kPlain, class T, class F>
 __device__ void visit_dtype_beside(DType dtype, F&& f) {

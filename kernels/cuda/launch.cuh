@@ -1,6 +1,6 @@
-// What kernels use beyond plain CUDA C++: launches, shared memory, counters between blocks. Each has
-// a second body for the emulator, where a CUDA thread is a fiber of one host thread. T of shared
-// memory is trivially default-constructible; two functions that use the same T share the memory.
+// What kernels use beyond plain CUDA C++: launches, shared memory, clusters, counters between blocks.
+// Each has a second body for the emulator, where a CUDA thread is a fiber of one host thread. T of
+// shared memory is trivially default-constructible; two functions that use the same T share the memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,6 +12,9 @@
 #include "plan/cuda_constants.h"
 
 #if defined(__CUDACC__)
+#include <cooperative_groups.h>
+#include <cuda_pipeline_primitives.h>
+
 #include <cuda/atomic>
 #endif
 
@@ -20,6 +23,8 @@ namespace normcore::kernels::cuda {
 struct LaunchConfig {
   dim3 grid = 1, block = 1;
   std::size_t dynamic_shared = 0;
+  unsigned cluster = 1;      // blocks of a cluster (sm_90 on)
+  bool cooperative = false;  // all blocks run together
   cudaStream_t stream = nullptr;
 };
 
@@ -56,6 +61,43 @@ __device__ inline void store_relaxed(unsigned* counter, unsigned value) {
       value, ::cuda::memory_order_relaxed);
 }
 
+__device__ inline unsigned load_acquire(unsigned* counter) {
+  return ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device>(*counter).load(
+      ::cuda::memory_order_acquire);
+}
+
+// In a loop that waits for other blocks.
+__device__ inline void pause() {}
+
+// The barrier of a cluster, which orders what its threads write to any memory; and where the block of
+// that rank has what `own` points to in shared memory.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ inline void cluster_arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
+__device__ inline void cluster_wait() { cooperative_groups::this_cluster().barrier_wait(); }
+template <class T>
+__device__ T* cluster_peer(T* own, unsigned rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(own, rank);
+}
+#else  // no plan has clusters there
+__device__ inline void cluster_arrive() {}
+__device__ inline void cluster_wait() {}
+template <class T>
+__device__ T* cluster_peer(T* own, unsigned) {
+  return own;
+}
+#endif
+
+// From global to shared memory, 4, 8 or 16 bytes that are aligned to as many; the thread may read them
+// behind its next wait_for_copies().
+template <class T>
+__device__ void copy_async(T* shared, const T* global) {
+  __pipeline_memcpy_async(shared, global, sizeof(T));
+}
+__device__ inline void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
+
 // From here on the compiler knows nothing about the value.
 __device__ inline void keep(unsigned& value) { asm volatile("" : "+r"(value)); }
 
@@ -75,7 +117,19 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& config,
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxDynamicShared));
     if (error != cudaSuccess) return error;
   }
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (config.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {config.cluster, 1, 1};
+  }
+  if (config.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
   cudaLaunchConfig_t launch_config = {};
+  launch_config.attrs = attributes;
+  launch_config.numAttrs = count;
   launch_config.gridDim = config.grid;
   launch_config.blockDim = config.block;
   launch_config.dynamicSmemBytes = config.dynamic_shared;
@@ -106,6 +160,26 @@ inline void store_relaxed(unsigned* counter, unsigned value) {
   __atomic_store_n(counter, value, __ATOMIC_RELAXED);
 }
 
+inline unsigned load_acquire(unsigned* counter) {
+  return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+}
+
+inline void pause(EMULATOR_SITE) { emulator::pause(site); }
+
+inline void cluster_arrive(EMULATOR_SITE) { emulator::cluster_arrive(site); }
+inline void cluster_wait(EMULATOR_SITE) { emulator::cluster_wait(site); }
+template <class T>
+T* cluster_peer(T* own, unsigned rank) {
+  return static_cast<T*>(emulator::cluster_peer(own, rank));
+}
+
+template <class T>
+void copy_async(T* shared, const T* global) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+  emulator::copy_async([=] { *shared = *global; });
+}
+inline void wait_for_copies() { emulator::wait_for_copies(); }
+
 inline void keep(unsigned&) {}
 inline void keep_order() {}
 
@@ -119,6 +193,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& config,
   launch.dynamic_shared = config.dynamic_shared;
   launch.max_dynamic_shared = asks_for_shared(config) ? kMaxDynamicShared : 0;
   launch.max_static_shared = kMaxStaticShared;
+  launch.cluster = config.cluster;
+  launch.cooperative = config.cooperative;
   emulator::run(launch, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -9,6 +9,7 @@
 #include "cuda/planes.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/statistics.cuh"
+#include "cuda/team.cuh"
 #include "plan/cuda_constants.h"
 
 namespace normcore::kernels::cuda {
@@ -39,8 +40,9 @@ class PlanesGradient {
         unit_(threadIdx.x / lanes_),
         units_(blockDim.x / lanes_),
         records_(tiling.channels_per_chunk()),
-        slots_(tiling.has_several_channels() ? lanes_ * kVectors * batches()
-                                             : (lanes_ + kWarp - 1) / kWarp) {}
+        sums_(!tiling.has_several_channels() ? (lanes_ + kWarp - 1) / kWarp
+              : kStage == Stage::kTeam       ? tiling.slots_per_chunk()
+                                             : lanes_ * kVectors * batches()) {}
 
   // One chunk of one slice. All threads of the block get here together.
   __device__ void run(std::int64_t index, std::uint32_t chunk_index, bool is_active) const {
@@ -50,38 +52,38 @@ class PlanesGradient {
 
     Operands operands[kVectors];
     load(chunk, slots, 0, operands);
-    Slice slice{};
-    if constexpr (kStage != Stage::kApply) {
-      slice = Pass::prepare(call_, chunk.sample(0), chunk.channel(0));
-      sum_channels(chunk, slots, statistics, slice, operands, index, chunk_index);
+    if constexpr (kStage == Stage::kApply) {
+      Slice slice{};
+      if (call_.slices != nullptr) slice = static_cast<const Slice*>(call_.slices)[index];
+      apply(chunk, slots, statistics, slice, operands);
+    } else {
+      const Slice before_sums = Pass::prepare(call_, chunk.sample(0), chunk.channel(0));
+      Totals* const totals =
+          kStage == Stage::kReduce ? chunk_records(index, chunk_index) : channel_totals();
+      sum_channels(chunk, slots, statistics, before_sums, operands, totals);
       if constexpr (kStage == Stage::kReduce) {
         finish_split(chunk, index, statistics);
-        return;
+      } else {
+        apply(chunk, slots, statistics, finish_resident(chunk, is_active, statistics), operands);
       }
-      slice = finish_resident(chunk, is_active, statistics);
-    } else if (call_.slices != nullptr) {
-      slice = static_cast<const Slice*>(call_.slices)[index];
     }
-    if (!Pass::applies(call_)) return;
+  }
 
-    const bool is_same_affine = chunk.has_one_affine(call_.input);
-    Coefficients coefficients = coefficients_at(chunk, chunk.first_segment(), statistics, slice);
-    for (std::uint32_t batch = 0; batch < batches(); ++batch) {
-      if (batch != 0) load(chunk, slots, batch, operands);
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        const std::uint32_t slot = slot_of(batch, k);
-        if (slot >= slots) continue;
-        const PlanesPosition p = chunk.at(slot);
-        if (p.span.is_empty()) continue;
-        operands[k].keep_packed();
-        keep_order();
-        if (!is_same_affine) coefficients = coefficients_at(chunk, p.segment, statistics, slice);
-        const unsigned counting = chunk.counting(call_.input.mask, p);
-        const auto terms = Pass::terms(call_, operands[k], p.index, p.span, counting, coefficients);
-        Pass::apply(call_, operands[k], terms, p.index, p.span, counting, coefficients);
-      }
-    }
+  // The slices of this block's team, its chunk of each.
+  __device__ void run_team() const {
+    Team<Totals> team(tiling_.team, team_records(), call_.records, call_.counters, records_);
+    for_each_item(team, tiling_.team, [&](std::int64_t index) {
+      const bool is_active = team.rank() < tiling_.chunks;
+      const Chunk chunk(call_.input, call_.num_groups, tiling_, index, is_active ? team.rank() : 0);
+      const auto statistics = Pass::statistics(call_, index);
+      const std::uint32_t slots = is_active ? chunk.slots() : 0;
+      hold(chunk, slots);
+      Operands operands[kVectors];
+      load(chunk, slots, 0, operands);
+      const Slice before_sums = Pass::prepare(call_, chunk.sample(0), chunk.channel(0));
+      sum_channels(chunk, slots, statistics, before_sums, operands, team.own());
+      apply(chunk, slots, statistics, finish_team(team, chunk, statistics), operands);
+    });
   }
 
  private:
@@ -105,28 +107,74 @@ class PlanesGradient {
     for (int k = 0; k < kVectors; ++k) {
       const std::uint32_t slot = slot_of(batch, k);
       if (slot >= slots) continue;
-      const PlanesPosition p = chunk.at(slot);
-      operands[k].load(call_, p.index, p.span);
+      if constexpr (kStage == Stage::kTeam) {
+        held().load(slot, operands[k]);
+      } else {
+        const PlanesPosition p = chunk.at(slot);
+        operands[k].load(call_, p.index, p.span);
+      }
     }
   }
 
-  // Shared memory: the sums of every channel (float64, so first; kResident), then those of every slot
-  // or warp.
-  __device__ Totals* channel_totals() const { return dynamic_shared<Totals>(); }
+  // Shared memory: what is held (kTeam), the records that the team reads (kTeam), the sums of every
+  // channel (float64, so before those of the arithmetic type; kResident and kTeam), and those of every
+  // slot or warp.
+  __device__ auto held() const {
+    return typename Pass::HeldOperands(dynamic_shared<unsigned char>(), tiling_.slots_per_chunk());
+  }
+  __device__ Totals* team_records() const { return reinterpret_cast<Totals*>(held().end()); }
+  __device__ Totals* channel_totals() const {
+    if constexpr (kStage == Stage::kTeam) return team_records() + records_;
+    return dynamic_shared<Totals>();
+  }
   __device__ Sums* slot_sums() const {
-    const std::uint32_t totals = kStage == Stage::kResident ? records_ * units_ : 0;
+    const std::uint32_t totals = kStage == Stage::kTeam       ? tiling_.channels_per_slice()
+                                 : kStage == Stage::kResident ? records_ * units_
+                                                              : 0;
     return reinterpret_cast<Sums*>(channel_totals() + totals);
   }
   __device__ Totals* chunk_records(std::int64_t index, std::uint32_t chunk) const {
     return static_cast<Totals*>(call_.records) + (index * tiling_.chunks + chunk) * records_;
   }
 
-  // Sums of the channels of a chunk: to shared memory, or to the workspace (kReduce).
+  __device__ void hold(const Chunk& chunk, std::uint32_t slots) const {
+    for (std::uint32_t slot = lane_; slot < slots; slot += lanes_) {
+      const PlanesPosition p = chunk.at(slot);
+      held().hold(call_, slot, p.index, p.span);
+    }
+    wait_for_copies();
+  }
+
+  // operands: of the first batch, but for kTeam.
+  __device__ void apply(const Chunk& chunk, std::uint32_t slots,
+                        const SliceStatistics<A>& statistics, const Slice& slice,
+                        Operands (&operands)[kVectors]) const {
+    if (!Pass::applies(call_)) return;
+    const bool is_same_affine = chunk.has_one_affine(call_.input);
+    Coefficients coefficients = coefficients_at(chunk, chunk.first_segment(), statistics, slice);
+    for (std::uint32_t batch = 0; batch < batches(); ++batch) {
+      if (kStage == Stage::kTeam || batch != 0) load(chunk, slots, batch, operands);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const std::uint32_t slot = slot_of(batch, k);
+        if (slot >= slots) continue;
+        const PlanesPosition p = chunk.at(slot);
+        if (p.span.is_empty()) continue;
+        operands[k].keep_packed();
+        keep_order();
+        if (!is_same_affine) coefficients = coefficients_at(chunk, p.segment, statistics, slice);
+        const unsigned counting = chunk.counting(call_.input.mask, p);
+        const auto terms = Pass::terms(call_, operands[k], p.index, p.span, counting, coefficients);
+        Pass::apply(call_, operands[k], terms, p.index, p.span, counting, coefficients);
+      }
+    }
+  }
+
+  // Sums of the channels of a chunk (of every unit) to `totals`.
   __device__ void sum_channels(const Chunk& chunk, std::uint32_t slots,
                                const SliceStatistics<A>& statistics, const Slice& slice,
-                               Operands (&operands)[kVectors], std::int64_t index,
-                               std::uint32_t chunk_index) const {
-    Sums* const own = slot_sums() + unit_ * slots_;
+                               Operands (&operands)[kVectors], Totals* totals) const {
+    Sums* const own = slot_sums() + unit_ * sums_;
     Sums total{};
     const bool is_per_slot = tiling_.has_several_channels();
     const bool is_same_affine = chunk.has_one_affine(call_.input);
@@ -155,7 +203,7 @@ class PlanesGradient {
             }
           }
         }
-        if (is_per_slot) own[slot] = total;
+        if (is_per_slot && slot < sums_) own[slot] = total;
       }
     }
     // Within a warp first, and in the arithmetic type.
@@ -170,15 +218,9 @@ class PlanesGradient {
     sum_terms<Totals>(
         units_ * records, terms, lanes_for(terms),
         [&](std::uint32_t item, std::uint32_t term) {
-          return slot_sums()[item / records * slots_ + item % records * terms + term];
+          return slot_sums()[item / records * sums_ + item % records * terms + term];
         },
-        [&](std::uint32_t item, const Totals& sums) {
-          if constexpr (kStage == Stage::kReduce) {
-            chunk_records(index, chunk_index)[item] = sums;
-          } else {
-            channel_totals()[item] = sums;
-          }
-        });
+        [&](std::uint32_t item, const Totals& sums) { totals[item] = sums; });
   }
 
   __device__ Slice finish_resident(const Chunk& chunk, bool is_active,
@@ -188,41 +230,67 @@ class PlanesGradient {
     if (lane_ < kWarp) {
       const unsigned lanes = lanes_ < kWarp ? lanes_ : kWarp;
       const Totals* const totals = channel_totals() + unit_ * records_;
-      const Slice slice =
-          Pass::finish_slice(call_, is_active, statistics, chunk.sample(0), chunk.channel(0),
-                             records_, lane_, lanes, [&](std::uint32_t i) { return totals[i]; });
+      const Slice slice = Pass::finish_slice(call_, is_active, /*stores=*/true, statistics,
+                                             chunk.sample(0), chunk.channel(0), records_, lane_,
+                                             lanes, [&](std::uint32_t i) { return totals[i]; });
       if (lane_ == 0) shared.of_unit[unit_] = slice;
     }
     __syncthreads();
     return shared.of_unit[unit_];
   }
 
+  // Every block of the team sums the records of the slice, the first stores gradients of parameters.
+  __device__ Slice finish_team(Team<Totals>& team, const Chunk& chunk,
+                               const SliceStatistics<A>& statistics) const {
+    team.meet();
+    const std::uint32_t channels = tiling_.channels_per_slice(),
+                        terms = tiling_.terms_per_channel();
+    Totals* const totals = channel_totals();
+    sum_terms<Totals>(
+        channels, terms, lanes_for(terms),
+        [&](std::uint32_t channel, std::uint32_t term) {
+          const std::uint32_t at = channel * terms + term, rank = at / records_;
+          return team.of(rank)[at - rank * records_];
+        },
+        [&](std::uint32_t channel, const Totals& sums) { totals[channel] = sums; });
+    team.next();
+    __syncthreads();
+    auto& shared = block_shared<Slice>();
+    if (threadIdx.x < kWarp) {
+      const Slice slice = Pass::finish_slice(
+          call_, true, /*stores=*/team.rank() == 0, statistics, chunk.sample(0), chunk.channel(0),
+          channels, threadIdx.x, kWarp, [&](std::uint32_t i) { return totals[i]; });
+      if (threadIdx.x == 0) shared = slice;
+    }
+    __syncthreads();
+    return shared;
+  }
+
   // The last block to arrive sums the records of the slice, channel by channel.
   __device__ void finish_split(const Chunk& chunk, std::int64_t index,
                                const SliceStatistics<A>& statistics) const {
     if (!is_last_block(call_.counters + index, tiling_.chunks)) return;
-    const std::uint32_t channels = tiling_.is_group_norm ? tiling_.segments : 1;
-    const std::uint32_t terms = tiling_.is_group_norm ? tiling_.pieces : tiling_.chunks;
+    const std::uint32_t channels = tiling_.channels_per_slice(),
+                        terms = tiling_.terms_per_channel();
     const Totals* const records = chunk_records(index, 0);
     Totals* const totals = static_cast<Totals*>(call_.channel_sums) + index * channels;
-    // A whole number of segments to a chunk, or of chunks to a segment: a channel's records are
-    // neighbours either way, as only the last chunk has fewer of them.
     sum_terms<Totals>(
         channels, terms, lanes_for(terms),
         [&](std::uint32_t channel, std::uint32_t term) { return records[channel * terms + term]; },
         [&](std::uint32_t channel, const Totals& sums) { totals[channel] = sums; });
     __syncthreads();
     if (threadIdx.x >= kWarp) return;
-    const Slice slice =
-        Pass::finish_slice(call_, true, statistics, chunk.sample(0), chunk.channel(0), channels,
-                           threadIdx.x, kWarp, [&](std::uint32_t i) { return totals[i]; });
+    const Slice slice = Pass::finish_slice(call_, true, /*stores=*/true, statistics,
+                                           chunk.sample(0), chunk.channel(0), channels, threadIdx.x,
+                                           kWarp, [&](std::uint32_t i) { return totals[i]; });
     if (threadIdx.x == 0) static_cast<Slice*>(call_.slices)[index] = slice;
   }
 
   const Call& call_;
   const PlanesTiling& tiling_;
   unsigned lanes_, lane_, unit_, units_;
-  std::uint32_t records_, slots_;
+  std::uint32_t records_;  // of a chunk, a record for each of its channels
+  std::uint32_t sums_;     // of a chunk, one for each slot or warp
 };
 
 template <class Pass, int kVectors, Stage kStage>
@@ -233,7 +301,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_at_once(Pass::kPlain, kSta
   const unsigned units = blockDim.x / tiling.lanes;
   const std::int64_t index =
       static_cast<std::int64_t>(blockIdx.x) * units + threadIdx.x / tiling.lanes;
-  if constexpr (kStage == Stage::kResident) {
+  if constexpr (kStage == Stage::kTeam) {
+    gradient.run_team();
+  } else if constexpr (kStage == Stage::kResident) {
     // The samples of a block one after the other, for the sums over samples.
     const bool is_group_norm = call.num_groups != 0;
     const std::int64_t block = is_group_norm ? tiling.by_groups.quotient_of(index) : 0;

@@ -47,6 +47,18 @@ class RowsChunk {
     is_active_ = is_active && column_ < extent_.c && unit < tiling.units;
   }
 
+  // Of a tile of columns, numbered as chunks are, if a tile had one: that of a team's block, if it has
+  // one.
+  __device__ static RowsChunk of_team(const NormInput& input, std::int64_t num_groups,
+                                      const RowsTiling& tiling, std::int64_t item,
+                                      std::uint32_t rank) {
+    const bool is_active = rank < tiling.chunks;
+    const std::int64_t tile = tiling.by_column_tiles.quotient_of(item),
+                       column_tile = item - tile * tiling.column_tiles,
+                       chunk = tile * tiling.chunks + (is_active ? rank : 0);
+    return {input, num_groups, tiling, chunk * tiling.column_tiles + column_tile, is_active};
+  }
+
   __device__ std::int64_t tile() const { return tile_; }
   __device__ std::uint32_t chunk() const { return chunk_; }
   __device__ std::uint32_t column_tile() const { return column_tile_; }
@@ -57,11 +69,15 @@ class RowsChunk {
   __device__ std::uint32_t batches() const { return tiling_.batches; }
   // The k-th row of this thread in a batch; whether it exists.
   __device__ bool at(std::uint32_t batch, int k, RowsPosition& p) const {
-    const std::uint32_t local = (batch * kVectors + k) * tiling_.row_lanes + row_lane_;
+    const std::uint32_t local = local_row(batch, k);
     p.row = first_row_ + local;
     p.index = start_ + static_cast<std::int64_t>(std::uint64_t{local} *
                                                  static_cast<std::uint32_t>(extent_.c));
     return is_active_ && local < rows_;
+  }
+  // That of its vectors, row by row, for chunks of one unit.
+  __device__ std::uint32_t slot(std::uint32_t batch, int k) const {
+    return local_row(batch, k) * tiling_.column_lanes + local_column_ / kWidth;
   }
   // Of the chunk's first row, in the thread's columns.
   __device__ std::int64_t start() const { return start_; }
@@ -99,6 +115,10 @@ class RowsChunk {
   }
 
  private:
+  __device__ std::uint32_t local_row(std::uint32_t batch, int k) const {
+    return (batch * kVectors + k) * tiling_.row_lanes + row_lane_;
+  }
+
   const RowsTiling& tiling_;
   const Extent& extent_;
   std::int64_t groups_, tile_, column_, first_row_, start_;

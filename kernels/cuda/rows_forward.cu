@@ -10,6 +10,7 @@
 #include "cuda/reduce.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/statistics.cuh"
+#include "cuda/team.cuh"
 #include "plan/cuda_constants.h"
 
 namespace normcore::kernels::cuda {
@@ -39,7 +40,8 @@ class RowsForward {
         units_(tiling.units),
         all_columns_(units_ * tiling.columns) {}
 
-  // `first` is the index of the block's first chunk, `chunks` their number in all.
+  // `first` is the index of the block's first chunk, `chunks` their number in all. All threads of the
+  // block get here together.
   __device__ void run(std::int64_t first, std::int64_t chunks) const {
     const std::int64_t index = index_of(first, unit_, chunks);
     const Chunk chunk(call_.input, call_.num_groups, tiling_, index, first + unit_ < chunks);
@@ -52,24 +54,40 @@ class RowsForward {
         finish_split(chunk);
         return;
       }
-      finish_resident(first, chunks);
-      count_batch(call_.running, call_.counters);
+      const Chunk own = chunk_of(first, 0, chunks);
+      finish_resident(
+          static_cast<std::uint32_t>(own.channels_per_slice()), true,
+          [&](unsigned unit) { return chunk_of(first, unit, chunks); },
+          [&](unsigned unit) { return first + unit < chunks; },
+          [&](std::uint32_t column) { return static_cast<ShiftedSums>(column_sums()[column]); });
     } else {
       load_statistics_of_slices(first, chunks);
-      count_batch(call_.running, nullptr);
     }
+    apply(chunk, x);
+  }
 
-    const PerColumn<Affine<A>, kWidth> affine = affines(chunk);
-    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
-      if (batch != 0) load(chunk, batch, x);
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        RowsPosition p;
-        if (!chunk.at(batch, k, p)) continue;
-        keep_packed(x[k]);
-        apply_forward<kPlain>(call_, x[k], p.index, Span{0, kWidth}, affine);
+  // The tiles of columns of this block's team, its chunk of each.
+  __device__ void run_team() const {
+    Team<ColumnSums<A>> team(tiling_.team, column_sums(), call_.records, call_.counters,
+                             tiling_.columns);
+    for_each_item(team, tiling_.team, [&](std::int64_t item) {
+      const Chunk chunk = Chunk::of_team(call_.input, call_.num_groups, tiling_, item, team.rank());
+      hold(chunk);
+      Vector<T, kWidth> x[kVectors];
+      load(chunk, 0, x);
+      sum_columns(chunk, x);
+      if (tiling_.team.is_cooperative) {
+        for (unsigned i = threadIdx.x; i < tiling_.columns; i += blockDim.x) {
+          team.own()[i] = column_sums()[i];
+        }
       }
-    }
+      merge_team(team);
+      finish_resident(
+          static_cast<std::uint32_t>(chunk.channels_per_slice()), team.rank() == 0,
+          [&](unsigned) { return chunk; }, [](unsigned) { return true; },
+          [&](std::uint32_t column) { return team_sums()[column]; });
+      apply(chunk, x);
+    });
   }
 
  private:
@@ -88,13 +106,42 @@ class RowsForward {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       RowsPosition p;
-      if (chunk.at(batch, k, p)) x[k] = load_vector<T, kWidth>(data, p.index, {0, kWidth});
+      if (!chunk.at(batch, k, p)) continue;
+      if constexpr (kStage == Stage::kTeam) {
+        x[k] = held()[chunk.slot(batch, k)];
+      } else {
+        x[k] = load_vector<T, kWidth>(data, p.index, {0, kWidth});
+      }
     }
   }
 
-  // Shared memory: ColumnSums of all columns, then for each of them three values per row of lanes,
-  // or the statistics of all slices.
-  __device__ ColumnSums<A>* column_sums() const { return dynamic_shared<ColumnSums<A>>(); }
+  // x: of the first batch, but for kTeam.
+  __device__ void apply(const Chunk& chunk, Vector<T, kWidth> (&x)[kVectors]) const {
+    const PerColumn<Affine<A>, kWidth> affine = affines(chunk);
+    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
+      if (kStage == Stage::kTeam || batch != 0) load(chunk, batch, x);
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        RowsPosition p;
+        if (!chunk.at(batch, k, p)) continue;
+        keep_packed(x[k]);
+        apply_forward<kPlain>(call_, x[k], p.index, Span{0, kWidth}, affine);
+      }
+    }
+  }
+
+  // Shared memory: what is held, and sums of columns of the whole team (kTeam); ColumnSums of all
+  // columns, then for each of them three values per row of lanes, or the statistics of all slices.
+  __device__ Vector<T, kWidth>* held() const { return dynamic_shared<Vector<T, kWidth>>(); }
+  __device__ ShiftedSums* team_sums() const {
+    return reinterpret_cast<ShiftedSums*>(held() + tiling_.vectors_per_chunk());
+  }
+  __device__ ColumnSums<A>* column_sums() const {
+    if constexpr (kStage == Stage::kTeam) {
+      return reinterpret_cast<ColumnSums<A>*>(team_sums() + tiling_.columns);
+    }
+    return dynamic_shared<ColumnSums<A>>();
+  }
   __device__ A* lane_values(int which) const {
     return reinterpret_cast<A*>(column_sums() + all_columns_) +
            which * (all_columns_ * tiling_.row_lanes);
@@ -197,25 +244,56 @@ class RowsForward {
     });
   }
 
-  // Statistics of the slices of every unit, each by a few lanes.
-  __device__ void finish_resident(std::int64_t first, std::int64_t chunks) const {
-    const Chunk own = chunk_of(first, 0, chunks);
-    const auto width = static_cast<std::uint32_t>(own.channels_per_slice());
+  __device__ void hold(const Chunk& chunk) const {
+    const T* const data = static_cast<const T*>(call_.input.x.data);
+    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
+      for (int k = 0; k < kVectors; ++k) {
+        RowsPosition p;
+        if (!chunk.at(batch, k, p)) continue;
+        hold_vector<kPlain>(held() + chunk.slot(batch, k), data, p.index, Span{0, kWidth});
+      }
+    }
+    wait_for_copies();
+  }
+
+  // Sums of every column over the chunks of the whole team.
+  __device__ void merge_team(Team<ColumnSums<A>>& team) const {
+    team.meet();
+    const unsigned lanes = lanes_for(tiling_.chunks, blockDim.x / tiling_.columns),
+                   lane = threadIdx.x % lanes;
+    for (std::uint32_t at = 0; at < tiling_.columns; at += blockDim.x / lanes) {
+      const std::uint32_t column = at + threadIdx.x / lanes;
+      const std::uint32_t i = column < tiling_.columns ? column : 0;
+      const ShiftedSums all = merge_records(tiling_.chunks, lane, lanes, [&](std::uint64_t chunk) {
+        return static_cast<ShiftedSums>(team.of(static_cast<std::uint32_t>(chunk))[i]);
+      });
+      if (column < tiling_.columns && lane == 0) team_sums()[column] = all;
+    }
+    team.next();
+    __syncthreads();
+  }
+
+  // Statistics of the slices of every unit, each by a few lanes, from the sums of its columns; whether
+  // this block saves them.
+  template <class ChunkOf, class IsActive, class SumsOf>
+  __device__ void finish_resident(std::uint32_t width, bool saves, ChunkOf chunk_of,
+                                  IsActive is_active, SumsOf sums_of) const {
     const std::uint32_t slices = tiling_.columns / width, items = units_ * slices;
     const unsigned lanes = lanes_for(width, tiling_.unit_threads() / slices),
                    lane = threadIdx.x % lanes;
     for (std::uint32_t at = 0; at < items; at += blockDim.x / lanes) {
       const std::uint32_t item = at + threadIdx.x / lanes;
       const std::uint32_t unit = item < items ? item / slices : 0, slice = item % slices;
-      const Chunk chunk = chunk_of(first, unit, chunks);
-      const ColumnSums<A>* const sums = column_sums() + unit * tiling_.columns + slice * width;
-      const ShiftedSums all = merge_records(
-          width, lane, lanes, [&](std::uint64_t i) { return static_cast<ShiftedSums>(sums[i]); });
-      if (item >= items || lane != 0) continue;
-      if (first + unit >= chunks || slice >= chunk.slices()) continue;
-      slice_statistics()[item] = save_statistics<A>(
-          call_, chunk.tile() * chunk.slices_per_tile() + chunk.first_slice() + slice,
-          to_moments(all));
+      const Chunk chunk = chunk_of(unit);
+      const std::uint32_t first_column = unit * tiling_.columns + slice * width;
+      const Moments moments = to_moments(merge_records(width, lane, lanes, [&](std::uint64_t i) {
+        return sums_of(first_column + static_cast<std::uint32_t>(i));
+      }));
+      if (item >= items || lane != 0 || !is_active(unit) || slice >= chunk.slices()) continue;
+      const std::int64_t index =
+          chunk.tile() * chunk.slices_per_tile() + chunk.first_slice() + slice;
+      slice_statistics()[item] =
+          saves ? save_statistics<A>(call_, index, moments) : statistics_of<A>(call_, moments);
     }
     __syncthreads();
   }
@@ -300,9 +378,16 @@ template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads, blocks_at_once(kPlain, kStage, 2))
     rows_forward_kernel(const __grid_constant__ ForwardCall call,
                         const __grid_constant__ RowsTiling tiling) {
-  RowsForward<T, kWidth, kVectors, kStage, kPlain>(call, tiling)
-      .run(static_cast<std::int64_t>(blockIdx.x) * tiling.units,
-           tiling.tiles * tiling.chunks * tiling.column_tiles);
+  const RowsForward<T, kWidth, kVectors, kStage, kPlain> forward(call, tiling);
+  if constexpr (kStage == Stage::kTeam) {
+    forward.run_team();
+    count_batch(call.running, call.counters + tiling.team.counters());
+  } else {
+    forward.run(static_cast<std::int64_t>(blockIdx.x) * tiling.units,
+                tiling.tiles * tiling.chunks * tiling.column_tiles);
+    if constexpr (kStage == Stage::kResident) count_batch(call.running, call.counters);
+    if constexpr (kStage == Stage::kApply) count_batch(call.running, nullptr);
+  }
 }
 
 }  // namespace
@@ -310,7 +395,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_at_once(kPlain, kStage, 2)
 Status rows_forward(const ForwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
                     CudaStream stream) {
   return for_each_stage<kForwardKernels>(
-      call.input.x.dtype, plan, is_plain(call),
+      call.input.x.dtype, plan,
       [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
         return launch_blocks(rows_forward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks,
                              stream, call, tiling);

@@ -9,6 +9,7 @@
 #include "cuda/reduce.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/statistics.cuh"
+#include "cuda/team.cuh"
 #include "plan/cuda_constants.h"
 
 namespace normcore::kernels::cuda {
@@ -46,30 +47,64 @@ class RowsGradient {
       load(chunk, 0, operands);
       apply(chunk, of_columns, operands);
     } else {
-      const auto before_sums = [&](std::int64_t column) {
-        const std::int64_t channels = chunk.channels_per_slice();
-        return Pass::prepare(call_, chunk.tile(), chunk.slice_of(column) * channels);
-      };
-      Coefficients of_columns = coefficients(chunk, before_sums);
+      Coefficients of_columns = coefficients_of_sums(chunk);
       load(chunk, 0, operands);
-      sum_columns(chunk, of_columns, operands);
+      sum_lanes(chunk, of_columns, operands);
       if constexpr (kStage == Stage::kReduce) {
         finish_split(chunk);
       } else {
-        finish_resident(index);
-        if (!Pass::applies(call_)) return;
-        if constexpr (Pass::kKeepsCoefficients) {
-          set_slices(chunk, of_columns);
-        } else {  // loaded again
-          of_columns =
-              coefficients(chunk, [&](auto column) { return shared_slice(chunk, column); });
-        }
-        apply(chunk, of_columns, operands);
+        if (has_totals()) sum_columns(column_totals(), all_columns_);
+        finish_resident(
+            true,
+            [&](unsigned unit) {
+              const std::int64_t at = index(unit);
+              return Chunk(call_.input, call_.num_groups, tiling_, at < 0 ? 0 : at, true);
+            },
+            [&](unsigned unit) { return index(unit) >= 0; });
+        apply_slices(chunk, of_columns, operands);
       }
     }
   }
 
+  // The tiles of columns of this block's team, its chunk of each.
+  __device__ void run_team() const {
+    Team<Totals> team(tiling_.team, team_records(), call_.records, call_.counters, tiling_.columns);
+    for_each_item(team, tiling_.team, [&](std::int64_t item) {
+      const Chunk chunk = Chunk::of_team(call_.input, call_.num_groups, tiling_, item, team.rank());
+      hold(chunk);
+      Coefficients of_columns = coefficients_of_sums(chunk);
+      Operands operands[kVectors];
+      load(chunk, 0, operands);
+      sum_lanes(chunk, of_columns, operands);
+      sum_columns(team.own(), tiling_.columns);
+      merge_team(team);
+      finish_resident(
+          team.rank() == 0, [&](unsigned) { return chunk; }, [](unsigned) { return true; });
+      apply_slices(chunk, of_columns, operands);
+    });
+  }
+
  private:
+  // Those that sums are taken with.
+  __device__ Coefficients coefficients_of_sums(const Chunk& chunk) const {
+    return coefficients(chunk, [&](std::int64_t column) {
+      const std::int64_t channels = chunk.channels_per_slice();
+      return Pass::prepare(call_, chunk.tile(), chunk.slice_of(column) * channels);
+    });
+  }
+
+  // With the slices that this launch has finished.
+  __device__ void apply_slices(const Chunk& chunk, Coefficients& of_columns,
+                               Operands (&operands)[kVectors]) const {
+    if (!Pass::applies(call_)) return;
+    if constexpr (Pass::kKeepsCoefficients) {
+      set_slices(chunk, of_columns);
+    } else {  // loaded again
+      of_columns = coefficients(chunk, [&](auto column) { return shared_slice(chunk, column); });
+    }
+    apply(chunk, of_columns, operands);
+  }
+
   __device__ bool has_column(const Chunk& chunk, int i) const {
     return has_unit_ && chunk.column() + i < call_.input.extent.c;
   }
@@ -114,8 +149,24 @@ class RowsGradient {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       RowsPosition p;
-      if (chunk.at(batch, k, p)) operands[k].load(call_, p.index, Span{0, kWidth});
+      if (!chunk.at(batch, k, p)) continue;
+      if constexpr (kStage == Stage::kTeam) {
+        held().load(chunk.slot(batch, k), operands[k]);
+      } else {
+        operands[k].load(call_, p.index, Span{0, kWidth});
+      }
     }
+  }
+
+  __device__ void hold(const Chunk& chunk) const {
+    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
+      for (int k = 0; k < kVectors; ++k) {
+        RowsPosition p;
+        if (!chunk.at(batch, k, p)) continue;
+        held().hold(call_, chunk.slot(batch, k), p.index, Span{0, kWidth});
+      }
+    }
+    wait_for_copies();
   }
 
   // Calls f(k, position, counting elements, terms) for the vectors of a batch.
@@ -135,10 +186,11 @@ class RowsGradient {
     }
   }
 
+  // operands: of the first batch, but for kTeam.
   __device__ void apply(const Chunk& chunk, const Coefficients& coefficients,
                         Operands (&operands)[kVectors]) const {
     for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
-      if (batch != 0) load(chunk, batch, operands);
+      if (kStage == Stage::kTeam || batch != 0) load(chunk, batch, operands);
       for_each_vector(chunk, batch, coefficients, operands,
                       [&](int k, const RowsPosition& p, unsigned counting, const auto& terms) {
                         Pass::apply(call_, operands[k], terms, p.index, Span{0, kWidth}, counting,
@@ -147,10 +199,22 @@ class RowsGradient {
     }
   }
 
-  // Shared memory: the sums of every column (float64, so first; kResident with several rows of lanes),
-  // those of every column in every row of lanes, and what is known of every slice (kResident).
-  __device__ bool has_totals() const { return kStage == Stage::kResident && tiling_.row_lanes > 1; }
-  __device__ Totals* column_totals() const { return dynamic_shared<Totals>(); }
+  // Shared memory: what is held, and the records that the team reads (kTeam); the sums of every column
+  // (float64, so before those of the arithmetic type; kTeam, or kResident with several rows of lanes),
+  // those of every column in every row of lanes, and what is known of every slice (but kReduce).
+  __device__ auto held() const {
+    return
+        typename Pass::HeldOperands(dynamic_shared<unsigned char>(), tiling_.vectors_per_chunk());
+  }
+  __device__ Totals* team_records() const { return reinterpret_cast<Totals*>(held().end()); }
+  __device__ bool has_totals() const {
+    if constexpr (kStage == Stage::kResident) return tiling_.row_lanes > 1;
+    return kStage == Stage::kTeam;
+  }
+  __device__ Totals* column_totals() const {
+    if constexpr (kStage == Stage::kTeam) return team_records() + tiling_.columns;
+    return dynamic_shared<Totals>();
+  }
   __device__ Sums* lane_sums() const {
     return reinterpret_cast<Sums*>(column_totals() + (has_totals() ? all_columns_ : 0));
   }
@@ -167,10 +231,9 @@ class RowsGradient {
     return tiling_.by_channels_per_slice.quotient(tiling_.columns);
   }
 
-  // Sums of every column of the block over the rows of its chunk: to shared memory, or to the
-  // workspace (kReduce).
-  __device__ void sum_columns(const Chunk& chunk, const Coefficients& coefficients,
-                              Operands (&operands)[kVectors]) const {
+  // lane_sums().
+  __device__ void sum_lanes(const Chunk& chunk, const Coefficients& coefficients,
+                            Operands (&operands)[kVectors]) const {
     Sums sums[kWidth] = {};
     for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
       if (batch != 0) load(chunk, batch, operands);
@@ -195,31 +258,34 @@ class RowsGradient {
       }
     }
     __syncthreads();
-    if (kStage == Stage::kResident && !has_totals()) return;
-    const std::int64_t c = call_.input.extent.c;
+  }
+
+  // Those of the block's first columns over the rows of its chunk, to `totals`.
+  __device__ void sum_columns(Totals* totals, std::uint32_t columns) const {
     sum_terms<Totals>(
-        all_columns_, tiling_.row_lanes, 1,
+        columns, tiling_.row_lanes, 1,
         [&](std::uint32_t column, std::uint32_t row) {
           const unsigned unit = tiling_.by_columns.quotient(column);
           return lane_sums()[column + (unit * (tiling_.row_lanes - 1) + row) * tiling_.columns];
         },
-        [&](std::uint32_t column, const Totals& totals) {
-          if constexpr (kStage == Stage::kReduce) {
-            const std::int64_t channel =
-                static_cast<std::int64_t>(chunk.column_tile()) * tiling_.columns + column;
-            if (channel >= c) return;
-            const std::int64_t first = (chunk.tile() * tiling_.chunks + chunk.chunk()) * c;
-            static_cast<Totals*>(call_.records)[first + channel] = totals;
-          } else {
-            column_totals()[column] = totals;
-          }
-        });
+        [&](std::uint32_t column, const Totals& sums) { totals[column] = sums; });
     __syncthreads();
   }
 
-  // What is known of the slices of every unit, each by a few lanes.
-  template <class Index>
-  __device__ void finish_resident(Index index) const {
+  // column_totals() over the chunks of the whole team.
+  __device__ void merge_team(Team<Totals>& team) const {
+    team.meet();
+    sum_terms<Totals>(
+        tiling_.columns, tiling_.chunks, lanes_for(tiling_.chunks, blockDim.x / tiling_.columns),
+        [&](std::uint32_t column, std::uint32_t chunk) { return team.of(chunk)[column]; },
+        [&](std::uint32_t column, const Totals& sums) { column_totals()[column] = sums; });
+    team.next();
+    __syncthreads();
+  }
+
+  // What is known of the slices of every unit, each by a few lanes; `stores` gradients of parameters.
+  template <class ChunkOf, class IsActive>
+  __device__ void finish_resident(bool stores, ChunkOf chunk_of, IsActive has_chunk) const {
     const Chunk first(call_.input, call_.num_groups, tiling_, 0, true);
     const auto width = static_cast<std::uint32_t>(first.channels_per_slice());
     const std::uint32_t slices = slices_per_unit(), items = tiling_.units * slices;
@@ -228,24 +294,30 @@ class RowsGradient {
     for (std::uint32_t at = 0; at < items; at += blockDim.x / lanes) {
       const std::uint32_t item = at + threadIdx.x / lanes;
       const std::uint32_t unit = item < items ? item / slices : 0, local = item % slices;
-      const std::int64_t own = index(unit);
-      const Chunk chunk(call_.input, call_.num_groups, tiling_, own < 0 ? 0 : own, true);
-      const bool is_active = item < items && own >= 0 && local < chunk.slices();
+      const Chunk chunk = chunk_of(unit);
+      const bool is_active = item < items && has_chunk(unit) && local < chunk.slices();
       const std::int64_t channel =
           (chunk.first_slice() + (is_active ? local : 0)) * chunk.channels_per_slice();
       const auto statistics = Pass::statistics(call_, slice_index(chunk, channel));
       const std::uint32_t first_column = unit * tiling_.columns + local * width;
-      const Slice slice =
-          Pass::finish_slice(call_, is_active, statistics, chunk.tile(), channel, width, lane,
-                             lanes, [&](std::uint32_t i) { return totals_of(first_column + i); });
+      const Slice slice = Pass::finish_slice(
+          call_, is_active, stores, statistics, chunk.tile(), channel, width, lane, lanes,
+          [&](std::uint32_t i) { return totals_of(first_column + i); });
       if (is_active && lane == 0) shared_slices()[item] = slice;
     }
     __syncthreads();
   }
 
-  // The last block to arrive merges the records of whole slices, column by column.
+  // Leaves the sums of the chunk in the workspace. The last block to arrive merges those of whole slices,
+  // column by column.
   __device__ void finish_split(const Chunk& chunk) const {
     const std::int64_t c = call_.input.extent.c;
+    const std::int64_t first_column =
+        static_cast<std::int64_t>(chunk.column_tile()) * tiling_.columns;
+    const std::int64_t left = c - first_column;
+    sum_columns(static_cast<Totals*>(call_.records) +
+                    (chunk.tile() * tiling_.chunks + chunk.chunk()) * c + first_column,
+                left < tiling_.columns ? static_cast<std::uint32_t>(left) : tiling_.columns);
     const RowsFinish finish(tiling_, c, chunk.tile(), chunk.column_tile());
     if (!is_last_block(call_.counters + finish.counter, finish.blocks)) return;
     const Totals* const records = static_cast<const Totals*>(call_.records) +
@@ -265,9 +337,9 @@ class RowsGradient {
       const std::int64_t local = static_cast<std::int64_t>(is_active ? local_slice : 0) * width;
       const std::int64_t channel = finish.first_channel + local;
       const std::int64_t index = slice_index(chunk, channel);
-      const Slice slice = Pass::finish_slice(call_, is_active, Pass::statistics(call_, index),
-                                             chunk.tile(), channel, width, lane, lanes,
-                                             [&](std::uint32_t i) { return all[local + i]; });
+      const Slice slice = Pass::finish_slice(
+          call_, is_active, /*stores=*/true, Pass::statistics(call_, index), chunk.tile(), channel,
+          width, lane, lanes, [&](std::uint32_t i) { return all[local + i]; });
       if (is_active && lane == 0) static_cast<Slice*>(call_.slices)[index] = slice;
     }
   }
@@ -284,7 +356,9 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_at_once(Pass::kPlain, kSta
                          const __grid_constant__ RowsTiling tiling) {
   const RowsGradient<Pass, kVectors, kStage> gradient(call, tiling);
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * tiling.units;
-  if constexpr (kStage == Stage::kResident) {
+  if constexpr (kStage == Stage::kTeam) {
+    gradient.run_team();
+  } else if constexpr (kStage == Stage::kResident) {
     // The samples of a block one after the other, for the sums over samples.
     const std::int64_t per_block = call.samples_per_block;
     for (std::int64_t i = 0; i < per_block; ++i) {

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 Status runs_forward(const ForwardCall& call, const RunsTiling& tiling, const CudaPlan& plan,
                     CudaStream stream) {
   return for_each_run_kernel<kForwardKernels>(
-      call.input.x.dtype, plan, is_plain(call), [&]<class T, int kWidth, bool kPlain>() {
+      call.input.x.dtype, plan, [&]<class T, int kWidth, bool kPlain>() {
         return launch_blocks(runs_forward_kernel<T, kWidth, kPlain>, plan, plan.blocks, stream,
                              call, tiling);
       });

@@ -19,7 +19,12 @@ inline constexpr std::int64_t kSectorBytes = 32;  // of memory: read as a whole 
 struct CudaKernels {
   int vectors;                        // of kSplit and kStream
   int resident_vectors, few_vectors;  // of kPack and kBlock, for many and for few
-  std::int64_t max_width;             // elements of a vector
+  int plain_team_vectors;  // of kCluster and kTeam, which hold others in shared memory; 0: none
+  std::int64_t max_width;  // elements of a vector
+
+  constexpr int team_vectors(bool is_plain) const {
+    return is_plain ? plain_team_vectors : plain_team_vectors / 2;
+  }
 
   // Of elements of so many bytes.
   constexpr std::int64_t width(std::size_t bytes) const {
@@ -27,8 +32,8 @@ struct CudaKernels {
     return whole < max_width ? whole : max_width;
   }
 };
-inline constexpr CudaKernels kForwardKernels{8, 8, 2, kVectorBytes},
-    kBackwardKernels{4, 4, 1, kVectorBytes}, kDoubleBackwardKernels{4, 2, 2, 4};
+inline constexpr CudaKernels kForwardKernels{8, 8, 2, 4, kVectorBytes},
+    kBackwardKernels{4, 4, 1, 2, kVectorBytes}, kDoubleBackwardKernels{4, 2, 2, 0, 4};
 // Vectors of a run that a thread holds, forward and in the backward passes, and those that it should
 // have before more threads share a run.
 inline constexpr int kRunForwardVectors = 4, kRunGradientVectors = 2, kRunVectorsPerLane = 2;
@@ -49,6 +54,8 @@ inline constexpr std::size_t kMaxStaticShared = 7 << 10;
 inline constexpr std::size_t kDefaultDynamicShared = kDefaultShared - kMaxStaticShared;
 inline constexpr std::size_t kMaxDynamicShared = 88 << 10;
 static_assert(kMaxDynamicShared + kMaxStaticShared <= kOptInShared);
+// What the system takes of every block.
+inline constexpr std::size_t kReservedShared = 1 << 10;
 
 // Records of so many bytes that a thread of a merge loads before it waits for the first.
 constexpr unsigned records_in_flight(std::size_t bytes) {
@@ -64,6 +71,10 @@ inline constexpr int kParameterChannels = 8, kParameterLanes = 32;
 // Rows: neighbouring bytes that a tile of columns should have, and lanes of a row of kSplit without
 // vectors.
 inline constexpr std::int64_t kRowBytes = 128, kNarrowColumnLanes = 32;
+// kCluster and kTeam: blocks that a multiprocessor has room for, in registers and in shared memory; the
+// shortest rows of a tile, unless shorter ones fill the device.
+inline constexpr int kTeamBlocksPerMultiprocessor = 2;
+inline constexpr std::int64_t kTeamRowBytes = 64;
 // kSplit and kStream: blocks before chunks grow, and the most batches of a chunk, so that float32 sums
 // stay short.
 inline constexpr std::int64_t kPlanesForwardBlocksPerMultiprocessor = 16,

@@ -8,6 +8,7 @@
 
 #include "plan/cpu_geometry.h"
 #include "plan/cuda_constants.h"
+#include "plan/cuda_problem.h"
 #include "plan/cuda_tiling.h"
 
 namespace normcore::kernels {
@@ -23,45 +24,6 @@ std::int64_t power_of_two(std::int64_t at_least) {
   std::int64_t value = 1;
   while (value < at_least) value *= 2;
   return value;
-}
-
-bool is_group_norm(const Problem& p) { return p.num_groups != 0; }
-bool is_backward(const Problem& p) { return is_backward(p.pass); }
-std::int64_t channels_per_slice(const Problem& p) {
-  return is_group_norm(p) ? p.extent.c / p.num_groups : 1;
-}
-std::int64_t slice_count(const Problem& p) {
-  return is_group_norm(p) ? p.extent.n * p.num_groups : p.extent.c;
-}
-std::size_t arithmetic_bytes(const Problem& p) { return size_of(compute_type(p.dtype)); }
-
-const CudaKernels& kernels_of(const Problem& p) {
-  if (p.pass == Pass::kDoubleBackward) return kDoubleBackwardKernels;
-  return p.pass == Pass::kBackward ? kBackwardKernels : kForwardKernels;
-}
-
-// Of a channel and of a slice, in a backward pass.
-std::size_t sums_of_channel(const Problem& p) {
-  return p.pass == Pass::kDoubleBackward ? kDoubleBackwardSums : kBackwardSums;
-}
-std::size_t values_of_slice(const Problem& p) {
-  return p.pass == Pass::kDoubleBackward ? kDoubleBackwardSliceValues : kBackwardSliceValues;
-}
-
-// Whether there are statistics or sums to reduce.
-bool reduces(const Problem& p) { return p.pass == Pass::kForward || (is_backward(p) && p.reduces); }
-
-// With one position per channel, or one channel, both layouts are the same memory.
-Layout layout_of(const Problem& p) {
-  if (p.extent.c == 1) return Layout::kNCS;
-  if (p.extent.s == 1) return Layout::kNSC;
-  return p.layout;
-}
-
-std::int64_t full_width(const Problem& p) { return kernels_of(p).width(size_of(p.dtype)); }
-
-std::int64_t granules_per_segment(std::int64_t s, std::int64_t width) {
-  return s % width == 0 ? s / width : (s + width - 2) / width + 1;
 }
 
 class Planner {
@@ -80,7 +42,11 @@ class Planner {
         plan_runs() || (plan_.layout == Layout::kNCS ? plan_planes() : plan_rows());
     if (!is_planned) return std::nullopt;
     if (plan_.blocks > kMaxGrid || plan_.apply_blocks > kMaxGrid) return std::nullopt;
-    if (plan_.path != CudaPath::kSplit) plan_.counters = problem_.cumulative ? 1 : 0;
+    plan_.is_plain = is_plain();
+    if (plan_.path != CudaPath::kSplit) {
+      plan_.counters = problem_.cumulative ? 1 : 0;
+      if (plan_.path == CudaPath::kTeam) plan_.counters += plan_.blocks / plan_.team;
+    }
     plan_.workspace_bytes = cuda_workspace_layout(problem_, plan_).total;
     if (problem_.pass == Pass::kDoubleBackward && !is_worth_its_workspace()) return std::nullopt;
     return plan_;
@@ -93,6 +59,12 @@ class Planner {
   bool may_keep() const { return reduces(problem_) && !problem_.is_partial; }
   // Float64 has no registers to spare (but for runs, which may be read again).
   bool may_reside() const { return may_keep() && problem_.dtype != DType::kFloat64; }
+
+  // Nothing to ask about single elements.
+  bool is_plain() const {
+    if (problem_.mask != MaskKind::kNone || !problem_.uniform) return false;
+    return plan_.layout == Layout::kNSC || problem_.extent.s % plan_.width == 0;
+  }
 
   // Of the sums of slices: the same for every number of samples if results have to be.
   bool is_worth_its_workspace() const {
@@ -140,8 +112,7 @@ class Planner {
     return resident_units(slices);
   }
 
-  // The paths that hold a slice on the chip, from the smallest holder to the largest. A cluster of
-  // blocks and a team of blocks of a cooperative grid would be tried next.
+  // The paths that hold a slice in registers, from the smallest holder to the largest.
   bool plan_resident_planes(std::int64_t slots) {
     return may_reside() && (plan_packed_planes(slots) || plan_block_planes(slots));
   }
@@ -152,6 +123,81 @@ class Planner {
     plan_.reason =
         plan_.path == CudaPath::kSplit ? split_reason : "nothing to reduce: one pointwise sweep";
     return may_take(plan_.path);
+  }
+
+  // ---- slices that blocks hold together
+
+  bool may_share() const {
+    return may_reside() && kernels_of(problem_).team_vectors(true) > 0 && plan_.width > 1 &&
+           plan_.width == full_width(problem_);
+  }
+
+  // Calls plan(path) for the paths of teams, until one gives a plan. Those of a cooperative grid were no
+  // faster than kSplit (docs/cuda_speed.md): only on demand.
+  template <class Plan>
+  bool plan_shared(Plan plan) {
+    if (!may_share()) return false;
+    const CudaPlan before = plan_;
+    for (const CudaPath path : {CudaPath::kCluster, CudaPath::kTeam}) {
+      if (!may_take(path) || (path == CudaPath::kTeam && !(options_.path && device_.cooperative))) {
+        continue;
+      }
+      plan_.path = path;
+      plan_.vectors = kernels_of(problem_).team_vectors(is_plain());
+      if (plan()) return true;
+      plan_ = before;
+    }
+    return false;
+  }
+
+  // Of a vector of x and what is beside it in shared memory.
+  std::size_t held_bytes() const {
+    const std::size_t own = size_of(problem_.dtype);
+    const std::size_t gradient = is_plain() ? own : arithmetic_bytes(problem_);
+    return static_cast<std::size_t>(plan_.width) * (is_backward(problem_) ? own + gradient : own);
+  }
+
+  // Dynamic shared memory of a block.
+  std::size_t room_of_team() const {
+    const std::size_t share = device_.shared_bytes / kTeamBlocksPerMultiprocessor;
+    constexpr std::size_t kOthers = kMaxStaticShared + kReservedShared;
+    return share < kOthers ? 0 : std::min(share - kOthers, kMaxDynamicShared);
+  }
+
+  // Blocks of teams that hold `items`, with so many vectors each: as few as there is room in, or more to
+  // fill the device. cut(blocks) sets the parts of the plan that depend on their number.
+  template <class Cut>
+  bool choose_team(std::int64_t items, std::int64_t items_at_once, std::int64_t vectors, Cut cut) {
+    const std::int64_t at_once = kTeamBlocksPerMultiprocessor * device_.multiprocessors;
+    const bool is_cluster = plan_.path == CudaPath::kCluster;
+    const std::int64_t most = is_cluster ? device_.max_cluster : at_once;
+    const auto set = [&](std::int64_t blocks) {
+      plan_.team = static_cast<int>(blocks);
+      cut(blocks);
+    };
+    std::int64_t blocks = 1;
+    set(blocks);
+    if (!is_cluster) {
+      const std::size_t rooms = plan_.shared_bytes / std::max<std::size_t>(room_of_team(), 1);
+      blocks = std::max<std::int64_t>(static_cast<std::int64_t>(rooms), 1);
+      if (blocks > most) return false;
+    }
+    for (set(blocks); plan_.shared_bytes > room_of_team(); set(blocks)) {
+      blocks = is_cluster ? 2 * blocks : blocks + 1;
+      if (blocks > most) return false;
+    }
+    while (is_cluster && items_at_once * blocks < at_once && 2 * blocks <= most &&
+           vectors >= 2 * blocks * max_threads()) {
+      blocks *= 2;
+      set(blocks);
+    }
+    plan_.blocks = (is_cluster ? items : std::min(items, at_once / blocks)) * blocks;
+    plan_.reason =
+        !is_cluster   ? "blocks that run together have room for the slice in shared memory: "
+                        "it is read once"
+        : blocks == 1 ? "the slice fits into the shared memory of a block: it is read once"
+                      : "the slice fits into the shared memory of a cluster: it is read once";
+    return true;
   }
 
   // ---- one value per channel
@@ -217,9 +263,10 @@ class Planner {
       if (plan_.shared_bytes <= kMaxDynamicShared) return true;
       plan_.samples_per_block = 1;
     }
+    if (plan_shared([&] { return plan_team_planes(slots); })) return true;
     const char* const reason = problem_.dtype == DType::kFloat64
                                    ? "float64 takes too many registers to hold a slice"
-                                   : "the slice does not fit into the registers of a block";
+                                   : "the slice is too large to be held";
     if (!plan_split_or_stream(reason)) return false;
     plan_.threads = plan_.lanes = static_cast<int>(max_threads());
     if (ceil_div(slots, plan_.threads) > kMaxCount) return false;
@@ -296,6 +343,33 @@ class Planner {
     return true;
   }
 
+  bool plan_team_planes(std::int64_t slots) {
+    const std::int64_t slices = slice_count(problem_);
+    const bool is_by_sample = is_group_norm(problem_) && options_.batch_invariant;
+    return choose_team(
+        slices, is_by_sample ? problem_.num_groups : slices, slots, [&](std::int64_t) {
+          const PlanesTiling tiling = planes_tiling(problem_, plan_);
+          const std::int64_t chunk = tiling.slots_per_chunk();
+          plan_.threads = static_cast<int>(
+              std::min(max_threads(), round_up(ceil_div(chunk, plan_.vectors), kWarp)));
+          plan_.lanes = plan_.threads;
+          plan_.batches =
+              static_cast<int>(ceil_div(chunk, std::int64_t{plan_.threads} * plan_.vectors));
+          plan_.shared_bytes =
+              static_cast<std::size_t>(chunk) * held_bytes() + team_bytes_of_planes(tiling);
+        });
+  }
+
+  // Beside what is held: records, sums of the whole slice, and of slots or warps.
+  std::size_t team_bytes_of_planes(const PlanesTiling& tiling) const {
+    const std::size_t record = team_record_bytes(problem_, Layout::kNCS);
+    if (!is_backward(problem_)) return record;
+    const std::int64_t sums = tiling.has_several_channels() ? std::int64_t{tiling.slots_per_chunk()}
+                                                            : plan_.threads / std::int64_t{kWarp};
+    return (tiling.channels_per_chunk() + tiling.channels_per_slice()) * record +
+           static_cast<std::size_t>(sums) * sums_of_channel(problem_) * arithmetic_bytes(problem_);
+  }
+
   bool is_resident() const {
     return plan_.path == CudaPath::kPack || plan_.path == CudaPath::kBlock;
   }
@@ -324,6 +398,7 @@ class Planner {
         is_group_norm(problem_) ? problem_.extent.s : problem_.extent.n * problem_.extent.s;
     const char* reason = "float64 takes too many registers to hold a slice";
     if (may_reside() && plan_resident_rows(rows, reason)) return true;
+    if (plan_shared([&] { return plan_team_rows(rows); })) return true;
     if (!plan_split_or_stream(reason)) return false;
     plan_.samples_per_block = 1;
     const std::int64_t column_lanes =
@@ -351,7 +426,7 @@ class Planner {
 
   // Never left out for an idle device: a tile is no larger than a chunk of kSplit.
   bool plan_resident_rows(std::int64_t rows, const char*& why_not) {
-    why_not = "a tile of rows and whole slices does not fit into the registers of a block";
+    why_not = "a tile of rows and whole slices is too large to be held";
     const auto bytes = static_cast<std::int64_t>(size_of(problem_.dtype));
     const std::int64_t c = problem_.extent.c;
     const int many = kernels_of(problem_).resident_vectors, few = kernels_of(problem_).few_vectors;
@@ -368,8 +443,7 @@ class Planner {
     const std::size_t unit_bytes = resident_bytes_of_rows(columns, row_lanes);
     if (unit_bytes > kMaxDynamicShared) return false;
     if (!options_.path && columns * bytes < kSectorBytes && c * bytes >= kSectorBytes) {
-      why_not =
-          "a tile that fits into the registers of a block has rows shorter than a sector of memory";
+      why_not = "a tile that can be held has rows shorter than a sector of memory";
       return false;
     }
     set_sample_blocks(lanes, ceil_div(c, columns));
@@ -398,6 +472,54 @@ class Planner {
     plan_.blocks = ceil_div(all_units, is_packed ? units : 1);
     set_shared_rows(rows_tiling(problem_, plan_));
     return true;
+  }
+
+  // Tiles of whole slices: wide ones if those fill the device, narrower ones otherwise.
+  bool plan_team_rows(std::int64_t rows) {
+    const auto bytes = static_cast<std::int64_t>(size_of(problem_.dtype));
+    const std::int64_t c = problem_.extent.c;
+    const std::int64_t whole = std::lcm(channels_per_slice(problem_), plan_.width);
+    if (whole > max_threads() * plan_.width) return false;
+    std::int64_t columns = whole;
+    while (columns * bytes < kRowBytes && columns + whole <= c &&
+           columns + whole <= max_threads() * plan_.width) {
+      columns += whole;
+    }
+    const std::int64_t tiles = is_group_norm(problem_) ? problem_.extent.n : 1;
+    const std::int64_t tiles_at_once = options_.batch_invariant ? 1 : tiles;
+    std::optional<CudaPlan> best;
+    for (; columns > 0; columns = columns / 2 / whole * whole) {
+      const bool is_narrow = columns * bytes < kTeamRowBytes && c * bytes >= kTeamRowBytes;
+      if (best ? columns * bytes < kSectorBytes : is_narrow && !options_.path) break;
+      plan_.columns = static_cast<int>(columns);
+      const std::int64_t items = ceil_div(c, columns), lanes = columns / plan_.width;
+      const bool is_chosen =
+          choose_team(tiles * items, tiles_at_once * items, rows * lanes,
+                      [&](std::int64_t blocks) { cut_rows(ceil_div(rows, blocks), lanes); });
+      if (is_chosen) best = plan_;
+      if (is_chosen && tiles_at_once * items * plan_.team >= device_.multiprocessors) break;
+    }
+    if (best) plan_ = *best;
+    return best.has_value();
+  }
+
+  // Chunks of so many rows for units of so many neighbouring lanes.
+  void cut_rows(std::int64_t rows, std::int64_t column_lanes) {
+    const std::int64_t row_lanes =
+        std::min(ceil_div(rows, plan_.vectors), max_threads() / column_lanes);
+    plan_.lanes = static_cast<int>(column_lanes * row_lanes);
+    plan_.threads = static_cast<int>(round_up(plan_.lanes, kWarp));
+    plan_.rows_per_chunk = rows;
+    plan_.batches = static_cast<int>(ceil_div(rows, row_lanes * plan_.vectors));
+    // Sums of the whole team and records, then what a resident unit has.
+    const std::size_t record = team_record_bytes(problem_, Layout::kNSC),
+                      arithmetic = arithmetic_bytes(problem_);
+    const std::size_t of_column = is_backward(problem_)
+                                      ? 2 * record + values_of_slice(problem_) * arithmetic
+                                      : record + kShiftedSumsBytes;
+    plan_.shared_bytes = static_cast<std::size_t>(rows * column_lanes) * held_bytes() +
+                         static_cast<std::size_t>(plan_.columns) * of_column +
+                         lane_bytes_of_rows(plan_.columns, row_lanes);
   }
 
   // Those that read kRowBytes with vectors.
@@ -440,12 +562,23 @@ class Planner {
   CudaPlan plan_;
 };
 
+}  // namespace
+
+std::optional<CudaPlan> plan_cuda(const Problem& problem, const CudaDevice& device,
+                                  const CudaOptions& options) {
+  return Planner(problem, device, options).plan();
+}
+
 const char* name_of(CudaPath path) {
   switch (path) {
     case CudaPath::kPack:
       return "pack";
     case CudaPath::kBlock:
       return "block";
+    case CudaPath::kCluster:
+      return "cluster";
+    case CudaPath::kTeam:
+      return "team";
     case CudaPath::kSplit:
       return "split";
     case CudaPath::kRun:
@@ -456,141 +589,28 @@ const char* name_of(CudaPath path) {
   return "stream";
 }
 
-}  // namespace
-
-PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan) {
-  const Extent& e = problem.extent;
-  PlanesTiling t;
-  t.slices = slice_count(problem);
-  t.segments =
-      static_cast<std::uint32_t>(is_group_norm(problem) ? channels_per_slice(problem) : e.n);
-  t.segment_stride = is_group_norm(problem) ? e.s : e.c * e.s;
-  const std::int64_t granules = granules_per_segment(e.s, plan.width);
-  t.granules = static_cast<std::uint32_t>(granules);
-  t.lanes = static_cast<std::uint32_t>(plan.lanes);
-  if (plan.path == CudaPath::kPack || plan.path == CudaPath::kBlock) {
-    t.segments_per_chunk = t.segments;
-    t.granules_per_piece = t.granules;
-  } else {
-    t.batches = static_cast<std::uint32_t>(plan.batches);
-    const std::int64_t capacity =
-        static_cast<std::int64_t>(plan.threads) * plan.vectors * plan.batches;
-    if (granules <= capacity) {
-      t.segments_per_chunk =
-          static_cast<std::uint32_t>(std::min<std::int64_t>(capacity / granules, t.segments));
-      t.granules_per_piece = t.granules;
-      t.chunks = static_cast<std::uint32_t>(ceil_div(t.segments, t.segments_per_chunk));
-    } else {
-      t.granules_per_piece = static_cast<std::uint32_t>(capacity);
-      t.pieces = static_cast<std::uint32_t>(ceil_div(granules, capacity));
-      t.chunks = t.segments * t.pieces;
-    }
+std::optional<CudaPath> cuda_path_of(std::string_view name) {
+  for (const CudaPath path :
+       {CudaPath::kPack, CudaPath::kBlock, CudaPath::kCluster, CudaPath::kTeam, CudaPath::kSplit,
+        CudaPath::kStream, CudaPath::kRun}) {
+    if (name == name_of(path)) return path;
   }
-  t.by_granules = FastDivide(t.granules_per_piece);
-  t.by_chunks = FastDivide(t.chunks);
-  t.is_group_norm = is_group_norm(problem);
-  if (t.is_group_norm) t.by_groups = FastDivide(static_cast<std::uint32_t>(problem.num_groups));
-  return t;
-}
-
-RowsTiling rows_tiling(const Problem& problem, const CudaPlan& plan) {
-  const Extent& e = problem.extent;
-  RowsTiling t;
-  t.tiles = is_group_norm(problem) ? e.n : 1;
-  t.rows = is_group_norm(problem) ? e.s : e.n * e.s;
-  t.columns = static_cast<std::uint32_t>(plan.columns);
-  t.column_tiles = static_cast<std::uint32_t>(ceil_div(e.c, plan.columns));
-  t.column_lanes = static_cast<std::uint32_t>(plan.columns / plan.width);
-  t.row_lanes = static_cast<std::uint32_t>(plan.lanes) / t.column_lanes;
-  t.units =
-      plan.path == CudaPath::kPack ? static_cast<std::uint32_t>(plan.threads / plan.lanes) : 1;
-  t.rows_per_chunk = static_cast<std::uint32_t>(plan.rows_per_chunk);
-  t.batches = static_cast<std::uint32_t>(plan.batches);
-  t.chunks = static_cast<std::uint32_t>(ceil_div(t.rows, plan.rows_per_chunk));
-  const std::int64_t d = channels_per_slice(problem);
-  t.columns_per_slices = static_cast<std::uint32_t>(
-      std::min<std::int64_t>(std::lcm(d, std::int64_t{t.columns}) / t.columns, t.column_tiles));
-  t.channels_per_slice = static_cast<std::uint32_t>(d);
-  t.by_columns = FastDivide(t.columns);
-  t.by_column_tiles = FastDivide(t.column_tiles);
-  t.by_chunks = FastDivide(t.chunks);
-  t.by_channels_per_slice = FastDivide(t.channels_per_slice);
-  return t;
-}
-
-RunsTiling runs_tiling(const Problem& problem, const CudaPlan& plan) {
-  RunsTiling t;
-  const std::int64_t run = channels_per_slice(problem);
-  const std::uint32_t units = static_cast<std::uint32_t>(plan.threads / plan.lanes);
-  t.samples = problem.extent.n;
-  t.groups = static_cast<std::uint32_t>(problem.num_groups);
-  t.vectors = static_cast<std::uint32_t>(run / plan.width);
-  t.lanes = static_cast<std::uint32_t>(plan.lanes);
-  t.batches = static_cast<std::uint32_t>(plan.batches);
-  t.groups_per_block = std::min(t.groups, units);
-  t.group_tiles = (t.groups + t.groups_per_block - 1) / t.groups_per_block;
-  t.row_lanes = units / t.groups_per_block;
-  t.by_groups = FastDivide(t.groups);
-  t.by_group_tiles = FastDivide(t.group_tiles);
-  t.by_width = FastDivide(static_cast<std::uint32_t>(run));
-  return t;
-}
-
-CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan& plan) {
-  CudaWorkspaceLayout layout;
-  const auto take = [&](std::size_t& offset, std::int64_t count, std::size_t bytes) {
-    offset = layout.total;
-    const std::size_t size = static_cast<std::size_t>(count) * bytes;
-    layout.total += (size + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
-  };
-  const Extent& e = problem.extent;
-  const bool is_rows = plan.layout == Layout::kNSC, is_split = plan.path == CudaPath::kSplit;
-  const std::size_t arithmetic = arithmetic_bytes(problem);
-  if (e.numel() == 0) return layout;
-  if (is_split) {
-    const PlanesTiling planes = is_rows ? PlanesTiling{} : planes_tiling(problem, plan);
-    const RowsTiling rows = is_rows ? rows_tiling(problem, plan) : RowsTiling{};
-    const std::int64_t row_records = rows.tiles * rows.chunks * e.c;
-    const std::int64_t plane_chunks = planes.slices * planes.chunks;
-    if (is_backward(problem)) {
-      take(layout.records, is_rows ? row_records : plane_chunks * planes.channels_per_chunk(),
-           sums_of_channel(problem) * sizeof(double));
-      take(layout.channel_sums, (is_group_norm(problem) ? e.n : 1) * e.c,
-           sums_of_channel(problem) * sizeof(double));
-      take(layout.slices, slice_count(problem), values_of_slice(problem) * arithmetic);
-    } else {
-      take(layout.records, is_rows ? row_records : plane_chunks,
-           is_rows ? 4 * arithmetic : kShiftedSumsBytes);
-      take(layout.channel_sums, is_rows && is_group_norm(problem) ? e.n * e.c : 0,
-           kShiftedSumsBytes);
-    }
-  }
-  if (is_backward(problem) && problem.is_partial && !problem.reduces) {
-    take(layout.slices, slice_count(problem), values_of_slice(problem) * arithmetic);
-  }
-  layout.sums = layout.total;
-  if (is_backward(problem) && is_group_norm(problem) && !problem.affine_per_sample &&
-      plan.path != CudaPath::kStream) {
-    layout.sample_blocks = ceil_div(e.n, plan.samples_per_block);
-    take(layout.parameters, layout.sample_blocks * e.c, kParameterSumsBytes);
-  }
-  return layout;
-}
-
-std::optional<CudaPlan> plan_cuda(const Problem& problem, const CudaDevice& device,
-                                  const CudaOptions& options) {
-  return Planner(problem, device, options).plan();
+  return std::nullopt;
 }
 
 std::string describe(const CudaPlan& plan) {
-  char text[320];
+  char text[384], team[48] = "";
+  if (is_team(plan.path)) {
+    std::snprintf(team, sizeof(team), " in %ss of %d", name_of(plan.path), plan.team);
+  }
   std::snprintf(
       text, sizeof(text),
-      "%s path, %s: %lld blocks of %d threads, %d x %d vectors of %d elements per thread, "
+      "%s path, %s: %lld blocks%s of %d threads, %d x %d vectors of %d elements per thread, "
       "%zu bytes of shared memory, %zu of workspace, %lld counters: %s",
       name_of(plan.path), plan.layout == Layout::kNCS ? "planes" : "rows",
-      static_cast<long long>(plan.blocks), plan.threads, plan.batches, plan.vectors, plan.width,
-      plan.shared_bytes, plan.workspace_bytes, static_cast<long long>(plan.counters), plan.reason);
+      static_cast<long long>(plan.blocks), team, plan.threads, plan.batches, plan.vectors,
+      plan.width, plan.shared_bytes, plan.workspace_bytes, static_cast<long long>(plan.counters),
+      plan.reason);
   return text;
 }
 

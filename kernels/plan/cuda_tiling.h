@@ -21,6 +21,20 @@ inline constexpr std::size_t kShiftedSumsBytes = 32, kParameterSumsBytes = 16;
 inline constexpr std::size_t kBackwardSums = 3, kBackwardSliceValues = 3;
 inline constexpr std::size_t kDoubleBackwardSums = 11, kDoubleBackwardSliceValues = 6;
 
+// Blocks of kCluster and kTeam that hold a slice (kNCS) or a tile of columns (kNSC) together.
+struct TeamTiling {
+  std::uint32_t blocks = 1;  // of a team, each with a chunk; the last may have none
+  std::uint32_t teams = 1;   // a cluster for each item, or those of a cooperative grid
+  std::int64_t items = 0;    // slices, or tiles of columns
+  bool is_cooperative = false;
+  FastDivide by_blocks;
+
+  // In memory.
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t counters() const {
+    return is_cooperative ? teams : 0;
+  }
+};
+
 // kNCS. A slice is `segments` runs of s neighbouring elements: the channels of a group (group norm),
 // or the samples of a channel (batch norm). Each segment is covered by `granules` vectors, aligned
 // in memory, of which the first and the last may be partly outside of the segment. A chunk is a
@@ -40,6 +54,7 @@ struct PlanesTiling {
   FastDivide by_chunks;
   FastDivide by_groups;  // of group norm
   bool is_group_norm = false;
+  TeamTiling team;
 
   // Segments of group norm are channels, those of batch norm belong to one.
   NORMCORE_HOST_DEVICE constexpr std::uint32_t channels_per_chunk() const {
@@ -47,6 +62,17 @@ struct PlanesTiling {
   }
   NORMCORE_HOST_DEVICE constexpr bool has_several_channels() const {
     return channels_per_chunk() > 1;
+  }
+  // A whole number of segments to a chunk, or of chunks to a segment: a channel's sums in the chunks of
+  // a slice are neighbours either way, as only the last chunk has fewer channels.
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t channels_per_slice() const {
+    return is_group_norm ? segments : 1;
+  }
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t terms_per_channel() const {
+    return is_group_norm ? pieces : chunks;
+  }
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t slots_per_chunk() const {
+    return segments_per_chunk * granules_per_piece;
   }
 
   NORMCORE_HOST_DEVICE constexpr std::uint32_t first_segment(std::uint32_t chunk) const {
@@ -78,9 +104,13 @@ struct RowsTiling {
   std::uint32_t columns_per_slices = 1;  // column tiles that whole slices need
   std::uint32_t channels_per_slice = 1;
   FastDivide by_columns, by_column_tiles, by_chunks, by_channels_per_slice;
+  TeamTiling team;
 
   NORMCORE_HOST_DEVICE constexpr std::uint32_t unit_threads() const {
     return column_lanes * row_lanes;
+  }
+  NORMCORE_HOST_DEVICE constexpr std::uint32_t vectors_per_chunk() const {
+    return rows_per_chunk * column_lanes;
   }
 };
 

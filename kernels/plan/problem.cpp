@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 
@@ -18,9 +19,16 @@ bool are_aligned(std::initializer_list<const void*> pointers) {
   return bits % static_cast<std::uintptr_t>(kVectorBytes) == 0;
 }
 
+// Of x and the tensors beside it; absent ones have it.
+bool have_one_dtype(const NormInput& input, std::initializer_list<ConstTensor> others) {
+  const auto has_it = [&](const ConstTensor& t) { return !t || t.dtype == input.x.dtype; };
+  return has_it(input.residual) && std::all_of(others.begin(), others.end(), has_it);
+}
+
 Problem forward(const NormInput& input, std::int64_t num_groups, Pass pass, ConstTensor y) {
   Problem p(input, num_groups, pass);
   p.aligned = are_aligned({input.x.data, input.residual.data, y.data});
+  p.uniform = have_one_dtype(input, {y});
   return p;
 }
 
@@ -29,6 +37,7 @@ Problem backward(const NormInput& input, std::int64_t num_groups, ConstTensor gr
   Problem p(input, num_groups, Pass::kBackward);
   p.aligned = are_aligned(
       {input.x.data, input.residual.data, grad_y.data, grad.x.data, grad.residual.data});
+  p.uniform = have_one_dtype(input, {grad_y, grad.x, grad.residual});
   p.reduces = grad.scale || grad.bias || (grad.x && batch_statistics);
   p.applies = grad.x || grad.residual;
   return p;
@@ -41,6 +50,8 @@ Problem double_backward(const NormInput& input, std::int64_t num_groups, ConstTe
   p.aligned =
       are_aligned({input.x.data, input.residual.data, grad_y.data, cotangents.x.data,
                    cotangents.residual.data, grad_grad_y.data, grad.x.data, grad.residual.data});
+  p.uniform = have_one_dtype(
+      input, {grad_y, cotangents.x, cotangents.residual, grad_grad_y, grad.x, grad.residual});
   p.applies = grad_grad_y || grad.x || grad.residual;
   const bool through_statistics = grad.x || (cotangents.x && p.applies);
   p.reduces = grad.scale || grad.bias || (batch_statistics && through_statistics);

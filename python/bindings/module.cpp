@@ -67,6 +67,8 @@ PYBIND11_MODULE(_C, m) {
         "The values of `activation`, besides None.");
   m.def("set_batch_invariant", &normcore::set_batch_invariant, py::arg("enabled"));
   m.def("batch_invariant", &normcore::batch_invariant);
+  m.def("set_cuda_path", &normcore::set_cuda_path, py::arg("name"));
+  m.def("cuda_path", &normcore::cuda_path);
   m.def("set_debug_sync", &normcore::set_debug_sync, py::arg("enabled"));
   m.def("debug_sync", &normcore::debug_sync);
   // Registration takes the dispatcher's lock, whose holder may want the interpreter's.

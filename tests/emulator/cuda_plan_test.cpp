@@ -10,6 +10,7 @@
 
 #include "norm_case.h"
 #include "plan/cuda_constants.h"
+#include "plan/cuda_problem.h"
 #include "plan/cuda_tiling.h"
 #include "plan/fast_divide.h"
 #include "problems.h"
@@ -17,12 +18,13 @@
 namespace normcore::kernels::testing {
 namespace {
 
-constexpr CudaDevice kDevices[] = {{132}, {16}};
+constexpr CudaDevice kDevices[] = {{132}, {16}, {8, 1, false, 100 << 10}};
+constexpr const CudaDevice& kNoClusters = kDevices[2];
 
 // Larger than what any device holds: its grid may be illegal.
 bool is_beyond_memory(const Problem& p) { return p.extent.numel() > std::int64_t{1} << 40; }
 
-// Calls body(problem, plan) for every problem, device, kind of alignment and wanted gradients.
+// Calls body(problem, device, plan) for every problem, device, kind of alignment and wanted gradients.
 template <class Body>
 void for_each_plan(const CudaOptions& options, Body body) {
   for_each_problem([&](Problem problem) {
@@ -38,13 +40,13 @@ void for_each_plan(const CudaOptions& options, Body body) {
           ASSERT_TRUE(may_be_none || is_beyond_memory(problem)) << to_string(problem);
           continue;
         }
-        body(problem, *plan);
+        body(problem, device, *plan);
       }
     }
   });
 }
 
-void expect_legal(const Problem& p, const CudaPlan& plan) {
+void expect_legal(const Problem& p, const CudaDevice& device, const CudaPlan& plan) {
   const std::string what = to_string(p) + ": " + describe(plan);
   ASSERT_GE(plan.blocks, 1) << what;
   ASSERT_LE(plan.blocks, std::int64_t{2147483647}) << what;
@@ -55,6 +57,14 @@ void expect_legal(const Problem& p, const CudaPlan& plan) {
   ASSERT_STRNE(plan.reason, "") << what;
   if (!p.aligned) {
     ASSERT_EQ(plan.width, 1) << what;
+  }
+  if (is_team(plan.path)) {
+    ASSERT_EQ(plan.blocks % plan.team, 0) << what;
+    ASSERT_NE(plan.path == CudaPath::kCluster, plan.counters == plan.blocks / plan.team) << what;
+    ASSERT_LE(plan.path == CudaPath::kCluster ? plan.team : plan.blocks / 2,
+              plan.path == CudaPath::kCluster ? device.max_cluster : device.multiprocessors)
+        << what;
+    ASSERT_NE(p.pass, Pass::kDoubleBackward) << what;
   }
   const bool is_split = plan.path == CudaPath::kSplit;
   if (is_split) {
@@ -69,7 +79,16 @@ void expect_legal(const Problem& p, const CudaPlan& plan) {
   if (p.dtype == DType::kFloat64) {
     ASSERT_NE(plan.path, CudaPath::kPack) << what;
     ASSERT_NE(plan.path, CudaPath::kBlock) << what;
+    ASSERT_FALSE(is_team(plan.path)) << what;
   }
+}
+
+// A cluster takes one item; the teams of a cooperative grid at least one.
+void expect_teams(const TeamTiling& t, const CudaPlan& plan, const std::string& what) {
+  ASSERT_EQ(std::int64_t{t.blocks} * t.teams, plan.blocks) << what;
+  ASSERT_EQ(t.is_cooperative, plan.path == CudaPath::kTeam) << what;
+  ASSERT_LE(t.teams, t.items) << what;
+  ASSERT_TRUE(t.is_cooperative || t.teams == t.items) << what;
 }
 
 // Every slot of every slice belongs to a thread's vector.
@@ -114,6 +133,11 @@ void expect_coverage(const Problem& p, const CudaPlan& plan) {
     if (t.chunks < 5000) {
       ASSERT_EQ(pieces, std::int64_t{t.granules} * t.segments) << what;
     }
+    if (is_team(plan.path)) {
+      ASSERT_LE(t.chunks, t.team.blocks) << what;
+      ASSERT_EQ(t.team.items, slice_count(p)) << what;
+      expect_teams(t.team, plan, what);
+    }
     if (is_resident) {
       ASSERT_EQ(t.chunks, 1u) << what;
       ASSERT_EQ(plan.batches, 1) << what;
@@ -123,21 +147,28 @@ void expect_coverage(const Problem& p, const CudaPlan& plan) {
     const RowsTiling t = rows_tiling(p, plan);
     ASSERT_GE(std::int64_t{t.column_tiles} * t.columns, p.extent.c) << what;
     ASSERT_GE(std::int64_t{t.chunks} * t.rows_per_chunk, t.rows) << what;
-    ASSERT_EQ(t.rows_per_chunk, t.row_lanes * static_cast<unsigned>(plan.vectors) *
-                                    static_cast<unsigned>(plan.batches))
-        << what;
+    const std::int64_t held = std::int64_t{t.row_lanes} * plan.vectors * plan.batches;
+    if (is_team(plan.path)) {
+      ASSERT_LE(t.rows_per_chunk, held) << what;
+    } else {
+      ASSERT_EQ(t.rows_per_chunk, held) << what;
+    }
     ASSERT_LE(t.units * t.column_lanes * t.row_lanes, static_cast<unsigned>(plan.threads)) << what;
-    if (is_resident) {
+    if (is_team(plan.path)) {
+      ASSERT_LE(t.chunks, t.team.blocks) << what;
+      ASSERT_EQ(t.team.items, t.tiles * t.column_tiles) << what;
+      expect_teams(t.team, plan, what);
+    }
+    if (is_resident || is_team(plan.path)) {
       const std::int64_t d = p.num_groups == 0 ? 1 : p.extent.c / p.num_groups;
-      ASSERT_EQ(t.chunks, 1u) << what;
       ASSERT_EQ(t.columns % d, 0) << what;
     }
   }
 }
 
 TEST(CudaPlan, IsLegalAndCoversEveryShape) {
-  for_each_plan({}, [](const Problem& p, const CudaPlan& plan) {
-    expect_legal(p, plan);
+  for_each_plan({}, [](const Problem& p, const CudaDevice& device, const CudaPlan& plan) {
+    expect_legal(p, device, plan);
     expect_coverage(p, plan);
   });
 }
@@ -155,15 +186,15 @@ TEST(CudaPlan, SomeNeedTheSharedMemoryOfTheStaticPart) {
 }
 
 TEST(CudaPlan, ForcedPathsAreLegal) {
-  for (const CudaPath path :
-       {CudaPath::kPack, CudaPath::kBlock, CudaPath::kSplit, CudaPath::kRun}) {
+  for (const CudaPath path : {CudaPath::kPack, CudaPath::kBlock, CudaPath::kCluster,
+                              CudaPath::kTeam, CudaPath::kSplit, CudaPath::kRun}) {
     CudaOptions options;
     options.path = path;
     options.max_threads = 64;
     std::int64_t count = 0;
-    for_each_plan(options, [&](const Problem& p, const CudaPlan& plan) {
+    for_each_plan(options, [&](const Problem& p, const CudaDevice& device, const CudaPlan& plan) {
       ASSERT_EQ(plan.path, path);
-      expect_legal(p, plan);
+      expect_legal(p, device, plan);
       expect_coverage(p, plan);
       ++count;
     });
@@ -195,6 +226,7 @@ TEST(CudaPlan, BatchInvariantPlansDoNotDependOnTheBatchSize) {
     ASSERT_EQ(alone->path == CudaPath::kSplit, together->path == CudaPath::kSplit) << what;
     ASSERT_EQ(alone->width, together->width) << what;
     ASSERT_EQ(alone->vectors, together->vectors) << what;
+    ASSERT_EQ(alone->team, together->team) << what;
     ASSERT_EQ(alone->lanes, together->lanes) << what;
     ASSERT_EQ(alone->columns, together->columns) << what;
     if (problem.num_groups != 0) {
@@ -235,7 +267,7 @@ TEST(CudaPlan, RefusesWhatCannotBeCounted) {
   p.extent = {1, 1, kMany};
   const auto plan = plan_cuda(p, kDevices[0]);
   ASSERT_TRUE(plan);
-  expect_legal(p, *plan);
+  expect_legal(p, kDevices[0], *plan);
   EXPECT_GE(planes_tiling(p, *plan).granules * std::int64_t{plan->width}, kMany);
   p.aligned = false;
   EXPECT_FALSE(plan_cuda(p, kDevices[0]));
@@ -250,14 +282,14 @@ TEST(CudaPlan, SaysWhySlicesAreSplit) {
   };
   Problem p;
   p.extent = {1, 2, 1 << 20};
-  EXPECT_NE(reason_of(p).find("does not fit into the registers"), std::string::npos);
+  EXPECT_NE(reason_of(p).find("too large to be held"), std::string::npos);
   p.dtype = DType::kFloat64;
   EXPECT_NE(reason_of(p).find("float64"), std::string::npos);
 }
 
 // A row of a resident tile has whole sectors of memory, where the tensor's rows have.
 TEST(CudaPlan, TilesOfRowsHaveWholeSectors) {
-  const auto expect_sectors = [](const Problem& p, const CudaPlan& plan) {
+  const auto expect_sectors = [](const Problem& p, const CudaDevice&, const CudaPlan& plan) {
     const auto bytes = static_cast<std::int64_t>(size_of(p.dtype));
     const bool is_resident = plan.path == CudaPath::kPack || plan.path == CudaPath::kBlock;
     if (plan.layout != Layout::kNSC || !is_resident || p.extent.c * bytes < kSectorBytes) return;
@@ -272,9 +304,10 @@ TEST(CudaPlan, TilesOfRowsHaveWholeSectors) {
   Problem p;
   p.layout = Layout::kNSC;
   p.extent = {2, 64, 1024};
-  const auto plan = plan_cuda(p, kDevices[0]);
+  const auto plan = plan_cuda(p, kNoClusters);
   EXPECT_EQ(plan->path, CudaPath::kSplit);
   EXPECT_NE(std::string(plan->reason).find("sector"), std::string::npos);
+  EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kCluster);
   options = {};
   options.path = CudaPath::kBlock;
   EXPECT_TRUE(plan_cuda(p, kDevices[0], options));
@@ -315,6 +348,42 @@ TEST(FastDivide, IsDivision) {
   }
 }
 
+// As few blocks as have room, more where they would leave multiprocessors idle.
+TEST(CudaPlan, TeamsHoldWhatOneBlockCannot) {
+  const auto plan_of = [](const Problem& p, std::optional<CudaPath> path = std::nullopt) {
+    CudaOptions options;
+    options.path = path;
+    return plan_cuda(p, kDevices[0], options);
+  };
+  Problem p;
+  p.dtype = DType::kBFloat16;
+  p.extent = {32, 256, 3136};
+  p.num_groups = 32;  // slices of 49 KiB
+  EXPECT_EQ(plan_of(p)->path, CudaPath::kCluster);
+  EXPECT_EQ(plan_of(p)->team, 1) << describe(*plan_of(p));
+  p.pass = Pass::kBackward;
+  EXPECT_EQ(plan_of(p)->team, 2) << describe(*plan_of(p));
+  p.layout = Layout::kNSC;  // tiles of 64 channels, 392 KiB
+  p.pass = Pass::kForward;
+  EXPECT_EQ(plan_of(p)->team, 8) << describe(*plan_of(p));
+  p.layout = Layout::kNCS;
+  p.num_groups = 0;  // slices of 196 KiB
+  EXPECT_EQ(plan_of(p)->team, 4) << describe(*plan_of(p));
+  p.extent = {2, 16, 1 << 15};  // 16 slices of 128 KiB
+  EXPECT_EQ(plan_of(p)->team, 8) << describe(*plan_of(p));
+
+  p.extent = {1, 256, 17 * 256 * 256};
+  p.num_groups = 32;  // slices of 17 MiB
+  EXPECT_EQ(plan_of(p)->path, CudaPath::kSplit);
+  const auto teams = plan_of(p, CudaPath::kTeam);
+  ASSERT_TRUE(teams);
+  EXPECT_GT(teams->team, 132) << describe(*teams);
+  EXPECT_EQ(teams->counters, 1) << describe(*teams);
+  p.pass = Pass::kBackward;  // and twice as much
+  EXPECT_FALSE(plan_of(p, CudaPath::kTeam));
+  EXPECT_FALSE(plan_cuda(p, kNoClusters, {.path = CudaPath::kTeam}));
+}
+
 TEST(CudaPlan, DescribesItself) {
   Problem p;
   p.extent = {2, 64, 100};
@@ -322,6 +391,9 @@ TEST(CudaPlan, DescribesItself) {
   const std::string text = describe(*plan_cuda(p, kDevices[0]));
   EXPECT_NE(text.find("pack path, planes"), std::string::npos) << text;
   EXPECT_NE(text.find("each is read once"), std::string::npos) << text;
+  p.extent = {2, 64, 10000};
+  const std::string of_cluster = describe(*plan_cuda(p, kDevices[0]));
+  EXPECT_NE(of_cluster.find("in clusters of 8"), std::string::npos) << of_cluster;
 }
 
 }  // namespace

@@ -16,6 +16,8 @@ namespace {
 // device has fewer to wait for: its blocks take more batches.
 constexpr int kThreads = 64;
 constexpr CudaDevice kDevice{8}, kSmallDevice{1};
+// With so little shared memory that teams have several blocks.
+constexpr CudaDevice kClusterDevice{2, 8, true, 24 << 10}, kTeamDevice{3, 1, true, 24 << 10};
 #if defined(__SANITIZE_THREAD__)
 constexpr bool kDetectsRaces = true;
 #elif defined(__has_feature)
@@ -94,6 +96,8 @@ const std::vector<EqualRunners>& all_runners() {
                              {"planned path", kDevice, small_blocks()},
                              {"pack path", kDevice, forced(CudaPath::kPack)},
                              {"block path", kDevice, forced(CudaPath::kBlock)},
+                             {"cluster path", kClusterDevice, forced(CudaPath::kCluster)},
+                             {"team path", kTeamDevice, forced(CudaPath::kTeam)},
                              {"split path", kSmallDevice, forced(CudaPath::kSplit)},
                              {"run path", kSmallDevice, forced(CudaPath::kRun)}};
     if (!kDetectsRaces) ways.push_back({"planned path, blocks of any size", kDevice, {}});

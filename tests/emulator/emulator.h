@@ -101,6 +101,9 @@ void cluster_wait(EMULATOR_SITE);
 unsigned cluster_rank();
 // Where the block of that rank in the cluster has what `own` points to in shared memory.
 void* cluster_peer(const void* own, unsigned rank);
+// What the thread copies runs as late as it may: when it waits for its copies.
+void copy_async(std::function<void()> copy);
+void wait_for_copies();
 
 // The lanes of `mask` meet; combine(values, arguments, mask) replaces the values of all of them.
 enum class WarpOperation : std::uint8_t { kSync, kShuffle, kVote };

@@ -7,6 +7,7 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulator.h"
@@ -42,6 +43,7 @@ struct Thread {
   WarpCall call;
   bool is_done = false;
   unsigned cluster_arrived = 0, cluster_waited = 0;
+  std::vector<std::function<void()>> copies;  // that it has to wait for
 };
 
 struct Barrier {
@@ -346,6 +348,7 @@ class Grid {
     thread.is_done = true;
     idle_rounds_ = 0;
     block.warps[thread.linear / kWarpSize].present &= ~(1u << thread.linear % kWarpSize);
+    if (!thread.copies.empty()) fail(to_string(thread) + " left without waiting for its copies");
     if (block.barrier.arrived != 0) {
       fail("a thread left while others of its block wait at __syncthreads " +
            to_string(block.barrier.site));
@@ -545,6 +548,20 @@ void* cluster_peer(const void* own, unsigned rank) {
     return found->second.data() + *offset;
   }
   grid->fail("cluster_peer: not an address in shared memory");
+}
+
+void copy_async(std::function<void()> copy) {
+  const race::Unseen unseen;
+  grid->current().copies.push_back(std::move(copy));
+}
+
+void wait_for_copies() {
+  std::vector<std::function<void()>> copies;
+  {
+    const race::Unseen unseen;
+    copies.swap(grid->current().copies);
+  }
+  for (const auto& copy : copies) copy();
 }
 
 void* shared_memory(const void* key, std::size_t bytes) {

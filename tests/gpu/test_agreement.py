@@ -6,6 +6,7 @@ other. CUDA results are written to memory that was NaN before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from devices import needs_cuda
 from freed_memory import poison_freed_memory
 from shape_list import Shape
 from tolerance import compute_dtype
-from workloads import DTYPES, LARGE, NORMS, SMALL, Workload, name_of
+from workloads import DTYPES, LARGE, NORMS, PATHS, SMALL, Workload, name_of
+
+import normcore
 
 pytestmark = needs_cuda
 
@@ -51,6 +54,25 @@ def test_small(norm: str, shape: Shape, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_large(norm: str, shape: Shape, dtype: torch.dtype) -> None:
     check(norm, shape, dtype, activation="silu")
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    normcore._C.set_cuda_path(request.param)
+    yield request.param
+    normcore._C.set_cuda_path("")
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SMALL, *LARGE], ids=name_of)
+@pytest.mark.parametrize("norm", ["batch_norm", "group_norm"])
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_every_path(path: str, norm: str, shape: Shape, dtype: torch.dtype, masked: bool) -> None:
+    workload = Workload.random(norm, shape, dtype, masked=masked, activation="silu")
+    if not workload.takes(path):
+        pytest.skip(f"the {path} path cannot run it")
+    check_workload(workload)
 
 
 @pytest.mark.parametrize("activation", [None, "silu", "gelu", "gelu_tanh"])

@@ -13,9 +13,12 @@ from devices import place
 from shape_list import Shape
 from torch import Tensor
 
+import normcore
 import normcore.functional as NF
 
 NORMS = ["batch_norm", "batch_norm eval", "group_norm"]
+# Of normcore/kernels/cuda_plan.h, with something to reduce.
+PATHS = ["pack", "block", "cluster", "team", "split", "run"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -122,6 +125,23 @@ class Workload:
     @property
     def function(self) -> Callable[..., Tensor]:
         return NF.group_norm if self.norm == "group_norm" else NF.batch_norm
+
+    def takes(self, path: str) -> bool:
+        """Whether a forward or backward pass runs on the path that is set."""
+        groups = {"num_groups": self.shape.groups} if self.norm == "group_norm" else {}
+        plans = [
+            normcore.explain(
+                self.x,
+                self.norm.split(" ")[0],
+                self.operands["axis"],
+                mask=self.operands.get("mask"),
+                backward=backward,
+                device="cuda",
+                **groups,
+            )
+            for backward in (False, True)
+        ]
+        return any(f": {path} path, " in plan for plan in plans)
 
     def forward(self) -> Tensor:
         return self.function(self.x, **self.operands)

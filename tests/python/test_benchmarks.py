@@ -287,6 +287,42 @@ for mode in ("inference", "training"):
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+def test_cuda_rehearsal_and_report(tmp_path: Path) -> None:
+    """gpu.py goes the same way without a device, on small tensors."""
+    results, folder = tmp_path / "cuda.json", tmp_path / "report"
+    chosen = ["--rehearse", "--peers=", "--paths=block,run", "--case-seconds=0.01"]
+    chosen += ["--only=resnet 28, (batch_norm|group_norm), contiguous, bfloat16"]
+    gpu = [sys.executable, "benchmarks/gpu.py", *chosen, "--output", str(results)]
+    printed = subprocess.run(gpu, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    document = json.loads(results.read_text())
+    assert (document["kind"], document["rehearsal"]) == ("cuda", True)
+    assert document["failures"] == []
+    found = {(r["operation"], r["candidate"]) for r in document["results"]}
+    assert len(found) == len(document["results"])
+    for norm in ("batch_norm train", "group_norm"):
+        # Images are no runs.
+        assert {name for op, name in found if op == norm} == {
+            *("normcore", "normcore block", "torch", "copy")
+        }
+    assert "normcore block over normcore as planned" in printed
+
+    # torch twice as fast in one case, three times as slow in all others.
+    for r in document["results"]:
+        is_lost = r["operation"] == "group_norm backward"
+        factor = (0.5 if is_lost else 3.0) if r["candidate"] == "torch" else 1.0
+        r |= {"cold_us": 10 * factor, "percent_of_copy_cold": 50.0}
+    document["left_out"] = ["a case: torch.compile"]
+    results.write_text(json.dumps(document))
+    report = benchmarks("report", results, "--output", folder).stdout
+    first = report.split("slowest beside the best peer first")[1].splitlines()[4]
+    assert first.startswith("| resnet 28 | contiguous | bfloat16 | group_norm backward | 10 |")
+    assert first.endswith("| 10 | 50 | 0.50 |  |  |")
+    assert "| eager | 7 | 1 | " in report
+    assert " | 0.50 | 3.00 |" in report
+    assert "- left out: a case: torch.compile" in report
+    assert is_png(folder / "cuda_roofline.png")
+
+
 def test_sync(tmp_path: Path) -> None:
     results, folder = tmp_path / "sync.json", tmp_path / "report"
     chosen = ["--ranks=1,2", "--shapes=2x8x4x4", "--repeats=1", "--networks=slow=100:1"]

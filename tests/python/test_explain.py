@@ -83,6 +83,31 @@ def test_depends_on_batch_invariance() -> None:
         normcore.set_batch_invariant(False)
 
 
+def test_a_path_that_was_asked_for() -> None:
+    """Where it can run the call; normcore._C.set_cuda_path is for tests and benchmarks."""
+
+    def path(x: torch.Tensor, **options: Any) -> str:
+        text = normcore.explain(x, "group_norm", device="cuda", num_groups=32, **options)
+        return text.split(": ")[1].split(" path")[0]
+
+    slices, values = meta(*IMAGES), meta(4, 64)
+    assert normcore._C.cuda_path() == ""
+    assert path(slices) in ("cluster", "split")  # by the device at hand, if there is one
+    try:
+        for name in ("cluster", "split"):
+            normcore._C.set_cuda_path(name)
+            assert normcore._C.cuda_path() == name
+            assert path(slices) == path(slices, backward=True) == name
+        normcore._C.set_cuda_path("block")
+        assert path(slices) in ("cluster", "split")  # not in registers
+        assert path(values) in ("pack", "block")
+        with pytest.raises(ValueError, match=r"expected name to be pack, block.* got blocks"):
+            normcore._C.set_cuda_path("blocks")
+        assert normcore._C.cuda_path() == "block"
+    finally:
+        normcore._C.set_cuda_path("")
+
+
 def test_follows_the_rules_of_the_operator() -> None:
     with pytest.raises(
         ValueError, match="expected op to be batch_norm or group_norm, got layer_norm"

@@ -1,6 +1,8 @@
 // Settings of the library, for the whole process.
 #pragma once
 
+#include <string>
+
 #include "normcore/export.h"
 
 namespace normcore {
@@ -11,6 +13,11 @@ namespace normcore {
 // Results are the same from run to run either way.
 NORMCORE_API void set_batch_invariant(bool enabled);
 NORMCORE_API bool batch_invariant();
+
+// For tests and benchmarks: how norms run on CUDA devices where they can run in this way, by a name of
+// normcore/kernels/cuda_plan.h. Empty, the default: as planned. Throws c10::ValueError for other names.
+NORMCORE_API void set_cuda_path(const std::string& name);
+NORMCORE_API std::string cuda_path();
 
 // Whether calls of norms with a process group first compare what the ranks are about to do, in
 // training and in evaluation: a disagreement, which otherwise ends in a timeout, is an error at

@@ -2,30 +2,36 @@
 // device, so that every choice can be tested and printed on a machine that has none.
 //   kPack    slices of a few vectors: several in a block, in registers; x is read once
 //   kBlock   one slice per block, in registers; x is read once
+//   kCluster a slice is held by up to 8 blocks of a cluster, in shared memory; x is read once
+//   kTeam    the same, by many blocks of a grid whose blocks all run together; x is read once
 //   kSplit   any slice: blocks reduce chunks, the last one to arrive merges them in order, a second
 //            launch applies; x is read twice
 //   kStream  nothing to reduce: one pointwise launch
 //   kRun     group norm of one value per channel: a slice is a run of neighbouring elements, which
 //            one launch reads from memory once, and again from the cache if it is long
-// (A slice over a cluster of blocks and over a team of blocks of a cooperative grid will come
-// between kBlock and kSplit.) Results are the same bits from run to run. They do not depend on the
-// number of samples if the plan is batch invariant; otherwise it may look at it to fill the device.
+// Results are the same bits from run to run. They do not depend on the number of samples if the plan is
+// batch invariant; otherwise it may look at it to fill the device.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "normcore/kernels/plan.h"
 
 namespace normcore::kernels {
 
+// By default an H100 or H200.
 struct CudaDevice {
   int multiprocessors = 132;
+  int max_cluster = 8;      // blocks of a cluster; 1 where there are none
+  bool cooperative = true;  // whether all blocks of a grid can be made to run together
+  std::size_t shared_bytes = std::size_t{228} << 10;  // shared memory of a multiprocessor
 };
 
-enum class CudaPath : std::uint8_t { kPack, kBlock, kSplit, kStream, kRun };
+enum class CudaPath : std::uint8_t { kPack, kBlock, kCluster, kTeam, kSplit, kStream, kRun };
 
 struct CudaOptions {
   bool batch_invariant = false;
@@ -48,6 +54,8 @@ struct CudaPlan {
   std::int64_t rows_per_chunk = 0;     // kNSC
   std::int64_t samples_per_block = 1;  // backward pass of group norm: samples whose parameter
                                        // gradients are summed by the same threads (kRun: block)
+  int team = 1;                        // kCluster, kTeam: blocks that hold a slice
+  bool is_plain = false;               // no mask, no partial vectors, one dtype
   std::int64_t blocks = 0;             // of the first launch
   std::int64_t apply_blocks = 0;       // of the second (kSplit)
   std::size_t shared_bytes = 0;        // dynamic shared memory per block
@@ -61,6 +69,10 @@ struct CudaPlan {
 // in slices that do not fit into a block, and of float64.
 std::optional<CudaPlan> plan_cuda(const Problem& problem, const CudaDevice& device,
                                   const CudaOptions& options = {});
+
+// "pack", "block", "cluster", "team", "split", "stream", "run"; the path of such a name.
+const char* name_of(CudaPath path);
+std::optional<CudaPath> cuda_path_of(std::string_view name);
 
 // One line for people: path, vectors, grid, workspace and reason.
 std::string describe(const CudaPlan& plan);

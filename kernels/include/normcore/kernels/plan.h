@@ -34,9 +34,9 @@ struct Problem {
   bool reduces = true, applies = true;
   // Slices are parts of longer ones (sync.h): what is reduced leaves, and comes back in a later call.
   bool is_partial = false;
-  // CUDA only: every tensor over the extent starts at a multiple of 16 bytes; running statistics are
-  // cumulative.
-  bool aligned = true, cumulative = false;
+  // CUDA only: every tensor over the extent starts at a multiple of 16 bytes, and has the dtype of x;
+  // running statistics are cumulative.
+  bool aligned = true, uniform = true, cumulative = false;
 
   Problem() = default;
   Problem(const NormInput& input, std::int64_t num_groups, Pass pass)
