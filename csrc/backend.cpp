@@ -61,6 +61,7 @@ std::optional<kernels::CudaPlan> cuda_plan(const kernels::Problem& problem,
   kernels::CudaOptions options;
   options.batch_invariant = batch_invariant();
   options.path = kernels::cuda_path_of(cuda_path());
+  options.spare_multiprocessors = spare_multiprocessors();
   if (options.path) {
     if (const auto plan = kernels::plan_cuda(problem, device, options)) return plan;
     options.path.reset();
@@ -98,18 +99,20 @@ bool try_on_cuda(const char* op, const Args& args, c10::Device device) {
   kernels::CudaDevice facts;
   check(kernels::query_device(device.index(), facts), op);
   const kernels::Problem problem = problem_of(args);
-  const auto plan = cuda_plan(problem, facts);
-  if (!plan) return false;
-  kernels::Status status = run_plan(args, *plan, device);
-  if (status.code == kernels::StatusCode::kNoRoom) {
-    facts.max_cluster = 1;
-    facts.cooperative = false;
-    const auto plan_without_teams = cuda_plan(problem, facts);
-    if (!plan_without_teams) return false;
-    status = run_plan(args, *plan_without_teams, device);
+  while (const auto plan = cuda_plan(problem, facts)) {
+    const kernels::Status status = run_plan(args, *plan, device);
+    if (status.code != kernels::StatusCode::kNoRoom) {
+      check(status, op);
+      return true;
+    }
+    // On with less room.
+    if (plan->path == kernels::CudaPath::kTeam) {
+      facts.cooperative = false;
+    } else {
+      facts.max_cluster = plan->team / 2;
+    }
   }
-  check(status, op);
-  return true;
+  return false;
 }
 
 #endif

@@ -11,6 +11,7 @@ namespace {
 
 std::atomic<bool> is_batch_invariant{false}, is_sync_debugged{false};
 std::atomic<std::optional<kernels::CudaPath>> wanted_path{std::nullopt};
+std::atomic<int> spare{0};
 
 }  // namespace
 
@@ -29,6 +30,12 @@ std::string cuda_path() {
   const std::optional<kernels::CudaPath> path = wanted_path;
   return path ? name_of(*path) : "";
 }
+
+void set_spare_multiprocessors(int count) {
+  TORCH_CHECK_VALUE(count >= 0, "set_spare_multiprocessors: expected count >= 0, got ", count);
+  spare = count;
+}
+int spare_multiprocessors() { return spare; }
 
 void set_debug_sync(bool enabled) { is_sync_debugged = enabled; }
 bool debug_sync() { return is_sync_debugged; }

@@ -12,8 +12,8 @@
 namespace normcore::kernels::cuda {
 
 // kResident: one launch, what is reduced stays in registers. kTeam: one launch, it stays in the shared
-// memory of one or several blocks (kCluster and CudaPath::kTeam). kReduce and kApply: the two launches
-// of kSplit; kApply alone is kStream.
+// memory of one or several blocks (kCluster and CudaPath::kTeam). kReduce and kApply: the first and the
+// last launch of kSplit, with merge.cu in between; kApply alone is kStream.
 enum class Stage : std::uint8_t { kResident, kTeam, kReduce, kApply };
 
 // For how many blocks of a kernel a multiprocessor has to have registers: kPlain kernels of kSplit and
@@ -48,7 +48,6 @@ struct ForwardCall {
   bool by_rank = false;
   void* records = nullptr;  // workspace: ShiftedSums of every chunk, ColumnSums of its channels; of
                             // CudaPath::kTeam, those of team.cuh
-  ShiftedSums* channel_sums = nullptr;  // workspace of group norm over kNSC: per sample and channel
   unsigned* counters = nullptr;
 };
 

@@ -38,9 +38,10 @@ Status launch_blocks(void (*kernel)(Parameters...), const CudaPlan& plan, std::i
   return status;
 }
 
-// Calls start.operator()<T, kWidth, kVectors, kStage, kPlain>(blocks) for every launch of the plan.
-template <CudaKernels kKernels, class T, int kWidth, bool kPlain, class Start>
-Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
+// Calls start.operator()<T, kWidth, kVectors, kStage, kPlain>(blocks) for every launch of the plan, and
+// merge() between those of kSplit.
+template <CudaKernels kKernels, class T, int kWidth, bool kPlain, class Merge, class Start>
+Status for_each_stage_of(const CudaPlan& plan, const Merge& merge, const Start& start) {
   constexpr int kVectors = kKernels.vectors, kFewVectors = kKernels.few_vectors,
                 kManyVectors = kKernels.resident_vectors;
   switch (plan.path) {
@@ -66,8 +67,9 @@ Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
       }
       break;
     case CudaPath::kSplit: {
-      const Status status =
+      Status status =
           start.template operator()<T, kWidth, kVectors, Stage::kReduce, kPlain>(plan.blocks);
+      if (status.ok()) status = merge();
       if (!status.ok() || plan.apply_blocks == 0) return status;
       return start.template operator()<T, kWidth, kVectors, Stage::kApply, kPlain>(
           plan.apply_blocks);
@@ -80,16 +82,16 @@ Status for_each_stage_of(const CudaPlan& plan, const Start& start) {
   return Status::invalid("the plan has no kernel");
 }
 
-template <CudaKernels kKernels, class Start>
-Status for_each_stage(DType x, const CudaPlan& plan, const Start& start) {
+template <CudaKernels kKernels, class Merge, class Start>
+Status for_each_stage(DType x, const CudaPlan& plan, const Merge& merge, const Start& start) {
   return visit_dtype(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr auto kWidth = static_cast<int>(kKernels.width(sizeof(T)));
-    if (plan.width != kWidth) return for_each_stage_of<kKernels, T, 1, false>(plan, start);
+    if (plan.width != kWidth) return for_each_stage_of<kKernels, T, 1, false>(plan, merge, start);
     if constexpr (!std::is_same_v<T, double>) {
-      if (plan.is_plain) return for_each_stage_of<kKernels, T, kWidth, true>(plan, start);
+      if (plan.is_plain) return for_each_stage_of<kKernels, T, kWidth, true>(plan, merge, start);
     }
-    return for_each_stage_of<kKernels, T, kWidth, false>(plan, start);
+    return for_each_stage_of<kKernels, T, kWidth, false>(plan, merge, start);
   });
 }
 

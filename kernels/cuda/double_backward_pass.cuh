@@ -431,11 +431,16 @@ struct DoubleBackwardPass {
   }
 };
 
+// Whether chunks of vectors of that width have all sums: those of single elements always do.
+inline bool has_curved_sums(const DoubleBackwardCall& call, int width) {
+  return width == 1 || is_curved(call.input.activation);
+}
+
 // Calls f.operator()<Pass>() with the pass that takes no more sums than the call needs.
 template <class T, int kWidth, Stage kStage, bool kPlain, class F>
 auto with_double_backward_pass(const DoubleBackwardCall& call, F f) {
   if constexpr (kWidth > 1 && kStage == Stage::kReduce) {
-    if (!is_curved(call.input.activation)) {
+    if (!has_curved_sums(call, kWidth)) {
       return f.template operator()<DoubleBackwardPass<T, kWidth, kPlain, false>>();
     }
   }

@@ -33,7 +33,6 @@ Status start(cuda::ForwardCall call, const Problem& problem, const CudaPlan& pla
   if (const Status status = check_plan(problem, plan, workspace); !status.ok()) return status;
   const CudaWorkspaceLayout layout = cuda_workspace_layout(problem, plan);
   call.records = part<void>(workspace, layout.records);
-  call.channel_sums = part<cuda::ShiftedSums>(workspace, layout.channel_sums);
   call.counters = workspace.counters;
   if (plan.path == CudaPath::kRun) {
     return cuda::runs_forward(call, runs_tiling(problem, plan), plan, stream);

@@ -117,6 +117,11 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& config,
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxDynamicShared));
     if (error != cudaSuccess) return error;
   }
+  if (config.cluster > kPortableCluster) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
   if (config.cluster > 1) {

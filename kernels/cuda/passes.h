@@ -1,4 +1,5 @@
-// The passes over planes (kNCS), rows (kNSC) and runs (kRun). Each launches the stages of plan.path. Internal to kernels/cuda.
+// The passes over planes (kNCS), rows (kNSC) and runs (kRun). Each launches the stages of plan.path.
+// Internal to kernels/cuda.
 #pragma once
 
 #include "cuda/call.h"
@@ -24,6 +25,12 @@ Status runs_gradient(const BackwardCall& call, const RunsTiling& tiling, const C
                      CudaStream stream);
 Status runs_gradient(const DoubleBackwardCall& call, const RunsTiling& tiling, const CudaPlan& plan,
                      CudaStream stream);
+
+// Between the stages of kSplit: statistics of slices, or what a backward pass knows of them and gradients
+// of parameters, from the records of their chunks.
+Status merge_chunks(const ForwardCall& call, const MergeTiling& tiling, CudaStream stream);
+Status merge_chunks(const BackwardCall& call, const MergeTiling& tiling, CudaStream stream);
+Status merge_chunks(const DoubleBackwardCall& call, const MergeTiling& tiling, CudaStream stream);
 
 // The slices of a backward pass, from sums of whole ones (sync.h).
 Status sync_slices(const BackwardCall& call, std::int64_t slices, CudaStream stream);

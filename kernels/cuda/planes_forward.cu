@@ -54,7 +54,8 @@ class PlanesForward {
     } else {
       const ShiftedSums own = sum(chunk, slots, is_active, x);
       if constexpr (kStage == Stage::kReduce) {
-        finish_split(slice, chunk_index, own);
+        auto* const records = static_cast<ShiftedSums*>(call_.records) + slice * tiling_.chunks;
+        if (lane_ == 0) records[chunk_index] = own;
       } else {
         apply(chunk, slots, finish_resident(slice, is_active, own), x);
       }
@@ -183,17 +184,6 @@ class PlanesForward {
     return {count, static_cast<double>(pivot), sums[0], sums[1]};
   }
 
-  // The last block to arrive merges the sums of all chunks.
-  __device__ void finish_split(std::int64_t slice, std::uint32_t chunk_index,
-                               const ShiftedSums& own) const {
-    auto* const records = static_cast<ShiftedSums*>(call_.records) + slice * tiling_.chunks;
-    if (lane_ == 0) records[chunk_index] = own;
-    if (!is_last_block(call_.counters + slice, tiling_.chunks)) return;
-    const ShiftedSums all =
-        merge_records(tiling_.chunks, lane_, lanes_, [&](std::uint64_t i) { return records[i]; });
-    if (lane_ == 0) save_reduced<A>(call_, slice, to_moments(all));
-  }
-
   __device__ SliceStatistics<A> finish_resident(std::int64_t slice, bool is_active,
                                                 const ShiftedSums& own) const {
     auto& shared = block_shared<PlanesStatistics<A>>();
@@ -265,7 +255,7 @@ __global__ void __launch_bounds__(kMaxThreads,
 Status planes_forward(const ForwardCall& call, const PlanesTiling& tiling, const CudaPlan& plan,
                       CudaStream stream) {
   return for_each_stage<kForwardKernels>(
-      call.input.x.dtype, plan,
+      call.input.x.dtype, plan, [&] { return merge_chunks(call, tiling.merge, stream); },
       [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
         return launch_blocks(planes_forward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan,
                              blocks, stream, call, tiling);

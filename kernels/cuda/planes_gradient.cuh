@@ -61,9 +61,7 @@ class PlanesGradient {
       Totals* const totals =
           kStage == Stage::kReduce ? chunk_records(index, chunk_index) : channel_totals();
       sum_channels(chunk, slots, statistics, before_sums, operands, totals);
-      if constexpr (kStage == Stage::kReduce) {
-        finish_split(chunk, index, statistics);
-      } else {
+      if constexpr (kStage == Stage::kResident) {
         apply(chunk, slots, statistics, finish_resident(chunk, is_active, statistics), operands);
       }
     }
@@ -264,26 +262,6 @@ class PlanesGradient {
     }
     __syncthreads();
     return shared;
-  }
-
-  // The last block to arrive sums the records of the slice, channel by channel.
-  __device__ void finish_split(const Chunk& chunk, std::int64_t index,
-                               const SliceStatistics<A>& statistics) const {
-    if (!is_last_block(call_.counters + index, tiling_.chunks)) return;
-    const std::uint32_t channels = tiling_.channels_per_slice(),
-                        terms = tiling_.terms_per_channel();
-    const Totals* const records = chunk_records(index, 0);
-    Totals* const totals = static_cast<Totals*>(call_.channel_sums) + index * channels;
-    sum_terms<Totals>(
-        channels, terms, lanes_for(terms),
-        [&](std::uint32_t channel, std::uint32_t term) { return records[channel * terms + term]; },
-        [&](std::uint32_t channel, const Totals& sums) { totals[channel] = sums; });
-    __syncthreads();
-    if (threadIdx.x >= kWarp) return;
-    const Slice slice = Pass::finish_slice(call_, true, /*stores=*/true, statistics,
-                                           chunk.sample(0), chunk.channel(0), channels, threadIdx.x,
-                                           kWarp, [&](std::uint32_t i) { return totals[i]; });
-    if (threadIdx.x == 0) static_cast<Slice*>(call_.slices)[index] = slice;
   }
 
   const Call& call_;

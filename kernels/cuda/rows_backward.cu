@@ -9,7 +9,7 @@ namespace normcore::kernels::cuda {
 Status rows_gradient(const BackwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
                      CudaStream stream) {
   return for_each_stage<kBackwardKernels>(
-      call.input.x.dtype, plan,
+      call.input.x.dtype, plan, [&] { return merge_chunks(call, tiling.merge, stream); },
       [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
         using Pass = BackwardPass<T, kWidth, kPlain>;
         return launch_blocks(rows_gradient_kernel<Pass, kVectors, kStage>, plan, blocks, stream,

@@ -9,7 +9,7 @@ namespace normcore::kernels::cuda {
 Status rows_gradient(const DoubleBackwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
                      CudaStream stream) {
   return for_each_stage<kDoubleBackwardKernels>(
-      call.input.x.dtype, plan,
+      call.input.x.dtype, plan, [&] { return merge_chunks(call, tiling.merge, stream); },
       [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
         return with_double_backward_pass<T, kWidth, kStage, kPlain>(call, [&]<class Pass>() {
           return launch_blocks(rows_gradient_kernel<Pass, kVectors, kStage>, plan, blocks, stream,

@@ -16,16 +16,6 @@
 namespace normcore::kernels::cuda {
 namespace {
 
-// ShiftedSums of the rows of a chunk in one column, in the arithmetic type.
-template <class A>
-struct alignas(16) ColumnSums {
-  A count, pivot, sum, square;
-  __device__ explicit operator ShiftedSums() const {
-    return {static_cast<double>(count), static_cast<double>(pivot), static_cast<double>(sum),
-            static_cast<double>(square)};
-  }
-};
-
 template <class T, int kWidth, int kVectors, Stage kStage, bool kPlain>
 class RowsForward {
  public:
@@ -51,7 +41,7 @@ class RowsForward {
     if constexpr (kStage != Stage::kApply) {
       sum_columns(chunk, x);
       if constexpr (kStage == Stage::kReduce) {
-        finish_split(chunk);
+        store_sums(chunk);
         return;
       }
       const Chunk own = chunk_of(first, 0, chunks);
@@ -298,43 +288,15 @@ class RowsForward {
     __syncthreads();
   }
 
-  // The last block to arrive merges the records of whole slices, column by column.
-  __device__ void finish_split(const Chunk& chunk) const {
+  // To the workspace.
+  __device__ void store_sums(const Chunk& chunk) const {
     const std::int64_t c = call_.input.extent.c;
-    auto* const records =
-        static_cast<ColumnSums<A>*>(call_.records) + chunk.tile() * tiling_.chunks * c;
+    auto* const records = static_cast<ColumnSums<A>*>(call_.records) +
+                          (chunk.tile() * tiling_.chunks + chunk.chunk()) * c;
     for (unsigned i = threadIdx.x; i < tiling_.columns; i += blockDim.x) {
       const std::int64_t channel =
           static_cast<std::int64_t>(chunk.column_tile()) * tiling_.columns + i;
-      if (channel < c) records[chunk.chunk() * c + channel] = column_sums()[i];
-    }
-    const RowsFinish finish(tiling_, c, chunk.tile(), chunk.column_tile());
-    if (!is_last_block(call_.counters + finish.counter, finish.blocks)) return;
-    const auto width = static_cast<std::uint32_t>(chunk.channels_per_slice());
-    const auto slices = static_cast<std::uint32_t>(finish.channels / width);
-    const auto save = [&](std::uint32_t slice, const ShiftedSums& all) {
-      const std::int64_t first_slice = finish.first_channel / width;
-      save_reduced<A>(call_, chunk.tile() * chunk.slices_per_tile() + first_slice + slice,
-                      to_moments(all));
-    };
-    // A workspace for batch norm has no channel sums: its slices are columns.
-    ShiftedSums* const sums = call_.channel_sums + chunk.tile() * c + finish.first_channel;
-    merge_columns<ShiftedSums>(records + finish.first_channel, c,
-                               static_cast<std::uint32_t>(finish.channels), tiling_.chunks,
-                               [&](std::uint32_t column, const ShiftedSums& all) {
-                                 if (width == 1) return save(column, all);
-                                 sums[column] = all;
-                               });
-    if (width == 1) return;
-    __syncthreads();
-    const unsigned lanes = lanes_for(width, blockDim.x / slices), lane = threadIdx.x % lanes;
-    for (std::uint32_t at = 0; at < slices; at += blockDim.x / lanes) {
-      const std::uint32_t slice = at + threadIdx.x / lanes;
-      const ShiftedSums* const own =
-          sums + static_cast<std::int64_t>(slice < slices ? slice : 0) * width;
-      const ShiftedSums all =
-          merge_records(width, lane, lanes, [&](std::uint64_t i) { return own[i]; });
-      if (slice < slices && lane == 0) save(slice, all);
+      if (channel < c) records[channel] = column_sums()[i];
     }
   }
 
@@ -395,7 +357,7 @@ __global__ void __launch_bounds__(kMaxThreads, blocks_at_once(kPlain, kStage, 2)
 Status rows_forward(const ForwardCall& call, const RowsTiling& tiling, const CudaPlan& plan,
                     CudaStream stream) {
   return for_each_stage<kForwardKernels>(
-      call.input.x.dtype, plan,
+      call.input.x.dtype, plan, [&] { return merge_chunks(call, tiling.merge, stream); },
       [&]<class T, int kWidth, int kVectors, Stage kStage, bool kPlain>(std::int64_t blocks) {
         return launch_blocks(rows_forward_kernel<T, kWidth, kVectors, kStage, kPlain>, plan, blocks,
                              stream, call, tiling);

@@ -51,7 +51,7 @@ class RowsGradient {
       load(chunk, 0, operands);
       sum_lanes(chunk, of_columns, operands);
       if constexpr (kStage == Stage::kReduce) {
-        finish_split(chunk);
+        store_sums(chunk);
       } else {
         if (has_totals()) sum_columns(column_totals(), all_columns_);
         finish_resident(
@@ -308,9 +308,8 @@ class RowsGradient {
     __syncthreads();
   }
 
-  // Leaves the sums of the chunk in the workspace. The last block to arrive merges those of whole slices,
-  // column by column.
-  __device__ void finish_split(const Chunk& chunk) const {
+  // To the workspace.
+  __device__ void store_sums(const Chunk& chunk) const {
     const std::int64_t c = call_.input.extent.c;
     const std::int64_t first_column =
         static_cast<std::int64_t>(chunk.column_tile()) * tiling_.columns;
@@ -318,30 +317,6 @@ class RowsGradient {
     sum_columns(static_cast<Totals*>(call_.records) +
                     (chunk.tile() * tiling_.chunks + chunk.chunk()) * c + first_column,
                 left < tiling_.columns ? static_cast<std::uint32_t>(left) : tiling_.columns);
-    const RowsFinish finish(tiling_, c, chunk.tile(), chunk.column_tile());
-    if (!is_last_block(call_.counters + finish.counter, finish.blocks)) return;
-    const Totals* const records = static_cast<const Totals*>(call_.records) +
-                                  chunk.tile() * tiling_.chunks * c + finish.first_channel;
-    Totals* const all =
-        static_cast<Totals*>(call_.channel_sums) + chunk.tile() * c + finish.first_channel;
-    merge_columns<Totals>(
-        records, c, static_cast<std::uint32_t>(finish.channels), tiling_.chunks,
-        [&](std::uint32_t column, const Totals& totals) { all[column] = totals; });
-    __syncthreads();
-    const auto width = static_cast<std::uint32_t>(chunk.channels_per_slice());
-    const auto slices = static_cast<std::uint32_t>(finish.channels / width);
-    const unsigned lanes = lanes_for(width, blockDim.x / slices), lane = threadIdx.x % lanes;
-    for (std::uint32_t at = 0; at < slices; at += blockDim.x / lanes) {
-      const std::uint32_t local_slice = at + threadIdx.x / lanes;
-      const bool is_active = local_slice < slices;
-      const std::int64_t local = static_cast<std::int64_t>(is_active ? local_slice : 0) * width;
-      const std::int64_t channel = finish.first_channel + local;
-      const std::int64_t index = slice_index(chunk, channel);
-      const Slice slice = Pass::finish_slice(
-          call_, is_active, /*stores=*/true, Pass::statistics(call_, index), chunk.tile(), channel,
-          width, lane, lanes, [&](std::uint32_t i) { return all[local + i]; });
-      if (is_active && lane == 0) static_cast<Slice*>(call_.slices)[index] = slice;
-    }
   }
 
   const Call& call_;

@@ -10,6 +10,16 @@
 
 namespace normcore::kernels::cuda {
 
+// ShiftedSums of the rows of a chunk in one column, in the arithmetic type.
+template <class A>
+struct alignas(16) ColumnSums {
+  A count, pivot, sum, square;
+  __device__ explicit operator ShiftedSums() const {
+    return {static_cast<double>(count), static_cast<double>(pivot), static_cast<double>(sum),
+            static_cast<double>(square)};
+  }
+};
+
 // The same values about another pivot.
 __device__ inline ShiftedSums move_pivot(const ShiftedSums& sums, double pivot) {
   const double shift = sums.pivot - pivot;

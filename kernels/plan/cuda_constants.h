@@ -63,6 +63,8 @@ constexpr unsigned records_in_flight(std::size_t bytes) {
   return bytes * 4 < kBytes ? static_cast<unsigned>(kBytes / bytes) : 4;
 }
 
+// Block that merges the records of chunks; those that a lane should have before there are more lanes.
+inline constexpr std::uint32_t kMergeThreads = kMaxThreads, kMergedRecords = 4;
 // Block of the sum over blocks of samples: neighbouring channels, and lanes over the blocks.
 inline constexpr int kParameterChannels = 8, kParameterLanes = 32;
 
@@ -71,6 +73,9 @@ inline constexpr int kParameterChannels = 8, kParameterLanes = 32;
 // Rows: neighbouring bytes that a tile of columns should have, and lanes of a row of kSplit without
 // vectors.
 inline constexpr std::int64_t kRowBytes = 128, kNarrowColumnLanes = 32;
+// Blocks of a cluster: the most, which not every device has room for, and those that it has. More than
+// these hold what does not fit otherwise, they do not fill an idle device.
+inline constexpr int kMaxCluster = 16, kPortableCluster = 8;
 // kCluster and kTeam: blocks that a multiprocessor has room for, in registers and in shared memory; the
 // shortest rows of a tile, unless shorter ones fill the device.
 inline constexpr int kTeamBlocksPerMultiprocessor = 2;

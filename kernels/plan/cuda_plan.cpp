@@ -43,10 +43,9 @@ class Planner {
     if (!is_planned) return std::nullopt;
     if (plan_.blocks > kMaxGrid || plan_.apply_blocks > kMaxGrid) return std::nullopt;
     plan_.is_plain = is_plain();
-    if (plan_.path != CudaPath::kSplit) {
-      plan_.counters = problem_.cumulative ? 1 : 0;
-      if (plan_.path == CudaPath::kTeam) plan_.counters += plan_.blocks / plan_.team;
-    }
+    // kSplit counts the batch in its last launch, the others when all blocks have read the old count.
+    plan_.counters = problem_.cumulative && plan_.path != CudaPath::kSplit ? 1 : 0;
+    if (plan_.path == CudaPath::kTeam) plan_.counters += plan_.blocks / plan_.team;
     plan_.workspace_bytes = cuda_workspace_layout(problem_, plan_).total;
     if (problem_.pass == Pass::kDoubleBackward && !is_worth_its_workspace()) return std::nullopt;
     return plan_;
@@ -107,7 +106,7 @@ class Planner {
   }
 
   std::int64_t resident_units_of_planes(std::int64_t lanes) {
-    const std::int64_t slices = is_group_norm(problem_) ? problem_.num_groups : problem_.extent.c;
+    const std::int64_t slices = slices_per_sample(problem_);
     set_sample_blocks(lanes, slices);
     return resident_units(slices);
   }
@@ -150,6 +149,11 @@ class Planner {
     return false;
   }
 
+  // That may run teams.
+  std::int64_t multiprocessors() const {
+    return std::max(device_.multiprocessors - options_.spare_multiprocessors, 1);
+  }
+
   // Of a vector of x and what is beside it in shared memory.
   std::size_t held_bytes() const {
     const std::size_t own = size_of(problem_.dtype);
@@ -168,7 +172,7 @@ class Planner {
   // fill the device. cut(blocks) sets the parts of the plan that depend on their number.
   template <class Cut>
   bool choose_team(std::int64_t items, std::int64_t items_at_once, std::int64_t vectors, Cut cut) {
-    const std::int64_t at_once = kTeamBlocksPerMultiprocessor * device_.multiprocessors;
+    const std::int64_t at_once = kTeamBlocksPerMultiprocessor * multiprocessors();
     const bool is_cluster = plan_.path == CudaPath::kCluster;
     const std::int64_t most = is_cluster ? device_.max_cluster : at_once;
     const auto set = [&](std::int64_t blocks) {
@@ -186,7 +190,8 @@ class Planner {
       blocks = is_cluster ? 2 * blocks : blocks + 1;
       if (blocks > most) return false;
     }
-    while (is_cluster && items_at_once * blocks < at_once && 2 * blocks <= most &&
+    while (is_cluster && items_at_once * blocks < at_once &&
+           2 * blocks <= std::min<std::int64_t>(most, kPortableCluster) &&
            vectors >= 2 * blocks * max_threads()) {
       blocks *= 2;
       set(blocks);
@@ -274,7 +279,6 @@ class Planner {
     const PlanesTiling tiling = planes_tiling(problem_, plan_);
     plan_.blocks = tiling.slices * tiling.chunks;
     plan_.apply_blocks = problem_.applies ? plan_.blocks : 0;
-    plan_.counters = tiling.slices;
     set_shared_planes(plan_.threads);
     return true;
   }
@@ -419,7 +423,6 @@ class Planner {
     const RowsTiling tiling = rows_tiling(problem_, plan_);
     plan_.blocks = tiling.tiles * tiling.chunks * tiling.column_tiles;
     plan_.apply_blocks = problem_.applies ? plan_.blocks : 0;
-    plan_.counters = tiling.tiles * ceil_div(tiling.column_tiles, tiling.columns_per_slices);
     set_shared_rows(tiling);
     return true;
   }
@@ -548,12 +551,6 @@ class Planner {
     plan_.shared_bytes =
         tiling.units * (keeps_columns ? resident_bytes_of_rows(tiling.columns, tiling.row_lanes)
                                       : lane_bytes_of_rows(tiling.columns, tiling.row_lanes));
-    if (plan_.path != CudaPath::kSplit) return;
-    // The last block merges with one record per thread.
-    const std::size_t record =
-        is_backward(problem_) ? sums_of_channel(problem_) * sizeof(double) : kShiftedSumsBytes;
-    plan_.shared_bytes =
-        std::max(plan_.shared_bytes, static_cast<std::size_t>(plan_.threads) * record);
   }
 
   const Problem& problem_;

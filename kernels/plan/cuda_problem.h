@@ -16,8 +16,12 @@ inline bool is_backward(const Problem& p) { return is_backward(p.pass); }
 inline std::int64_t channels_per_slice(const Problem& p) {
   return is_group_norm(p) ? p.extent.c / p.num_groups : 1;
 }
+// Of batch norm: of all samples together.
+inline std::int64_t slices_per_sample(const Problem& p) {
+  return is_group_norm(p) ? p.num_groups : p.extent.c;
+}
 inline std::int64_t slice_count(const Problem& p) {
-  return is_group_norm(p) ? p.extent.n * p.num_groups : p.extent.c;
+  return slices_per_sample(p) * (is_group_norm(p) ? p.extent.n : 1);
 }
 inline std::size_t arithmetic_bytes(const Problem& p) { return size_of(compute_type(p.dtype)); }
 

@@ -34,6 +34,26 @@ void cut_for_team(PlanesTiling& t, std::uint32_t blocks) {
   }
 }
 
+// As many lanes as have some records each, and as many slices as there are threads for.
+MergeTiling merge_tiling(const Problem& problem, const CudaPlan& plan, std::uint32_t chunks,
+                         std::uint32_t terms_of_channel) {
+  MergeTiling t;
+  t.slices = slice_count(problem);
+  t.slices_per_sample = static_cast<std::uint32_t>(slices_per_sample(problem));
+  t.channels = static_cast<std::uint32_t>(channels_per_slice(problem));
+  t.is_rows = plan.layout == Layout::kNSC;
+  t.chunks = chunks;
+  const bool takes_channels = is_backward(problem);
+  t.terms = takes_channels ? terms_of_channel : t.is_rows ? chunks * t.channels : chunks;
+  while (t.lanes < kMergeThreads && t.lanes * kMergedRecords < t.terms) t.lanes *= 2;
+  const std::uint32_t items = takes_channels ? t.channels : 1;
+  t.slices_per_block = std::max(kMergeThreads / t.lanes / items, 1u);
+  t.width = plan.width;
+  t.by_channels = FastDivide(t.channels);
+  t.by_slices_per_sample = FastDivide(t.slices_per_sample);
+  return t;
+}
+
 }  // namespace
 
 PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan) {
@@ -71,6 +91,10 @@ PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan) {
   t.by_granules = FastDivide(t.granules_per_piece);
   t.by_chunks = FastDivide(t.chunks);
   t.is_group_norm = is_group_norm(problem);
+  if (plan.path == CudaPath::kSplit) {
+    t.merge = merge_tiling(problem, plan, t.chunks, t.terms_per_channel());
+    t.merge.records = std::int64_t{t.chunks} * (is_backward(problem) ? t.channels_per_chunk() : 1u);
+  }
   if (t.is_group_norm) t.by_groups = FastDivide(static_cast<std::uint32_t>(problem.num_groups));
   return t;
 }
@@ -90,14 +114,13 @@ RowsTiling rows_tiling(const Problem& problem, const CudaPlan& plan) {
   t.batches = static_cast<std::uint32_t>(plan.batches);
   t.chunks = static_cast<std::uint32_t>(ceil_div(t.rows, plan.rows_per_chunk));
   const std::int64_t d = channels_per_slice(problem);
-  t.columns_per_slices = static_cast<std::uint32_t>(
-      std::min<std::int64_t>(std::lcm(d, std::int64_t{t.columns}) / t.columns, t.column_tiles));
   t.channels_per_slice = static_cast<std::uint32_t>(d);
   t.by_columns = FastDivide(t.columns);
   t.by_column_tiles = FastDivide(t.column_tiles);
   t.by_chunks = FastDivide(t.chunks);
   t.by_channels_per_slice = FastDivide(t.channels_per_slice);
   if (is_team(plan.path)) t.team = team_tiling(plan, t.tiles * t.column_tiles);
+  if (plan.path == CudaPath::kSplit) t.merge = merge_tiling(problem, plan, t.chunks, t.chunks);
   return t;
 }
 
@@ -144,8 +167,6 @@ CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan
     } else {
       take(layout.records, is_rows ? row_records : plane_chunks,
            is_rows ? 4 * arithmetic : kShiftedSumsBytes);
-      take(layout.channel_sums, is_rows && is_group_norm(problem) ? e.n * e.c : 0,
-           kShiftedSumsBytes);
     }
   }
   if (plan.path == CudaPath::kTeam) {

@@ -35,6 +35,32 @@ struct TeamTiling {
   }
 };
 
+// How the records of kSplit's chunks are merged.
+struct MergeTiling {
+  std::int64_t slices = 0;
+  std::uint32_t slices_per_block = 1;
+  std::uint32_t slices_per_sample = 1;  // of batch norm: of all samples
+  std::uint32_t channels = 1;           // per slice
+  std::uint32_t terms = 1;              // records of a slice (forward) or of a channel of it
+  std::uint32_t lanes = 1;              // that take turns at them: a power of two up to the block
+  std::uint32_t chunks = 1;             // kNSC: per tile
+  std::int64_t records = 1;             // kNCS: per slice, of which the last may be unused
+  bool is_rows = false;
+  int width = 1;  // of the vectors that were reduced
+  FastDivide by_channels, by_slices_per_sample;
+
+  NORMCORE_HOST_DEVICE constexpr std::int64_t blocks() const {
+    return (slices + slices_per_block - 1) / slices_per_block;
+  }
+  // kNSC: where the record of a channel of a slice in a chunk is.
+  NORMCORE_HOST_DEVICE constexpr std::int64_t row_record(std::int64_t slice, std::uint32_t channel,
+                                                         std::uint32_t chunk) const {
+    const std::int64_t tile = by_slices_per_sample.quotient_of(slice);
+    const std::int64_t in_tile = slice - tile * slices_per_sample;
+    return ((tile * chunks + chunk) * slices_per_sample + in_tile) * channels + channel;
+  }
+};
+
 // kNCS. A slice is `segments` runs of s neighbouring elements: the channels of a group (group norm),
 // or the samples of a channel (batch norm). Each segment is covered by `granules` vectors, aligned
 // in memory, of which the first and the last may be partly outside of the segment. A chunk is a
@@ -55,6 +81,7 @@ struct PlanesTiling {
   FastDivide by_groups;  // of group norm
   bool is_group_norm = false;
   TeamTiling team;
+  MergeTiling merge;
 
   // Segments of group norm are channels, those of batch norm belong to one.
   NORMCORE_HOST_DEVICE constexpr std::uint32_t channels_per_chunk() const {
@@ -100,11 +127,11 @@ struct RowsTiling {
   std::uint32_t units = 1;   // groups of lanes per block
   std::uint32_t chunks = 1;  // per tile
   std::uint32_t rows_per_chunk = 1;
-  std::uint32_t batches = 1;             // per chunk
-  std::uint32_t columns_per_slices = 1;  // column tiles that whole slices need
+  std::uint32_t batches = 1;  // per chunk
   std::uint32_t channels_per_slice = 1;
   FastDivide by_columns, by_column_tiles, by_chunks, by_channels_per_slice;
   TeamTiling team;
+  MergeTiling merge;
 
   NORMCORE_HOST_DEVICE constexpr std::uint32_t unit_threads() const {
     return column_lanes * row_lanes;

@@ -69,6 +69,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("batch_invariant", &normcore::batch_invariant);
   m.def("set_cuda_path", &normcore::set_cuda_path, py::arg("name"));
   m.def("cuda_path", &normcore::cuda_path);
+  m.def("set_spare_multiprocessors", &normcore::set_spare_multiprocessors, py::arg("count"));
+  m.def("spare_multiprocessors", &normcore::spare_multiprocessors);
   m.def("set_debug_sync", &normcore::set_debug_sync, py::arg("enabled"));
   m.def("debug_sync", &normcore::debug_sync);
   // Registration takes the dispatcher's lock, whose holder may want the interpreter's.

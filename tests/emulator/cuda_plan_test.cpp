@@ -68,7 +68,7 @@ void expect_legal(const Problem& p, const CudaDevice& device, const CudaPlan& pl
   }
   const bool is_split = plan.path == CudaPath::kSplit;
   if (is_split) {
-    ASSERT_GE(plan.counters, 1) << what;
+    ASSERT_EQ(plan.counters, 0) << what;
     ASSERT_EQ(plan.apply_blocks, p.applies ? plan.blocks : 0) << what;
   }
   if (p.pass == Pass::kDoubleBackward) {
@@ -371,6 +371,9 @@ TEST(CudaPlan, TeamsHoldWhatOneBlockCannot) {
   EXPECT_EQ(plan_of(p)->team, 4) << describe(*plan_of(p));
   p.extent = {2, 16, 1 << 15};  // 16 slices of 128 KiB
   EXPECT_EQ(plan_of(p)->team, 8) << describe(*plan_of(p));
+  p.extent = {16, 16, 1 << 15};  // of 1 MiB
+  EXPECT_EQ(plan_of(p)->team, 16) << describe(*plan_of(p));
+  EXPECT_EQ(plan_cuda(p, CudaDevice{132, kPortableCluster})->path, CudaPath::kSplit);
 
   p.extent = {1, 256, 17 * 256 * 256};
   p.num_groups = 32;  // slices of 17 MiB
@@ -379,9 +382,15 @@ TEST(CudaPlan, TeamsHoldWhatOneBlockCannot) {
   ASSERT_TRUE(teams);
   EXPECT_GT(teams->team, 132) << describe(*teams);
   EXPECT_EQ(teams->counters, 1) << describe(*teams);
+  EXPECT_LE(teams->blocks, 264) << describe(*teams);
+  CudaOptions options;
+  options.path = CudaPath::kTeam;
+  options.spare_multiprocessors = 64;
+  EXPECT_FALSE(plan_cuda(p, kDevices[0], options));
   p.pass = Pass::kBackward;  // and twice as much
   EXPECT_FALSE(plan_of(p, CudaPath::kTeam));
-  EXPECT_FALSE(plan_cuda(p, kNoClusters, {.path = CudaPath::kTeam}));
+  options.spare_multiprocessors = 0;
+  EXPECT_FALSE(plan_cuda(p, kNoClusters, options));
 }
 
 TEST(CudaPlan, DescribesItself) {

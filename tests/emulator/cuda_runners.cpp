@@ -7,6 +7,7 @@
 #include "emulator.h"
 #include "guarded_buffer.h"
 #include "normcore/kernels/cuda.h"
+#include "plan/cuda_constants.h"
 #include "runner.h"
 
 namespace normcore::kernels::testing {
@@ -15,9 +16,6 @@ namespace {
 // Small blocks: many of them even for small shapes, and few threads for the race detector. A smaller
 // device has fewer to wait for: its blocks take more batches.
 constexpr int kThreads = 64;
-constexpr CudaDevice kDevice{8}, kSmallDevice{1};
-// With so little shared memory that teams have several blocks.
-constexpr CudaDevice kClusterDevice{2, 8, true, 24 << 10}, kTeamDevice{3, 1, true, 24 << 10};
 #if defined(__SANITIZE_THREAD__)
 constexpr bool kDetectsRaces = true;
 #elif defined(__has_feature)
@@ -25,6 +23,13 @@ constexpr bool kDetectsRaces = __has_feature(thread_sanitizer);
 #else
 constexpr bool kDetectsRaces = false;
 #endif
+// The race detector remembers the threads of three blocks.
+constexpr int kCluster = kDetectsRaces ? 2 : kMaxCluster, kTeams = kDetectsRaces ? 1 : 3;
+constexpr CudaDevice kDevice{8, kCluster}, kSmallDevice{1, kCluster};
+// With so little shared memory that teams have several blocks.
+constexpr std::size_t kLittle = 24 << 10;
+constexpr CudaDevice kClusterDevice{2, kCluster, true, kLittle},
+    kTeamDevice{kTeams, 1, true, kLittle};
 
 class CudaRunner : public RunnerOf<CudaRunner> {
  public:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import normcore
@@ -20,3 +21,24 @@ def test_batch_invariance_is_off_until_it_is_enabled() -> None:
     finally:
         normcore.set_batch_invariant(False)
     assert normcore.batch_invariant() is False
+
+
+def test_spare_multiprocessors() -> None:
+    """What a team of blocks cannot hold without them is split: the binding is for benchmarks."""
+
+    def plan() -> str:
+        x = torch.empty(1, 32, 2, 1 << 17, dtype=torch.bfloat16, device="meta")
+        return normcore.explain(x, "group_norm", device="cuda", num_groups=1)
+
+    normcore._C.set_cuda_path("team")
+    try:
+        # 16 MiB; of fewer multiprocessors there would be no team anyway
+        assert "team path" in plan() or torch.cuda.is_available()
+        normcore._C.set_spare_multiprocessors(100)
+        assert normcore._C.spare_multiprocessors() == 100
+        assert "team path" not in plan()
+        with pytest.raises(ValueError, match=r"expected count >= 0, got -1"):
+            normcore._C.set_spare_multiprocessors(-1)
+    finally:
+        normcore._C.set_spare_multiprocessors(0)
+        normcore._C.set_cuda_path("")

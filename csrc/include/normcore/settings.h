@@ -19,6 +19,11 @@ NORMCORE_API bool batch_invariant();
 NORMCORE_API void set_cuda_path(const std::string& name);
 NORMCORE_API std::string cuda_path();
 
+// Multiprocessors that grids of norms whose blocks all run together (the path "team") leave to other
+// kernels, e.g. of collectives, which otherwise would wait for them. Default: 0.
+NORMCORE_API void set_spare_multiprocessors(int count);
+NORMCORE_API int spare_multiprocessors();
+
 // Whether calls of norms with a process group first compare what the ranks are about to do, in
 // training and in evaluation: a disagreement, which otherwise ends in a timeout, is an error at
 // once that lists the ranks. Graphs that have been recorded compare nothing. It costs a collective

@@ -2,10 +2,10 @@
 // device, so that every choice can be tested and printed on a machine that has none.
 //   kPack    slices of a few vectors: several in a block, in registers; x is read once
 //   kBlock   one slice per block, in registers; x is read once
-//   kCluster a slice is held by up to 8 blocks of a cluster, in shared memory; x is read once
+//   kCluster a slice is held by up to 16 blocks of a cluster, in shared memory; x is read once
 //   kTeam    the same, by many blocks of a grid whose blocks all run together; x is read once
-//   kSplit   any slice: blocks reduce chunks, the last one to arrive merges them in order, a second
-//            launch applies; x is read twice
+//   kSplit   any slice: blocks reduce chunks, a launch merges these in order, a third one applies; x is
+//            read twice
 //   kStream  nothing to reduce: one pointwise launch
 //   kRun     group norm of one value per channel: a slice is a run of neighbouring elements, which
 //            one launch reads from memory once, and again from the cache if it is long
@@ -26,7 +26,7 @@ namespace normcore::kernels {
 // By default an H100 or H200.
 struct CudaDevice {
   int multiprocessors = 132;
-  int max_cluster = 8;      // blocks of a cluster; 1 where there are none
+  int max_cluster = 16;     // blocks of a cluster; 1 where there are none
   bool cooperative = true;  // whether all blocks of a grid can be made to run together
   std::size_t shared_bytes = std::size_t{228} << 10;  // shared memory of a multiprocessor
 };
@@ -39,6 +39,8 @@ struct CudaOptions {
   // largest block, a multiple of 32 up to 256.
   std::optional<CudaPath> path;
   int max_threads = 256;
+  // That grids whose blocks all run together leave to other kernels.
+  int spare_multiprocessors = 0;
 };
 
 struct CudaPlan {
@@ -57,7 +59,7 @@ struct CudaPlan {
   int team = 1;                        // kCluster, kTeam: blocks that hold a slice
   bool is_plain = false;               // no mask, no partial vectors, one dtype
   std::int64_t blocks = 0;             // of the first launch
-  std::int64_t apply_blocks = 0;       // of the second (kSplit)
+  std::int64_t apply_blocks = 0;       // of the last (kSplit)
   std::size_t shared_bytes = 0;        // dynamic shared memory per block
   std::size_t workspace_bytes = 0;
   std::int64_t counters = 0;  // 32-bit counters that are 0 before and after the call
