@@ -52,7 +52,7 @@ class PlanesForward {
       }
       apply(chunk, slots, statistics, x);
     } else {
-      const ShiftedSums own = sum(chunk, slots, is_active, x);
+      const ShiftedSums own = sum(chunk, slots, reference_of(chunk, is_active), x);
       if constexpr (kStage == Stage::kReduce) {
         auto* const records = static_cast<ShiftedSums*>(call_.records) + slice * tiling_.chunks;
         if (lane_ == 0) records[chunk_index] = own;
@@ -70,10 +70,11 @@ class PlanesForward {
       const bool is_active = team.rank() < tiling_.chunks;
       const Chunk chunk(call_.input, call_.num_groups, tiling_, slice, is_active ? team.rank() : 0);
       const std::uint32_t slots = is_active ? chunk.slots() : 0;
+      const A reference = reference_of(chunk, is_active);
       hold(chunk, slots);
       Vectors x;
       load(chunk, slots, 0, x);
-      const ShiftedSums own = sum(chunk, slots, is_active, x);
+      const ShiftedSums own = sum(chunk, slots, reference, x);
       if (threadIdx.x == 0) *team.own() = own;
       team.meet();
       const ShiftedSums all = merge_records(tiling_.chunks, lane_, lanes_,
@@ -149,17 +150,19 @@ class PlanesForward {
     return count == 0.0 ? A{0} : reference + static_cast<A>(sums[0]) / static_cast<A>(count);
   }
 
-  // Over the chunk, whose first batch x holds.
-  __device__ ShiftedSums sum(const Chunk& chunk, std::uint32_t slots, bool is_active,
+  __device__ bool is_masked() const { return !kPlain && call_.input.mask; }
+
+  // A value of the slice, about which equal values give exactly themselves. Under a mask none is known to
+  // count.
+  __device__ A reference_of(const Chunk& chunk, bool is_active) const {
+    if (!is_active || is_masked()) return A{0};
+    return convert_from<A>(static_cast<const T*>(call_.input.x.data)[chunk.pivot_index()]);
+  }
+
+  // Over the chunk, whose first batch x holds. Under a mask the mean about 0 stands in for the reference.
+  __device__ ShiftedSums sum(const Chunk& chunk, std::uint32_t slots, A reference,
                              Vectors& x) const {
-    // About a value of the slice itself, so that equal values give exactly themselves. Under a mask
-    // no value is known to count: the mean about 0 stands in.
-    const bool is_masked = !kPlain && call_.input.mask;
-    A reference{0};
-    if (is_active && !is_masked) {
-      reference = convert_from<A>(static_cast<const T*>(call_.input.x.data)[chunk.pivot_index()]);
-    }
-    if (is_masked) reference = mean_about(chunk, slots, A{0}, x);
+    if (is_masked()) reference = mean_about(chunk, slots, A{0}, x);
     const A pivot = mean_about(chunk, slots, reference, x);
     A total[kPlain ? 2 : 3] = {};
     const std::uint32_t batches = kStage == Stage::kResident ? 1 : tiling_.batches;

@@ -39,7 +39,7 @@ class RowsForward {
     Vector<T, kWidth> x[kVectors];
     load(chunk, 0, x);
     if constexpr (kStage != Stage::kApply) {
-      sum_columns(chunk, x);
+      sum_columns(chunk, first_row(chunk), x);
       if constexpr (kStage == Stage::kReduce) {
         store_sums(chunk);
         return;
@@ -62,10 +62,11 @@ class RowsForward {
                              tiling_.columns);
     for_each_item(team, tiling_.team, [&](std::int64_t item) {
       const Chunk chunk = Chunk::of_team(call_.input, call_.num_groups, tiling_, item, team.rank());
+      const Vector<T, kWidth> row = first_row(chunk);
       hold(chunk);
       Vector<T, kWidth> x[kVectors];
       load(chunk, 0, x);
-      sum_columns(chunk, x);
+      sum_columns(chunk, row, x);
       if (tiling_.team.is_cooperative) {
         for (unsigned i = threadIdx.x; i < tiling_.columns; i += blockDim.x) {
           team.own()[i] = column_sums()[i];
@@ -168,8 +169,17 @@ class RowsForward {
     __syncthreads();
   }
 
+  // Of the chunk, in the thread's columns.
+  __device__ Vector<T, kWidth> first_row(const Chunk& chunk) const {
+    const bool is_wanted = (kPlain || !call_.input.mask) && chunk.is_active();
+    if (!is_wanted) return Vector<T, kWidth>::zero();
+    return load_vector<T, kWidth>(static_cast<const T*>(call_.input.x.data), chunk.start(),
+                                  {0, kWidth});
+  }
+
   // ColumnSums of every column of the block, over the rows of its chunk.
-  __device__ void sum_columns(const Chunk& chunk, Vector<T, kWidth> (&x)[kVectors]) const {
+  __device__ void sum_columns(const Chunk& chunk, const Vector<T, kWidth>& first,
+                              Vector<T, kWidth> (&x)[kVectors]) const {
     const Mask& mask = call_.input.mask;
     const unsigned own_column = unit_ * tiling_.columns + chunk.local_column();
     // Calls f(element, value, whether it counts) for those of a batch.
@@ -189,13 +199,9 @@ class RowsForward {
     // The pivot is the mean of the first batch. That is taken about a value of the column itself, so
     // that equal values give exactly themselves; under a mask, where no value is known to count, in
     // two steps, first about 0.
-    A about[kWidth] = {};
-    if (!mask && chunk.is_active()) {
-      const auto first = load_vector<T, kWidth>(static_cast<const T*>(call_.input.x.data),
-                                                chunk.start(), {0, kWidth});
+    A about[kWidth];
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) about[i] = convert_from<A>(first[i]);
-    }
+    for (int i = 0; i < kWidth; ++i) about[i] = convert_from<A>(first[i]);
     const std::uint32_t first_rows = std::min(chunk.rows(), tiling_.row_lanes * kVectors);
     const int first_step = kPlain || !mask ? 1 : 0;
     for (int step = first_step; step < 2; ++step) {
