@@ -2,14 +2,16 @@
 
     python benchmarks/cuda_code.py build/cuda/kernels/CMakeFiles/normcore_cuda_kernels.dir/cuda/*.o
 
-Reads object files with cuobjdump (the toolkit's, or that in Triton's wheel) and prints a Markdown table of the kernels whose name
-matches --only, by default the plain bfloat16 ones. Instructions are those of the whole kernel, of which
-a call runs some; `async` are copies from global to shared memory.
+Reads object files with cuobjdump (the toolkit's, or that in Triton's wheel) and prints a Markdown
+table of the kernels whose name matches --only, by default the plain bfloat16 ones. Instructions are
+those of the whole kernel, of which a call runs some; `async` are copies from global to shared
+memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -30,9 +32,10 @@ INSTRUCTIONS = {
 def cuobjdump(*arguments: str | Path) -> str:
     tool = shutil.which("cuobjdump")
     if tool is None:
-        import triton.backends.nvidia
-
-        tool = str(Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump")
+        triton = importlib.util.find_spec("triton")
+        assert triton is not None, "no cuobjdump on this machine"
+        assert triton.origin is not None
+        tool = str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
     command = [tool, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 

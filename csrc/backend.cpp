@@ -105,12 +105,7 @@ bool try_on_cuda(const char* op, const Args& args, c10::Device device) {
       check(status, op);
       return true;
     }
-    // On with less room.
-    if (plan->path == kernels::CudaPath::kTeam) {
-      facts.cooperative = false;
-    } else {
-      facts.max_cluster = plan->team / 2;
-    }
+    facts = with_less_room(facts, *plan);
   }
   return false;
 }

@@ -113,12 +113,38 @@ struct BackwardPass {
           grad_y_(reinterpret_cast<GradientVector<kPlain, T, kWidth>*>(x_ + vectors)),
           end_(grad_y_ + vectors) {}
 
-    __device__ void hold(const Call& call, std::uint32_t i, std::int64_t index, Span span) const {
-      hold_vector<kPlain>(x_ + i, static_cast<const T*>(call.input.x.data), index, span);
+    // The i-th vector, of a kPlain call.
+    __device__ void hold(const Call& call, std::uint32_t i, std::int64_t index) const {
+      constexpr Span kWhole{0, kWidth};
+      hold_vector<kPlain>(x_ + i, static_cast<const T*>(call.input.x.data), index, kWhole);
+      hold_vector<kPlain>(grad_y_ + i, static_cast<const T*>(call.grad_y.data), index, kWhole);
+    }
+    // Several: place(k, i, index, span) says whether a thread has a k-th of `count`, and which. What has to
+    // be converted is loaded a few at a time.
+    template <class Place>
+    __device__ void hold_all(const Call& call, std::uint32_t count, Place place) const {
+      std::uint32_t i = 0;
+      std::int64_t index = 0;
+      Span span{0, kWidth};
       if constexpr (kPlain) {
-        hold_vector<kPlain>(grad_y_ + i, static_cast<const T*>(call.grad_y.data), index, span);
+        for (std::uint32_t k = 0; k < count; ++k) {
+          if (place(k, i, index, span)) hold(call, i, index);
+        }
       } else {
-        grad_y_[i] = load_gradients<kPlain, T, kWidth>(call.grad_y, index, span);
+        constexpr std::uint32_t kAtOnce = 4;
+        for (std::uint32_t first = 0; first < count; first += kAtOnce) {
+          GradientVector<kPlain, T, kWidth> gradients[kAtOnce];
+#pragma unroll
+          for (std::uint32_t k = 0; k < kAtOnce; ++k) {
+            if (!place(first + k, i, index, span)) continue;
+            hold_vector<kPlain>(x_ + i, static_cast<const T*>(call.input.x.data), index, span);
+            gradients[k] = load_gradients<kPlain, T, kWidth>(call.grad_y, index, span);
+          }
+#pragma unroll
+          for (std::uint32_t k = 0; k < kAtOnce; ++k) {
+            if (place(first + k, i, index, span)) grad_y_[i] = gradients[k];
+          }
+        }
       }
     }
     __device__ void load(std::uint32_t i, Operands& operands) const {

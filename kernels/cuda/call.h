@@ -19,7 +19,7 @@ enum class Stage : std::uint8_t { kResident, kTeam, kReduce, kApply };
 // For how many blocks of a kernel a multiprocessor has to have registers: kPlain kernels of kSplit and
 // kStream hold nothing, and need few; plans count on room for two blocks of teams.
 constexpr int blocks_at_once(bool is_plain, Stage stage, int of_split) {
-  if (stage == Stage::kTeam) return kTeamBlocksPerMultiprocessor;
+  if (stage == Stage::kTeam) return team_blocks(is_plain);
   return is_plain && stage != Stage::kResident ? of_split : 1;
 }
 
@@ -66,9 +66,8 @@ struct BackwardCall {
   const GradientSums* whole = nullptr;
   const double* share = nullptr;
   std::int64_t samples_per_block = 1;
-  void* slices = nullptr;  // workspace: what the second launch takes of every slice; null
-                           // where nothing flows through the statistics, or one
-                           // launch does
+  void* slices = nullptr;  // workspace: what kApply takes of every slice; null where nothing
+                           // flows through the statistics, or one launch does
   ParameterSums* parameters = nullptr;  // workspace: per block of samples and channel; null where
                                         // nothing is left to be summed
   void* records = nullptr;  // workspace: sums per chunk and channel in it, or those of team.cuh

@@ -1,5 +1,8 @@
 #include <cuda_runtime.h>
 
+#include <array>
+#include <mutex>
+
 #include "cuda/error.h"
 #include "normcore/kernels/cuda.h"
 #include "plan/cuda_constants.h"
@@ -9,30 +12,30 @@ namespace {
 
 __global__ void empty_kernel() {}
 
-// Whether the device has room for one cluster of so many blocks.
-bool has_room(unsigned blocks) {
+// Whether the present device has room for one cluster of so many blocks.
+bool has_room(int blocks) {
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {blocks, 1, 1};
+  cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kMaxThreads);
   config.dynamicSmemBytes = kMaxDynamicShared;
   config.attrs = &cluster;
   config.numAttrs = 1;
   int clusters = 0;
-  for (const cudaError_t error :
-       {cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(kMaxDynamicShared)),
-        cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-        cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config)}) {
-    if (cuda::to_status(error).ok()) continue;
-    return false;
-  }
-  return clusters > 0;
+  const auto shared = static_cast<int>(kMaxDynamicShared);
+  return cuda::to_status(cudaFuncSetAttribute(empty_kernel,
+                                              cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
+             .ok() &&
+         cuda::to_status(
+             cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
+             .ok() &&
+         cuda::to_status(cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config)).ok() &&
+         clusters > 0;
 }
 
-// Of the present device, on which the kernels of this build may be those for older ones.
+// The kernels of this build may be those for older devices, which have no clusters.
 cudaError_t query_clusters(int ordinal, int& max_cluster) {
   max_cluster = 1;
   int has_launch = 0;
@@ -46,7 +49,9 @@ cudaError_t query_clusters(int ordinal, int& max_cluster) {
       error != cudaSuccess || kernel.ptxVersion < kFirst) {
     return error;
   }
-  max_cluster = has_room(kMaxCluster) ? kMaxCluster : kPortableCluster;
+  for (int blocks = kMaxCluster; blocks > 1 && max_cluster == 1; blocks /= 2) {
+    if (has_room(blocks)) max_cluster = blocks;
+  }
   return cudaSuccess;
 }
 
@@ -54,34 +59,37 @@ cudaError_t query(int ordinal, CudaDevice& device) {
   const auto get = [&](int& value, cudaDeviceAttr attribute) {
     return cudaDeviceGetAttribute(&value, attribute, ordinal);
   };
-  int cooperative = 0, shared_bytes = 0;
+  int present = 0, cooperative = 0, shared_bytes = 0;
   for (const cudaError_t error : {get(device.multiprocessors, cudaDevAttrMultiProcessorCount),
                                   get(cooperative, cudaDevAttrCooperativeLaunch),
                                   get(shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                                  query_clusters(ordinal, device.max_cluster)}) {
+                                  cudaGetDevice(&present), cudaSetDevice(ordinal)}) {
     if (error != cudaSuccess) return error;
   }
   device.cooperative = cooperative != 0;
   device.shared_bytes = static_cast<std::size_t>(shared_bytes);
-  return cudaSuccess;
+  const cudaError_t error = query_clusters(ordinal, device.max_cluster);
+  const cudaError_t back = cudaSetDevice(present);
+  return error != cudaSuccess ? error : back;
 }
+
+// What is known of a device; it does not change.
+struct Known {
+  std::once_flag once;
+  CudaDevice device;
+  Status status;
+};
 
 }  // namespace
 
 Status query_device(int ordinal, CudaDevice& device) {
-  // Asked for before every call.
-  struct Known {
-    int ordinal = -1;
-    CudaDevice device;
-  };
-  thread_local Known known;
-  if (known.ordinal != ordinal) {
-    CudaDevice asked;
-    if (const Status status = cuda::to_status(query(ordinal, asked)); !status.ok()) return status;
-    known = {ordinal, asked};
-  }
-  device = known.device;
-  return Status::success();
+  static constexpr int kMost = 64;
+  static std::array<Known, kMost> all;
+  if (ordinal < 0 || ordinal >= kMost) return cuda::to_status(query(ordinal, device));
+  Known& known = all[static_cast<std::size_t>(ordinal)];
+  std::call_once(known.once, [&] { known.status = cuda::to_status(query(ordinal, known.device)); });
+  if (known.status.ok()) device = known.device;
+  return known.status;
 }
 
 }  // namespace normcore::kernels

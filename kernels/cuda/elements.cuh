@@ -181,11 +181,11 @@ __device__ Vector<T, kWidth> load_vector(const T* data, std::int64_t index, Span
   return out;
 }
 
-// load_vector() to shared memory, where the same thread may read it behind wait_for_copies(). kPlain: a
-// whole vector, which need not pass through registers.
+// load_vector() to shared memory, where the same thread may read it behind wait_for_copies(). A vector that
+// is read as a whole (all are, if kPlain) does not pass through registers.
 template <bool kPlain, class T, int kWidth>
 __device__ void hold_vector(Vector<T, kWidth>* to, const T* data, std::int64_t index, Span span) {
-  if constexpr (kPlain) {
+  if (kPlain || span.is_whole_load) {
     copy_async(to, reinterpret_cast<const Vector<T, kWidth>*>(data + index));
   } else {
     *to = load_vector<T, kWidth>(data, index, span);

@@ -74,15 +74,21 @@ __device__ inline void pause() {}
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ inline void cluster_arrive() { cooperative_groups::this_cluster().barrier_arrive(); }
 __device__ inline void cluster_wait() { cooperative_groups::this_cluster().barrier_wait(); }
+// Orders nothing but what the thread has read and used.
+__device__ inline void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 template <class T>
 __device__ T* cluster_peer(T* own, unsigned rank) {
   return cooperative_groups::this_cluster().map_shared_rank(own, rank);
 }
 #else  // no plan has clusters there
-__device__ inline void cluster_arrive() {}
-__device__ inline void cluster_wait() {}
+__device__ inline void cluster_arrive() { __trap(); }
+__device__ inline void cluster_wait() { __trap(); }
+__device__ inline void cluster_arrive_relaxed() { __trap(); }
 template <class T>
 __device__ T* cluster_peer(T* own, unsigned) {
+  __trap();
   return own;
 }
 #endif
@@ -115,6 +121,13 @@ cudaError_t launch(void (*kernel)(Parameters...), const LaunchConfig& config,
     // The same for every call: another thread may be about to launch the kernel.
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMaxDynamicShared));
+    if (error != cudaSuccess) return error;
+  }
+  if (config.cluster > 1 || config.cooperative) {
+    // As plans count on: otherwise the driver may leave room for one block in a multiprocessor.
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             static_cast<int>(cudaSharedmemCarveoutMaxShared));
     if (error != cudaSuccess) return error;
   }
   if (config.cluster > kPortableCluster) {
@@ -173,6 +186,7 @@ inline void pause(EMULATOR_SITE) { emulator::pause(site); }
 
 inline void cluster_arrive(EMULATOR_SITE) { emulator::cluster_arrive(site); }
 inline void cluster_wait(EMULATOR_SITE) { emulator::cluster_wait(site); }
+inline void cluster_arrive_relaxed(EMULATOR_SITE) { emulator::cluster_arrive(site); }
 template <class T>
 T* cluster_peer(T* own, unsigned rank) {
   return static_cast<T*>(emulator::cluster_peer(own, rank));

@@ -99,7 +99,8 @@ __global__ void __launch_bounds__(kMergeThreads, 1)
       },
       [&](std::uint32_t item, const Totals& sums) { totals[item] = sums; });
   __syncthreads();
-  const unsigned lanes = lanes_for(channels, blockDim.x / slices), lane = threadIdx.x % lanes;
+  const unsigned lanes = lanes_for(channels, blockDim.x / tiling.slices_per_block),
+                 lane = threadIdx.x % lanes;
   for (std::uint32_t at = 0; at < slices; at += blockDim.x / lanes) {
     const std::uint32_t own = at + threadIdx.x / lanes;
     const bool is_active = own < slices;

@@ -66,12 +66,13 @@ class PlanesForward {
   __device__ void run_team() const {
     Team<ShiftedSums> team(tiling_.team, dynamic_shared<ShiftedSums>(), call_.records,
                            call_.counters, 1);
-    for_each_item(team, tiling_.team, [&](std::int64_t slice) {
+    for_each_item(team, tiling_.team, [&](std::int64_t slice, bool is_first, bool has_next) {
       const bool is_active = team.rank() < tiling_.chunks;
       const Chunk chunk(call_.input, call_.num_groups, tiling_, slice, is_active ? team.rank() : 0);
       const std::uint32_t slots = is_active ? chunk.slots() : 0;
       const A reference = reference_of(chunk, is_active);
-      hold(chunk, slots);
+      if (!kPlain || is_first) hold(chunk, slots);
+      wait_for_copies();
       Vectors x;
       load(chunk, slots, 0, x);
       const ShiftedSums own = sum(chunk, slots, reference, x);
@@ -82,7 +83,7 @@ class PlanesForward {
       team.next();
       const Moments moments = to_moments(all);
       if (team.rank() == 0 && threadIdx.x == 0) save_statistics<A>(call_, slice, moments);
-      apply(chunk, slots, statistics_of<A>(call_, moments), x);
+      apply(chunk, slots, statistics_of<A>(call_, moments), x, has_next);
     });
   }
 
@@ -101,7 +102,6 @@ class PlanesForward {
       hold_vector<kPlain>(held() + slot, static_cast<const T*>(call_.input.x.data), p.index,
                           p.span);
     }
-    wait_for_copies();
   }
 
   __device__ void load(const Chunk& chunk, std::uint32_t slots, std::uint32_t batch,
@@ -197,9 +197,11 @@ class PlanesForward {
     return shared.of_unit[unit_];
   }
 
-  // x holds the first batch, but for kTeam.
+  // x holds the first batch, but for kTeam. That holds the vectors of its next slice as it goes, unless
+  // they may be partial.
   __device__ void apply(const Chunk& chunk, std::uint32_t slots,
-                        const SliceStatistics<A>& statistics, Vectors& x) const {
+                        const SliceStatistics<A>& statistics, Vectors& x,
+                        bool has_next = false) const {
     const auto affine_of = [&](std::uint32_t segment) {
       return Affine<A>::of(call_.input, statistics, chunk.sample(segment), chunk.channel(segment));
     };
@@ -220,6 +222,11 @@ class PlanesForward {
         keep_order();
         if (!is_same_affine) affine = affine_of(p.segment);
         apply_forward<kPlain>(call_, x[k], p.index, p.span, affine);
+        if constexpr (kStage == Stage::kTeam && kPlain) {
+          if (!has_next) continue;
+          hold_vector<kPlain>(held() + slot, static_cast<const T*>(call_.input.x.data),
+                              p.index + tiling_.next_item(), p.span);
+        }
       }
     }
   }

@@ -70,17 +70,19 @@ class PlanesGradient {
   // The slices of this block's team, its chunk of each.
   __device__ void run_team() const {
     Team<Totals> team(tiling_.team, team_records(), call_.records, call_.counters, records_);
-    for_each_item(team, tiling_.team, [&](std::int64_t index) {
+    for_each_item(team, tiling_.team, [&](std::int64_t index, bool is_first, bool has_next) {
       const bool is_active = team.rank() < tiling_.chunks;
       const Chunk chunk(call_.input, call_.num_groups, tiling_, index, is_active ? team.rank() : 0);
       const auto statistics = Pass::statistics(call_, index);
       const std::uint32_t slots = is_active ? chunk.slots() : 0;
-      hold(chunk, slots);
+      const bool is_held = Pass::kPlain && !is_first && Pass::applies(call_);
+      if (!is_held) hold(chunk, slots);
+      wait_for_copies();
       Operands operands[kVectors];
       load(chunk, slots, 0, operands);
       const Slice before_sums = Pass::prepare(call_, chunk.sample(0), chunk.channel(0));
       sum_channels(chunk, slots, statistics, before_sums, operands, team.own());
-      apply(chunk, slots, statistics, finish_team(team, chunk, statistics), operands);
+      apply(chunk, slots, statistics, finish_team(team, chunk, statistics), operands, has_next);
     });
   }
 
@@ -136,17 +138,22 @@ class PlanesGradient {
   }
 
   __device__ void hold(const Chunk& chunk, std::uint32_t slots) const {
-    for (std::uint32_t slot = lane_; slot < slots; slot += lanes_) {
-      const PlanesPosition p = chunk.at(slot);
-      held().hold(call_, slot, p.index, p.span);
-    }
-    wait_for_copies();
+    held().hold_all(call_, batches() * kVectors,
+                    [&](int k, std::uint32_t& slot, std::int64_t& index, Span& span) {
+                      slot = slot_of(0, k);
+                      if (slot >= slots) return false;
+                      const PlanesPosition p = chunk.at(slot);
+                      index = p.index;
+                      span = p.span;
+                      return true;
+                    });
   }
 
-  // operands: of the first batch, but for kTeam.
+  // operands: of the first batch, but for kTeam. That holds those of its next slice as it goes, unless they
+  // may be partial.
   __device__ void apply(const Chunk& chunk, std::uint32_t slots,
                         const SliceStatistics<A>& statistics, const Slice& slice,
-                        Operands (&operands)[kVectors]) const {
+                        Operands (&operands)[kVectors], bool has_next = false) const {
     if (!Pass::applies(call_)) return;
     const bool is_same_affine = chunk.has_one_affine(call_.input);
     Coefficients coefficients = coefficients_at(chunk, chunk.first_segment(), statistics, slice);
@@ -164,6 +171,9 @@ class PlanesGradient {
         const unsigned counting = chunk.counting(call_.input.mask, p);
         const auto terms = Pass::terms(call_, operands[k], p.index, p.span, counting, coefficients);
         Pass::apply(call_, operands[k], terms, p.index, p.span, counting, coefficients);
+        if constexpr (kStage == Stage::kTeam && Pass::kPlain) {
+          if (has_next) held().hold(call_, slot, p.index + tiling_.next_item());
+        }
       }
     }
   }
@@ -251,8 +261,8 @@ class PlanesGradient {
           return team.of(rank)[at - rank * records_];
         },
         [&](std::uint32_t channel, const Totals& sums) { totals[channel] = sums; });
-    team.next();
     __syncthreads();
+    team.next();
     auto& shared = block_shared<Slice>();
     if (threadIdx.x < kWarp) {
       const Slice slice = Pass::finish_slice(

@@ -60,10 +60,11 @@ class RowsForward {
   __device__ void run_team() const {
     Team<ColumnSums<A>> team(tiling_.team, column_sums(), call_.records, call_.counters,
                              tiling_.columns);
-    for_each_item(team, tiling_.team, [&](std::int64_t item) {
+    for_each_item(team, tiling_.team, [&](std::int64_t item, bool is_first, bool has_next) {
       const Chunk chunk = Chunk::of_team(call_.input, call_.num_groups, tiling_, item, team.rank());
       const Vector<T, kWidth> row = first_row(chunk);
-      hold(chunk);
+      if (is_first) hold(chunk);
+      wait_for_copies();
       Vector<T, kWidth> x[kVectors];
       load(chunk, 0, x);
       sum_columns(chunk, row, x);
@@ -77,7 +78,7 @@ class RowsForward {
           static_cast<std::uint32_t>(chunk.channels_per_slice()), team.rank() == 0,
           [&](unsigned) { return chunk; }, [](unsigned) { return true; },
           [&](std::uint32_t column) { return team_sums()[column]; });
-      apply(chunk, x);
+      apply(chunk, x, has_next ? item + tiling_.team.teams : -1, team.rank());
     });
   }
 
@@ -106,8 +107,10 @@ class RowsForward {
     }
   }
 
-  // x: of the first batch, but for kTeam.
-  __device__ void apply(const Chunk& chunk, Vector<T, kWidth> (&x)[kVectors]) const {
+  // x: of the first batch, but for kTeam. That holds the vectors of its next tile of columns, unless it is
+  // negative, as it goes.
+  __device__ void apply(const Chunk& chunk, Vector<T, kWidth> (&x)[kVectors],
+                        std::int64_t next = -1, std::uint32_t rank = 0) const {
     const PerColumn<Affine<A>, kWidth> affine = affines(chunk);
     for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
       if (kStage == Stage::kTeam || batch != 0) load(chunk, batch, x);
@@ -117,6 +120,10 @@ class RowsForward {
         if (!chunk.at(batch, k, p)) continue;
         keep_packed(x[k]);
         apply_forward<kPlain>(call_, x[k], p.index, Span{0, kWidth}, affine);
+      }
+      if constexpr (kStage == Stage::kTeam) {
+        if (next < 0) continue;
+        hold(Chunk::of_team(call_.input, call_.num_groups, tiling_, next, rank), batch);
       }
     }
   }
@@ -240,16 +247,17 @@ class RowsForward {
     });
   }
 
-  __device__ void hold(const Chunk& chunk) const {
-    const T* const data = static_cast<const T*>(call_.input.x.data);
-    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
-      for (int k = 0; k < kVectors; ++k) {
-        RowsPosition p;
-        if (!chunk.at(batch, k, p)) continue;
-        hold_vector<kPlain>(held() + chunk.slot(batch, k), data, p.index, Span{0, kWidth});
-      }
+  __device__ void hold(const Chunk& chunk, std::uint32_t batch) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      RowsPosition p;
+      if (!chunk.at(batch, k, p)) continue;
+      hold_vector<kPlain>(held() + chunk.slot(batch, k), static_cast<const T*>(call_.input.x.data),
+                          p.index, Span{0, kWidth});
     }
-    wait_for_copies();
+  }
+  __device__ void hold(const Chunk& chunk) const {
+    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) hold(chunk, batch);
   }
 
   // Sums of every column over the chunks of the whole team.
@@ -265,8 +273,8 @@ class RowsForward {
       });
       if (column < tiling_.columns && lane == 0) team_sums()[column] = all;
     }
-    team.next();
     __syncthreads();
+    team.next();
   }
 
   // Statistics of the slices of every unit, each by a few lanes, from the sums of its columns; whether

@@ -69,9 +69,11 @@ class RowsGradient {
   // The tiles of columns of this block's team, its chunk of each.
   __device__ void run_team() const {
     Team<Totals> team(tiling_.team, team_records(), call_.records, call_.counters, tiling_.columns);
-    for_each_item(team, tiling_.team, [&](std::int64_t item) {
+    for_each_item(team, tiling_.team, [&](std::int64_t item, bool is_first, bool has_next) {
       const Chunk chunk = Chunk::of_team(call_.input, call_.num_groups, tiling_, item, team.rank());
-      hold(chunk);
+      const bool is_held = Pass::kPlain && !is_first && Pass::applies(call_);
+      if (!is_held) hold(chunk);
+      wait_for_copies();
       Coefficients of_columns = coefficients_of_sums(chunk);
       Operands operands[kVectors];
       load(chunk, 0, operands);
@@ -80,7 +82,8 @@ class RowsGradient {
       merge_team(team);
       finish_resident(
           team.rank() == 0, [&](unsigned) { return chunk; }, [](unsigned) { return true; });
-      apply_slices(chunk, of_columns, operands);
+      apply_slices(chunk, of_columns, operands, has_next ? item + tiling_.team.teams : -1,
+                   team.rank());
     });
   }
 
@@ -93,16 +96,17 @@ class RowsGradient {
     });
   }
 
-  // With the slices that this launch has finished.
+  // With the slices that this launch has finished. `next`, `rank`: as in apply().
   __device__ void apply_slices(const Chunk& chunk, Coefficients& of_columns,
-                               Operands (&operands)[kVectors]) const {
+                               Operands (&operands)[kVectors], std::int64_t next = -1,
+                               std::uint32_t rank = 0) const {
     if (!Pass::applies(call_)) return;
     if constexpr (Pass::kKeepsCoefficients) {
       set_slices(chunk, of_columns);
     } else {  // loaded again
       of_columns = coefficients(chunk, [&](auto column) { return shared_slice(chunk, column); });
     }
-    apply(chunk, of_columns, operands);
+    apply(chunk, of_columns, operands, next, rank);
   }
 
   __device__ bool has_column(const Chunk& chunk, int i) const {
@@ -126,13 +130,13 @@ class RowsGradient {
     return out;
   }
 
-  // As the first launch left it.
+  // As an earlier launch left it.
   __device__ Slice slice(const Chunk& chunk, std::int64_t column) const {
     if (call_.slices == nullptr) return {};
     return static_cast<const Slice*>(call_.slices)[slice_index(chunk, column)];
   }
 
-  // As this launch left it (kResident).
+  // As this launch left it (kResident and kTeam).
   __device__ const Slice& shared_slice(const Chunk& chunk, std::int64_t column) const {
     return shared_slices()[unit_ * slices_per_unit() + chunk.local_slice(column)];
   }
@@ -159,14 +163,21 @@ class RowsGradient {
   }
 
   __device__ void hold(const Chunk& chunk) const {
-    for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
-      for (int k = 0; k < kVectors; ++k) {
-        RowsPosition p;
-        if (!chunk.at(batch, k, p)) continue;
-        held().hold(call_, chunk.slot(batch, k), p.index, Span{0, kWidth});
-      }
+    held().hold_all(call_, chunk.batches() * kVectors,
+                    [&](int k, std::uint32_t& slot, std::int64_t& index, Span&) {
+                      RowsPosition p;
+                      if (!chunk.at(0, k, p)) return false;
+                      slot = chunk.slot(0, k);
+                      index = p.index;
+                      return true;
+                    });
+  }
+  __device__ void hold_next(const Chunk& next, std::uint32_t batch) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      RowsPosition p;
+      if (next.at(batch, k, p)) held().hold(call_, next.slot(batch, k), p.index);
     }
-    wait_for_copies();
   }
 
   // Calls f(k, position, counting elements, terms) for the vectors of a batch.
@@ -186,9 +197,11 @@ class RowsGradient {
     }
   }
 
-  // operands: of the first batch, but for kTeam.
+  // operands: of the first batch, but for kTeam. That holds those of its next tile of columns, unless it is
+  // negative, as it goes, if nothing has to be converted.
   __device__ void apply(const Chunk& chunk, const Coefficients& coefficients,
-                        Operands (&operands)[kVectors]) const {
+                        Operands (&operands)[kVectors], std::int64_t next = -1,
+                        std::uint32_t rank = 0) const {
     for (std::uint32_t batch = 0; batch < chunk.batches(); ++batch) {
       if (kStage == Stage::kTeam || batch != 0) load(chunk, batch, operands);
       for_each_vector(chunk, batch, coefficients, operands,
@@ -196,6 +209,10 @@ class RowsGradient {
                         Pass::apply(call_, operands[k], terms, p.index, Span{0, kWidth}, counting,
                                     coefficients);
                       });
+      if constexpr (kStage == Stage::kTeam && Pass::kPlain) {
+        if (next < 0) continue;
+        hold_next(Chunk::of_team(call_.input, call_.num_groups, tiling_, next, rank), batch);
+      }
     }
   }
 
@@ -279,8 +296,8 @@ class RowsGradient {
         tiling_.columns, tiling_.chunks, lanes_for(tiling_.chunks, blockDim.x / tiling_.columns),
         [&](std::uint32_t column, std::uint32_t chunk) { return team.of(chunk)[column]; },
         [&](std::uint32_t column, const Totals& sums) { column_totals()[column] = sums; });
-    team.next();
     __syncthreads();
+    team.next();
   }
 
   // What is known of the slices of every unit, each by a few lanes; `stores` gradients of parameters.

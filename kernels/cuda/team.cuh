@@ -59,10 +59,10 @@ class Team {
     }
   }
 
-  // The records have been read, and will be written again.
+  // The records have been read, by all threads of the block, and will be written again.
   __device__ void next() {
     ++meetings_;
-    if (!tiling_.is_cooperative && tiling_.blocks > 1) cluster_arrive();
+    if (!tiling_.is_cooperative && tiling_.blocks > 1) cluster_arrive_relaxed();
   }
 
   // Before the block ends: nobody reads its memory any more, and the counter is 0 again.
@@ -90,13 +90,14 @@ class Team {
   unsigned meetings_ = 0;
 };
 
-// Calls f(team, item) for each of the items that this block's team takes, one after the other, and lets
-// the team part. A cluster takes one.
+// Calls f(item, whether it is the first, whether another one follows) for each of the items that this
+// block's team takes, one after the other, `teams` apart, and lets the team part. A cluster takes one.
 template <class Record, class F>
 __device__ void for_each_item(Team<Record>& team, const TeamTiling& tiling, F f) {
   for (std::int64_t item = team.index(); item < tiling.items; item += tiling.teams) {
-    if (item != team.index()) __syncthreads();  // shared memory is free for the next item
-    f(item);
+    const bool is_first = item == team.index();
+    if (!is_first) __syncthreads();  // shared memory is free for the next item
+    f(item, is_first, item + tiling.teams < tiling.items);
   }
   team.leave();
 }

@@ -76,9 +76,13 @@ inline constexpr std::int64_t kRowBytes = 128, kNarrowColumnLanes = 32;
 // Blocks of a cluster: the most, which not every device has room for, and those that it has. More than
 // these hold what does not fit otherwise, they do not fill an idle device.
 inline constexpr int kMaxCluster = 16, kPortableCluster = 8;
-// kCluster and kTeam: blocks that a multiprocessor has room for, in registers and in shared memory; the
-// shortest rows of a tile, unless shorter ones fill the device.
+// Of 16 multiprocessors those that have a place in clusters of more than two blocks: 124 of 132 on an H200
+// (docs/cuda_speed.md).
+inline constexpr int kClusterPlaces = 15;
+// kCluster and kTeam: blocks that a multiprocessor has room for, in shared memory and, of plain kernels, in
+// registers; the shortest rows of a tile, unless shorter ones fill the device.
 inline constexpr int kTeamBlocksPerMultiprocessor = 2;
+constexpr int team_blocks(bool is_plain) { return is_plain ? kTeamBlocksPerMultiprocessor : 1; }
 inline constexpr std::int64_t kTeamRowBytes = 64;
 // kSplit and kStream: blocks before chunks grow, and the most batches of a chunk, so that float32 sums
 // stay short.

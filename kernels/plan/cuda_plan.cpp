@@ -131,8 +131,8 @@ class Planner {
            plan_.width == full_width(problem_);
   }
 
-  // Calls plan(path) for the paths of teams, until one gives a plan. Those of a cooperative grid were no
-  // faster than kSplit (docs/cuda_speed.md): only on demand.
+  // Calls plan() for the paths of teams, until one gives a plan. A cooperative grid only on demand, until
+  // it has been measured: a simple one (benchmarks/device_limits.cu) was no faster than kSplit.
   template <class Plan>
   bool plan_shared(Plan plan) {
     if (!may_share()) return false;
@@ -149,9 +149,14 @@ class Planner {
     return false;
   }
 
-  // That may run teams.
-  std::int64_t multiprocessors() const {
-    return std::max(device_.multiprocessors - options_.spare_multiprocessors, 1);
+  // That run together: of a cooperative grid, and in clusters of so many.
+  std::int64_t blocks_at_once() const {
+    return team_blocks(is_plain()) *
+           std::max(device_.multiprocessors - options_.spare_multiprocessors, 1);
+  }
+  std::int64_t blocks_of_clusters(std::int64_t blocks) const {
+    const std::int64_t all = team_blocks(is_plain()) * device_.multiprocessors;
+    return blocks <= 2 ? all : all * kClusterPlaces / 16;
   }
 
   // Of a vector of x and what is beside it in shared memory.
@@ -169,34 +174,43 @@ class Planner {
   }
 
   // Blocks of teams that hold `items`, with so many vectors each: as few as there is room in, or more to
-  // fill the device. cut(blocks) sets the parts of the plan that depend on their number.
+  // fill the device, of which items_at_once are known to take part. cut(blocks) sets the parts of the plan
+  // that depend on their number.
   template <class Cut>
   bool choose_team(std::int64_t items, std::int64_t items_at_once, std::int64_t vectors, Cut cut) {
-    const std::int64_t at_once = kTeamBlocksPerMultiprocessor * multiprocessors();
     const bool is_cluster = plan_.path == CudaPath::kCluster;
-    const std::int64_t most = is_cluster ? device_.max_cluster : at_once;
-    const auto set = [&](std::int64_t blocks) {
+    const std::int64_t most = is_cluster ? device_.max_cluster : blocks_at_once();
+    const auto room = static_cast<std::int64_t>(room_of_team());
+    const std::int64_t vectors_per_block = room / static_cast<std::int64_t>(held_bytes());
+    if (vectors > most * vectors_per_block) return false;
+    std::int64_t blocks = ceil_div(vectors, vectors_per_block);
+    if (is_cluster) blocks = power_of_two(blocks);
+    const auto has_room = [&] {
       plan_.team = static_cast<int>(blocks);
       cut(blocks);
+      return plan_.shared_bytes <= room_of_team();
     };
-    std::int64_t blocks = 1;
-    set(blocks);
-    if (!is_cluster) {
-      const std::size_t rooms = plan_.shared_bytes / std::max<std::size_t>(room_of_team(), 1);
-      blocks = std::max<std::int64_t>(static_cast<std::int64_t>(rooms), 1);
-      if (blocks > most) return false;
-    }
-    for (set(blocks); plan_.shared_bytes > room_of_team(); set(blocks)) {
+    while (!has_room()) {
       blocks = is_cluster ? 2 * blocks : blocks + 1;
       if (blocks > most) return false;
     }
-    while (is_cluster && items_at_once * blocks < at_once &&
-           2 * blocks <= std::min<std::int64_t>(most, kPortableCluster) &&
-           vectors >= 2 * blocks * max_threads()) {
-      blocks *= 2;
-      set(blocks);
+    if (is_cluster) {
+      const auto may_double = [&] {
+        return 2 * blocks <= std::min(device_.max_cluster, kPortableCluster) &&
+               items_at_once * 2 * blocks <= blocks_of_clusters(2 * blocks) &&
+               vectors >= 2 * blocks * max_threads();
+      };
+      while (may_double()) {
+        blocks *= 2;
+        has_room();
+      }
+      plan_.blocks = items * blocks;
+    } else {  // all that run together
+      const std::int64_t teams = std::min(items, blocks_at_once() / blocks);
+      blocks = std::min(blocks_at_once() / teams, std::max(vectors / max_threads(), blocks));
+      has_room();
+      plan_.blocks = teams * blocks;
     }
-    plan_.blocks = (is_cluster ? items : std::min(items, at_once / blocks)) * blocks;
     plan_.reason =
         !is_cluster   ? "blocks that run together have room for the slice in shared memory: "
                         "it is read once"
@@ -492,8 +506,8 @@ class Planner {
     const std::int64_t tiles_at_once = options_.batch_invariant ? 1 : tiles;
     std::optional<CudaPlan> best;
     for (; columns > 0; columns = columns / 2 / whole * whole) {
-      const bool is_narrow = columns * bytes < kTeamRowBytes && c * bytes >= kTeamRowBytes;
-      if (best ? columns * bytes < kSectorBytes : is_narrow && !options_.path) break;
+      const std::int64_t least = best ? kSectorBytes : kTeamRowBytes;
+      if (columns * bytes < std::min(least, c * bytes) && !(options_.path && !best)) break;
       plan_.columns = static_cast<int>(columns);
       const std::int64_t items = ceil_div(c, columns), lanes = columns / plan_.width;
       const bool is_chosen =
@@ -564,6 +578,16 @@ class Planner {
 std::optional<CudaPlan> plan_cuda(const Problem& problem, const CudaDevice& device,
                                   const CudaOptions& options) {
   return Planner(problem, device, options).plan();
+}
+
+CudaDevice with_less_room(const CudaDevice& device, const CudaPlan& plan) {
+  CudaDevice less = device;
+  if (plan.path == CudaPath::kTeam) {
+    less.cooperative = false;
+  } else {
+    less.max_cluster = std::max(plan.team / 2, 1);
+  }
+  return less;
 }
 
 const char* name_of(CudaPath path) {

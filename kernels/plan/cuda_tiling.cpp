@@ -62,6 +62,7 @@ PlanesTiling planes_tiling(const Problem& problem, const CudaPlan& plan) {
   t.slices = slice_count(problem);
   t.segments =
       static_cast<std::uint32_t>(is_group_norm(problem) ? channels_per_slice(problem) : e.n);
+  t.plane = e.s;
   t.segment_stride = is_group_norm(problem) ? e.s : e.c * e.s;
   const std::int64_t granules = granules_per_segment(e.s, plan.width);
   t.granules = static_cast<std::uint32_t>(granules);

@@ -1,7 +1,7 @@
 // How a tensor is cut on a CUDA device. Vectors of `width` neighbouring elements are the unit of
 // access. A chunk is what a group of neighbouring threads, the lanes, holds in registers: up to
 // kVectors vectors per thread, or several such batches one after the other where nothing has to stay
-// there. Several groups of lanes share a block where chunks are small. Filled by plan_cuda(), passed
+// there, or all stay in shared memory. Several groups of lanes share a block where chunks are small. Filled by plan_cuda(), passed
 // to the kernels by value. Offsets count elements.
 #pragma once
 
@@ -67,7 +67,7 @@ struct MergeTiling {
 // number of whole segments, or a piece of one.
 struct PlanesTiling {
   std::int64_t slices = 0;
-  std::int64_t segment_stride = 0;
+  std::int64_t segment_stride = 0, plane = 0;  // elements; plane: of a channel in a sample
   std::uint32_t segments = 1;
   std::uint32_t granules = 1;            // per segment
   std::uint32_t segments_per_chunk = 1;  // 1 where a segment has several pieces
@@ -100,6 +100,10 @@ struct PlanesTiling {
   }
   NORMCORE_HOST_DEVICE constexpr std::uint32_t slots_per_chunk() const {
     return segments_per_chunk * granules_per_piece;
+  }
+  // From an element of a slice to the same of the team's next one.
+  NORMCORE_HOST_DEVICE constexpr std::int64_t next_item() const {
+    return team.teams * (is_group_norm ? segments * segment_stride : plane);
   }
 
   NORMCORE_HOST_DEVICE constexpr std::uint32_t first_segment(std::uint32_t chunk) const {
@@ -168,8 +172,8 @@ RunsTiling runs_tiling(const Problem& problem, const CudaPlan& plan);
 
 // The parts of a call's workspace: offsets in bytes, each a multiple of 256.
 struct CudaWorkspaceLayout {
-  std::size_t records = 0;         // partial sums of chunks (kSplit)
-  std::size_t channel_sums = 0;    // backward, and forward of group norm over kNSC (kSplit)
+  std::size_t records = 0;         // partial sums of chunks (kSplit), those of teams (kTeam)
+  std::size_t channel_sums = 0;    // backward (kSplit)
   std::size_t slices = 0;          // backward (kSplit)
   std::size_t sums = 0;            // the end of all these
   std::size_t parameters = 0;      // backward of group norm: per block of samples and channel

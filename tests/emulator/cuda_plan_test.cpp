@@ -7,6 +7,7 @@
 #include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "norm_case.h"
 #include "plan/cuda_constants.h"
@@ -54,6 +55,12 @@ void expect_legal(const Problem& p, const CudaDevice& device, const CudaPlan& pl
   ASSERT_GE(plan.threads, 32) << what;
   ASSERT_LE(plan.threads, kMaxThreads) << what;
   ASSERT_LE(plan.shared_bytes, kMaxDynamicShared) << what;
+  if (is_team(plan.path)) {
+    ASSERT_LE(
+        kTeamBlocksPerMultiprocessor * (plan.shared_bytes + kMaxStaticShared + kReservedShared),
+        device.shared_bytes)
+        << what;
+  }
   ASSERT_STRNE(plan.reason, "") << what;
   if (!p.aligned) {
     ASSERT_EQ(plan.width, 1) << what;
@@ -291,8 +298,9 @@ TEST(CudaPlan, SaysWhySlicesAreSplit) {
 TEST(CudaPlan, TilesOfRowsHaveWholeSectors) {
   const auto expect_sectors = [](const Problem& p, const CudaDevice&, const CudaPlan& plan) {
     const auto bytes = static_cast<std::int64_t>(size_of(p.dtype));
-    const bool is_resident = plan.path == CudaPath::kPack || plan.path == CudaPath::kBlock;
-    if (plan.layout != Layout::kNSC || !is_resident || p.extent.c * bytes < kSectorBytes) return;
+    const bool is_held =
+        plan.path == CudaPath::kPack || plan.path == CudaPath::kBlock || is_team(plan.path);
+    if (plan.layout != Layout::kNSC || !is_held || p.extent.c * bytes < kSectorBytes) return;
     ASSERT_GE(plan.columns * bytes, kSectorBytes) << to_string(p) << ": " << describe(plan);
   };
   for_each_plan({}, expect_sectors);
@@ -300,9 +308,11 @@ TEST(CudaPlan, TilesOfRowsHaveWholeSectors) {
   options.batch_invariant = true;
   for_each_plan(options, expect_sectors);
 
-  // 16 bytes of 2048 rows fill a block, 32 of 1024 rows.
   Problem p;
   p.layout = Layout::kNSC;
+  p.extent = {64, 8, 784};
+  EXPECT_EQ(plan_cuda(p, kDevices[0])->path, CudaPath::kSplit);
+  // 16 bytes of 2048 rows fill a block, 32 of 1024 rows.
   p.extent = {2, 64, 1024};
   const auto plan = plan_cuda(p, kNoClusters);
   EXPECT_EQ(plan->path, CudaPath::kSplit);
@@ -393,6 +403,63 @@ TEST(CudaPlan, TeamsHoldWhatOneBlockCannot) {
   EXPECT_FALSE(plan_cuda(p, kNoClusters, options));
 }
 
+// Vectors of a slice are counted in 64 bits until it is known to be small.
+TEST(CudaPlan, TeamsHoldNoSliceOfBillions) {
+  Problem p;
+  p.dtype = DType::kBFloat16;
+  for (const auto& [extent, num_groups] :
+       {std::pair(Extent{1, 32, std::int64_t{1} << 30}, 1),
+        std::pair(Extent{1 << 20, 1, 1 << 14}, 0), std::pair(Extent{1431655766, 1, 10}, 0),
+        std::pair(Extent{1 << 28, 3, 128}, 0), std::pair(Extent{1, 1 << 20, 1 << 15}, 1)}) {
+    p.extent = extent;
+    p.num_groups = num_groups;
+    for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+      p.pass = pass;
+      for (const Layout layout : {Layout::kNCS, Layout::kNSC}) {
+        p.layout = layout;
+        const auto plan = plan_cuda(p, kDevices[0]);
+        ASSERT_TRUE(plan) << to_string(p);
+        EXPECT_EQ(plan->path, CudaPath::kSplit) << describe(*plan);
+        CudaOptions options;
+        options.path = CudaPath::kTeam;
+        EXPECT_FALSE(plan_cuda(p, kDevices[0], options)) << to_string(p);
+      }
+    }
+  }
+}
+
+// Where the device has no room for the blocks of a plan together, the next one asks for less.
+TEST(CudaPlan, EndsWithoutTeamsWhereThereIsNoRoom) {
+  Problem p;
+  p.dtype = DType::kBFloat16;
+  p.extent = {16, 16, 1 << 15};
+  CudaDevice device;
+  std::vector<std::pair<CudaPath, int>> tried;
+  for (int i = 0; i < 10 && (tried.empty() || tried.back().first != CudaPath::kSplit); ++i) {
+    const auto plan = plan_cuda(p, device);
+    tried.emplace_back(plan->path, plan->team);
+    device = with_less_room(device, *plan);
+  }
+  EXPECT_EQ(tried,
+            (std::vector{std::pair(CudaPath::kCluster, 16), std::pair(CudaPath::kSplit, 1)}));
+
+  p.extent.n = 2;  // would have room in fewer, if they had more multiprocessors
+  tried.clear();
+  device = {};
+  while (tried.size() < 10 && (tried.empty() || tried.back().second > 1)) {
+    const auto plan = plan_cuda(p, device);
+    tried.emplace_back(plan->path, plan->team);
+    device = with_less_room(device, *plan);
+  }
+  EXPECT_EQ(tried, (std::vector{std::pair(CudaPath::kCluster, 8), std::pair(CudaPath::kCluster, 4),
+                                std::pair(CudaPath::kCluster, 2), std::pair(CudaPath::kSplit, 1)}));
+
+  CudaOptions options;
+  options.path = CudaPath::kTeam;
+  const auto team = plan_cuda(p, {}, options);
+  EXPECT_FALSE(plan_cuda(p, with_less_room({}, *team), options));
+}
+
 TEST(CudaPlan, DescribesItself) {
   Problem p;
   p.extent = {2, 64, 100};
@@ -402,7 +469,7 @@ TEST(CudaPlan, DescribesItself) {
   EXPECT_NE(text.find("each is read once"), std::string::npos) << text;
   p.extent = {2, 64, 10000};
   const std::string of_cluster = describe(*plan_cuda(p, kDevices[0]));
-  EXPECT_NE(of_cluster.find("in clusters of 8"), std::string::npos) << of_cluster;
+  EXPECT_NE(of_cluster.find("in clusters of 2"), std::string::npos) << of_cluster;
 }
 
 }  // namespace

@@ -6,7 +6,6 @@ other. CUDA results are written to memory that was NaN before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,8 +16,6 @@ from freed_memory import poison_freed_memory
 from shape_list import Shape
 from tolerance import compute_dtype
 from workloads import DTYPES, LARGE, NORMS, PATHS, SMALL, Workload, name_of
-
-import normcore
 
 pytestmark = needs_cuda
 
@@ -54,13 +51,6 @@ def test_small(norm: str, shape: Shape, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_large(norm: str, shape: Shape, dtype: torch.dtype) -> None:
     check(norm, shape, dtype, activation="silu")
-
-
-@pytest.fixture
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    normcore._C.set_cuda_path(request.param)
-    yield request.param
-    normcore._C.set_cuda_path("")
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])

@@ -56,6 +56,20 @@ def test_replay(norm: str, shape: Shape, dtype: torch.dtype, cumulative: bool) -
             assert captured.operands["num_batches_tracked"].item() == 4 + step
 
 
+@pytest.mark.parametrize("shape", [LARGE[0], LARGE[1], LARGE[3]], ids=name_of)
+@pytest.mark.parametrize("norm", ["batch_norm", "group_norm"])
+@pytest.mark.parametrize("path", ["cluster", "team"], indirect=True)
+def test_replay_of_blocks_that_run_together(path: str, norm: str, shape: Shape) -> None:
+    workload = Workload.random(norm, shape, torch.bfloat16)
+    if not workload.takes(path):
+        pytest.skip(f"the {path} path cannot run it")
+    captured, eager = workload.to("cuda"), workload.to("cuda")
+    graph, results = record(captured)
+    for step in range(4):
+        graph.replay()
+        assert_same_bits(results, eager.run(), f"in replay {step}")
+
+
 @pytest.mark.parametrize("shape", [SMALL[1], SMALL[2], SMALL[6]], ids=name_of)
 @pytest.mark.parametrize("norm", NORMS)
 def test_replay_of_double_backward(norm: str, shape: Shape) -> None:

@@ -23,6 +23,7 @@ def test_batch_invariance_is_off_until_it_is_enabled() -> None:
     assert normcore.batch_invariant() is False
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans would be those of the device")
 def test_spare_multiprocessors() -> None:
     """What a team of blocks cannot hold without them is split: the binding is for benchmarks."""
 
@@ -32,8 +33,7 @@ def test_spare_multiprocessors() -> None:
 
     normcore._C.set_cuda_path("team")
     try:
-        # 16 MiB; of fewer multiprocessors there would be no team anyway
-        assert "team path" in plan() or torch.cuda.is_available()
+        assert "team path" in plan()  # 16 MiB
         normcore._C.set_spare_multiprocessors(100)
         assert normcore._C.spare_multiprocessors() == 100
         assert "team path" not in plan()

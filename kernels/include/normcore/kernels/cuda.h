@@ -23,7 +23,7 @@ struct CudaStream {
   void* handle = nullptr;
 };
 
-// Facts about a device of this machine.
+// Facts about a device of this machine, asked for once. May create its context.
 Status query_device(int ordinal, CudaDevice& device);
 
 Status run(const BatchNormForwardArgs& args, const CudaPlan& plan, const CudaWorkspace& workspace,

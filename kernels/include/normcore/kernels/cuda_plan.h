@@ -72,6 +72,10 @@ struct CudaPlan {
 std::optional<CudaPlan> plan_cuda(const Problem& problem, const CudaDevice& device,
                                   const CudaOptions& options = {});
 
+// The device as far as it can be used, after it had no room for the teams of a plan
+// (StatusCode::kNoRoom): with smaller clusters, or without a cooperative grid.
+CudaDevice with_less_room(const CudaDevice& device, const CudaPlan& plan);
+
 // "pack", "block", "cluster", "team", "split", "stream", "run"; the path of such a name.
 const char* name_of(CudaPath path);
 std::optional<CudaPath> cuda_path_of(std::string_view name);
