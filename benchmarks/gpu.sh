@@ -2,11 +2,13 @@
 # One command for a machine with a GPU, torch and nvcc, without network: builds the library with CUDA kernels for the
 # present device, runs the tests that need a device and the benchmark beside its peers. Every stage has its time; one
 # that fails does not keep the next from running. Results in FOLDER: stages.json, benchmark.json, a log per stage.
-#   benchmarks/gpu.sh [--output FOLDER] [--seconds N] [--stages LIST] [--sanitize] [--prebuilt] [--rehearse]
+#   benchmarks/gpu.sh [--output FOLDER] [--seconds N] [--stages LIST] [--paths LIST] [--sanitize] [--prebuilt]
+#                     [--rehearse]
 #     --output FOLDER   default build/gpu/results
 #     --seconds N       for everything, default 530
 #     --stages LIST     of build,gpu_tests,op_tests,benchmark, which is the default; or build,sanitize; besides limits,
 #                       what the device allows (device_limits.cu), and profile, hardware counters (gpu_profile.py)
+#     --paths LIST      of split,cluster,team: the benchmark measures these ways of our kernels too
 #     --sanitize        short for --stages build,sanitize: the four tools of compute-sanitizer beside each other, on a
 #                       selection of the tests. They share no run with other stages: they may take all of its time.
 #     --prebuilt        build/gpu/site was made on another machine, for the same torch: the stage build only compiles
@@ -25,6 +27,7 @@ total=530
 stages=build,gpu_tests,op_tests,benchmark
 chosen=
 sanitize=
+paths=
 prebuilt=
 rehearse=
 while [ $# -gt 0 ]; do
@@ -32,6 +35,7 @@ while [ $# -gt 0 ]; do
     --output) output=$2; shift 2 ;;
     --seconds) total=$2; shift 2 ;;
     --stages) stages=$2; chosen=1; shift 2 ;;
+    --paths) paths=$2; shift 2 ;;
     --sanitize) sanitize=1; shift ;;
     --prebuilt) prebuilt=1; shift ;;
     --rehearse) rehearse=1; shift ;;
@@ -156,7 +160,7 @@ sanitize() {
 }
 
 benchmark() {
-  local options=(--seconds "$((limit - 25))" --output "$output/benchmark.json")
+  local options=(--seconds "$((limit - 25))" --paths "$paths" --output "$output/benchmark.json")
   if [ -n "$rehearse" ]; then
     options+=(--rehearse)
     export TRITON_INTERPRET=1
@@ -192,7 +196,7 @@ run_stage() {
   echo "=== $stage (at most $limit s)"
   # `timeout` ends a stage with everything that it started.
   export -f "$stage" run_pytest pytest_arguments architecture build_python_module build_all
-  export python root output site dependencies prebuilt rehearse limit
+  export python root output site dependencies paths prebuilt rehearse limit
   timeout --kill-after 5 "$limit" bash -uo pipefail -c "$stage" >"$output/$stage.log" 2>&1
   code=$?
   took[$stage]=$((SECONDS - start))

@@ -1,6 +1,7 @@
 #include <cuda_runtime.h>
 
 #include <array>
+#include <atomic>
 #include <mutex>
 
 #include "cuda/error.h"
@@ -12,45 +13,37 @@ namespace {
 
 __global__ void empty_kernel() {}
 
-// Whether the present device has room for one cluster of so many blocks.
-bool has_room(int blocks) {
+// Whether the present device has room for one cluster of so many blocks, each with a multiprocessor to
+// itself, as those of kernels that are not plain may need.
+bool has_room(int blocks, int shared_bytes) {
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kMaxThreads);
-  config.dynamicSmemBytes = kMaxDynamicShared;
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
   config.attrs = &cluster;
   config.numAttrs = 1;
   int clusters = 0;
-  const auto shared = static_cast<int>(kMaxDynamicShared);
-  return cuda::to_status(cudaFuncSetAttribute(empty_kernel,
-                                              cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
-             .ok() &&
-         cuda::to_status(
-             cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
-             .ok() &&
+  const auto set = [](cudaFuncAttribute attribute, int value) {
+    return cuda::to_status(cudaFuncSetAttribute(empty_kernel, attribute, value)).ok();
+  };
+  return set(cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) &&
+         set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1) &&
          cuda::to_status(cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config)).ok() &&
          clusters > 0;
 }
 
-// The kernels of this build may be those for older devices, which have no clusters.
-cudaError_t query_clusters(int ordinal, int& max_cluster) {
+// Of the present device. The kernels of this build may be those for older ones, which have no clusters.
+cudaError_t query_clusters(int shared_bytes, int& max_cluster) {
   max_cluster = 1;
-  int has_launch = 0;
-  if (const auto error = cudaDeviceGetAttribute(&has_launch, cudaDevAttrClusterLaunch, ordinal);
-      error != cudaSuccess || has_launch == 0) {
-    return error;
-  }
   cudaFuncAttributes kernel{};
+  const auto error = cudaFuncGetAttributes(&kernel, empty_kernel);
   constexpr int kFirst = 90;
-  if (const auto error = cudaFuncGetAttributes(&kernel, empty_kernel);
-      error != cudaSuccess || kernel.ptxVersion < kFirst) {
-    return error;
-  }
+  if (error != cudaSuccess || kernel.ptxVersion < kFirst) return error;
   for (int blocks = kMaxCluster; blocks > 1 && max_cluster == 1; blocks /= 2) {
-    if (has_room(blocks)) max_cluster = blocks;
+    if (has_room(blocks, shared_bytes)) max_cluster = blocks;
   }
   return cudaSuccess;
 }
@@ -59,37 +52,51 @@ cudaError_t query(int ordinal, CudaDevice& device) {
   const auto get = [&](int& value, cudaDeviceAttr attribute) {
     return cudaDeviceGetAttribute(&value, attribute, ordinal);
   };
-  int present = 0, cooperative = 0, shared_bytes = 0;
-  for (const cudaError_t error : {get(device.multiprocessors, cudaDevAttrMultiProcessorCount),
-                                  get(cooperative, cudaDevAttrCooperativeLaunch),
-                                  get(shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-                                  cudaGetDevice(&present), cudaSetDevice(ordinal)}) {
+  int present = 0, cooperative = 0, clusters = 0, shared_bytes = 0, block_shared_bytes = 0;
+  for (const cudaError_t error :
+       {get(device.multiprocessors, cudaDevAttrMultiProcessorCount),
+        get(cooperative, cudaDevAttrCooperativeLaunch), get(clusters, cudaDevAttrClusterLaunch),
+        get(shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+        get(block_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+        cudaGetDevice(&present)}) {
     if (error != cudaSuccess) return error;
   }
   device.cooperative = cooperative != 0;
   device.shared_bytes = static_cast<std::size_t>(shared_bytes);
-  const cudaError_t error = query_clusters(ordinal, device.max_cluster);
+  device.max_cluster = 1;
+  if (clusters == 0) return cudaSuccess;
+  if (const auto error = cudaSetDevice(ordinal); error != cudaSuccess) return error;
+  const cudaError_t error = query_clusters(block_shared_bytes, device.max_cluster);
   const cudaError_t back = cudaSetDevice(present);
   return error != cudaSuccess ? error : back;
 }
 
 // What is known of a device; it does not change.
 struct Known {
-  std::once_flag once;
+  std::mutex mutex;
+  std::atomic<bool> is_asked{false};
   CudaDevice device;
-  Status status;
 };
 
 }  // namespace
 
 Status query_device(int ordinal, CudaDevice& device) {
-  static constexpr int kMost = 64;
+  constexpr std::size_t kMost = 64;
   static std::array<Known, kMost> all;
-  if (ordinal < 0 || ordinal >= kMost) return cuda::to_status(query(ordinal, device));
-  Known& known = all[static_cast<std::size_t>(ordinal)];
-  std::call_once(known.once, [&] { known.status = cuda::to_status(query(ordinal, known.device)); });
-  if (known.status.ok()) device = known.device;
-  return known.status;
+  const auto index = static_cast<std::size_t>(ordinal);
+  if (index >= kMost) return cuda::to_status(query(ordinal, device));
+  Known& known = all[index];
+  if (!known.is_asked) {
+    const std::lock_guard lock(known.mutex);
+    if (!known.is_asked) {
+      CudaDevice asked;
+      if (const Status status = cuda::to_status(query(ordinal, asked)); !status.ok()) return status;
+      known.device = asked;
+      known.is_asked = true;
+    }
+  }
+  device = known.device;
+  return Status::success();
 }
 
 }  // namespace normcore::kernels

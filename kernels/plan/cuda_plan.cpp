@@ -184,6 +184,7 @@ class Planner {
     if (vectors > most * vectors_per_block) return false;
     std::int64_t blocks = ceil_div(vectors, vectors_per_block);
     if (is_cluster) blocks = power_of_two(blocks);
+    if (blocks > most) return false;
     const auto has_room = [&] {
       plan_.team = static_cast<int>(blocks);
       cut(blocks);
@@ -205,10 +206,10 @@ class Planner {
       }
       plan_.blocks = items * blocks;
     } else {  // all that run together
-      const std::int64_t teams = std::min(items, blocks_at_once() / blocks);
+      const std::int64_t teams = std::min(items_at_once, blocks_at_once() / blocks);
       blocks = std::min(blocks_at_once() / teams, std::max(vectors / max_threads(), blocks));
       has_room();
-      plan_.blocks = teams * blocks;
+      plan_.blocks = std::min(items, blocks_at_once() / blocks) * blocks;
     }
     plan_.reason =
         !is_cluster   ? "blocks that run together have room for the slice in shared memory: "

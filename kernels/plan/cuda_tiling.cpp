@@ -45,8 +45,8 @@ MergeTiling merge_tiling(const Problem& problem, const CudaPlan& plan, std::uint
   t.chunks = chunks;
   const bool takes_channels = is_backward(problem);
   t.terms = takes_channels ? terms_of_channel : t.is_rows ? chunks * t.channels : chunks;
-  while (t.lanes < kMergeThreads && t.lanes * kMergedRecords < t.terms) t.lanes *= 2;
   const std::uint32_t items = takes_channels ? t.channels : 1;
+  while (t.lanes * items * 2 <= kMergeThreads && t.lanes * kMergedRecords < t.terms) t.lanes *= 2;
   t.slices_per_block = std::max(kMergeThreads / t.lanes / items, 1u);
   t.width = plan.width;
   t.by_channels = FastDivide(t.channels);

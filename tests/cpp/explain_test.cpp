@@ -11,7 +11,7 @@ TEST(Explain, NamesOperatorPassDeviceAndLayout) {
   const auto x = at::empty({32, 256, 56, 56}, kMeta);
   const auto text = explain(x, "group_norm", ExplainOptions().device(at::kCUDA).backward(true));
   EXPECT_EQ(text.find("group_norm backward on cuda, bfloat16 [32, 256, 56, 56] as n=32 c=256 "
-                      "s=3136 planes: split path"),
+                      "s=3136 planes: cluster path"),
             0u)
       << text;
 }

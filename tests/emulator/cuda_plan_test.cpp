@@ -72,6 +72,7 @@ void expect_legal(const Problem& p, const CudaDevice& device, const CudaPlan& pl
               plan.path == CudaPath::kCluster ? device.max_cluster : device.multiprocessors)
         << what;
     ASSERT_NE(p.pass, Pass::kDoubleBackward) << what;
+    ASSERT_EQ(plan.samples_per_block, 1) << what;
   }
   const bool is_split = plan.path == CudaPath::kSplit;
   if (is_split) {
@@ -210,9 +211,10 @@ TEST(CudaPlan, ForcedPathsAreLegal) {
 }
 
 // What decides about the bits of a sample in group norm.
-TEST(CudaPlan, BatchInvariantPlansDoNotDependOnTheBatchSize) {
+void expect_same_bits_alone(const CudaDevice& device, std::optional<CudaPath> path) {
   CudaOptions options;
   options.batch_invariant = true;
+  options.path = path;
   for_each_problem([&](const Problem& problem) {
     if (problem.num_groups == 0 && problem.pass != Pass::kInference) return;
     if (is_beyond_memory(problem)) return;
@@ -222,12 +224,12 @@ TEST(CudaPlan, BatchInvariantPlansDoNotDependOnTheBatchSize) {
     const std::size_t sample_bytes =
         size_of(one.dtype) * static_cast<std::size_t>(one.extent.numel());
     if (one.num_groups != 0) one.aligned = sample_bytes % kVectorBytes == 0;
-    const auto alone = plan_cuda(one, kDevices[0], options);
-    const auto together = plan_cuda(problem, kDevices[0], options);
+    const auto alone = plan_cuda(one, device, options);
+    const auto together = plan_cuda(problem, device, options);
     const auto what = to_string(problem);
     ASSERT_EQ(alone.has_value(), together.has_value()) << what;
     if (!alone) {
-      ASSERT_EQ(problem.pass, Pass::kDoubleBackward) << what;
+      ASSERT_TRUE(path || problem.pass == Pass::kDoubleBackward) << what;
       return;
     }
     ASSERT_EQ(alone->path == CudaPath::kSplit, together->path == CudaPath::kSplit) << what;
@@ -239,7 +241,18 @@ TEST(CudaPlan, BatchInvariantPlansDoNotDependOnTheBatchSize) {
     if (problem.num_groups != 0) {
       ASSERT_EQ(alone->rows_per_chunk, together->rows_per_chunk) << what;
     }
+    if (is_team(alone->path)) {
+      ASSERT_EQ(alone->batches, together->batches) << what;
+    }
   });
+}
+
+TEST(CudaPlan, BatchInvariantPlansDoNotDependOnTheBatchSize) {
+  for (const CudaDevice& device : {CudaDevice{132}, CudaDevice{2}, kNoClusters}) {
+    expect_same_bits_alone(device, std::nullopt);
+    expect_same_bits_alone(device, CudaPath::kCluster);
+    expect_same_bits_alone(device, CudaPath::kTeam);
+  }
 }
 
 // The partial sums of the double backward pass are no larger than a few tensors; what is short is read
