@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "checks.h"
+#include "wanted_path.h"
 
 #if defined(NORMCORE_CUDA)
 #include <ATen/ops/empty.h>
@@ -60,7 +61,7 @@ std::optional<kernels::CudaPlan> cuda_plan(const kernels::Problem& problem,
                                            const kernels::CudaDevice& device) {
   kernels::CudaOptions options;
   options.batch_invariant = batch_invariant();
-  options.path = kernels::cuda_path_of(cuda_path());
+  options.path = wanted_cuda_path();
   options.spare_multiprocessors = spare_multiprocessors();
   if (options.path) {
     if (const auto plan = kernels::plan_cuda(problem, device, options)) return plan;

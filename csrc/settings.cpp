@@ -1,10 +1,11 @@
 #include "normcore/settings.h"
 
 #include <c10/util/Exception.h>
-#include <normcore/kernels/cuda_plan.h>
 
 #include <atomic>
 #include <optional>
+
+#include "wanted_path.h"
 
 namespace normcore {
 namespace {
@@ -27,9 +28,10 @@ void set_cuda_path(const std::string& name) {
   wanted_path = path;
 }
 std::string cuda_path() {
-  const std::optional<kernels::CudaPath> path = wanted_path;
+  const auto path = wanted_cuda_path();
   return path ? name_of(*path) : "";
 }
+std::optional<kernels::CudaPath> wanted_cuda_path() { return wanted_path; }
 
 void set_spare_multiprocessors(int count) {
   TORCH_CHECK_VALUE(count >= 0, "set_spare_multiprocessors: expected count >= 0, got ", count);

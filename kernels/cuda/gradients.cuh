@@ -32,7 +32,8 @@ __device__ void sum_terms(std::uint32_t items, std::uint32_t terms, unsigned lan
   }
 }
 
-// A channel's gradients of scale and bias in one sample, or in all of batch norm's.
+// A channel's gradients of scale and bias in one sample, or in all of batch norm's. They are those of the
+// tensor, unless group norm has several samples with the same scale and bias.
 __device__ inline void store_parameters(const BackwardCall& call, std::int64_t sample,
                                         std::int64_t channel, double scale, double bias) {
   const std::int64_t c = call.input.extent.c;

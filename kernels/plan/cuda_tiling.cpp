@@ -181,8 +181,8 @@ CudaWorkspaceLayout cuda_workspace_layout(const Problem& problem, const CudaPlan
     take(layout.slices, slice_count(problem), values_of_slice(problem) * arithmetic);
   }
   layout.sums = layout.total;
-  if (is_backward(problem) && is_group_norm(problem) && !problem.affine_per_sample &&
-      plan.path != CudaPath::kStream) {
+  const bool has_sums_of_samples = is_group_norm(problem) && !problem.affine_per_sample && e.n > 1;
+  if (is_backward(problem) && has_sums_of_samples && plan.path != CudaPath::kStream) {
     layout.sample_blocks = ceil_div(e.n, plan.samples_per_block);
     take(layout.parameters, layout.sample_blocks * e.c, kParameterSumsBytes);
   }

@@ -279,6 +279,19 @@ TEST(CudaPlan, DoubleBackwardOfShortSlices) {
   EXPECT_FALSE(plan_cuda(p, kDevices[0]));
 }
 
+// Gradients of the parameters of one sample are those of the tensor.
+TEST(CudaPlan, SumsGradientsOverSamplesIfThereAreSeveral) {
+  Problem p;
+  p.pass = Pass::kBackward;
+  p.num_groups = 32;
+  for (const Extent& extent : {Extent{2, 64, 100}, Extent{2, 128, 1 << 16}, Extent{2, 4096, 1}}) {
+    p.extent = extent;
+    EXPECT_EQ(cuda_workspace_layout(p, *plan_cuda(p, kDevices[0])).sample_blocks, 2);
+    p.extent.n = 1;
+    EXPECT_EQ(cuda_workspace_layout(p, *plan_cuda(p, kDevices[0])).sample_blocks, 0);
+  }
+}
+
 // Kernels count vectors, segments and chunks in 32 bits.
 TEST(CudaPlan, RefusesWhatCannotBeCounted) {
   constexpr std::int64_t kMany = 5'000'000'000;

@@ -1,7 +1,7 @@
 // The norms on a CUDA device: the args structs of batch_norm.h and group_norm.h with device pointers.
 // A call enqueues one launch, or three where the plan splits slices, and one more that sums parameter
-// gradients of group norm; it neither allocates nor synchronises, and results do not depend on the
-// stream. The plan must be that of the same args. Only in builds with CUDA.
+// gradients of group norm over several samples; it neither allocates nor synchronises, and results do
+// not depend on the stream. The plan must be that of the same args. Only in builds with CUDA.
 #pragma once
 
 #include "normcore/kernels/batch_norm.h"
