@@ -219,9 +219,11 @@ def check_rank_outside(form: str) -> None:
 
 @cache
 def impatient() -> Any:
-    """A group of all ranks that does not wait long."""
+    """A group of all ranks that does not wait long, and is connected on all of them."""
     dist.barrier()
-    return dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+    group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+    dist.barrier(group)  # new_group() may return on one rank while another still connects
+    return group
 
 
 def call(name: str, x: Tensor) -> Tensor:
