@@ -5,6 +5,7 @@
 //   scale     [c], or [n][c] when affine_per_sample (group norm only); absent: 1. Any DType
 //   bias      like scale; absent: 0. Its dtype may differ from scale's
 //   residual  extent and layout of x; any DType (float64 only with float64 x)
+//   relu_bits instead of residual, for the derivative of kReLU (below)
 //   mask      true counts for the statistics; outputs are computed everywhere
 // All arithmetic is done in compute_type(x.dtype); there is one rounding, when y is stored. Squares of
 // deviations are summed in it: in float32 those from the mean have to stay below 1e17.
@@ -24,10 +25,25 @@ struct NormInput {
   ConstTensor bias;
   bool affine_per_sample = false;
   ConstTensor residual;
+  const std::uint8_t* relu_bits = nullptr;
   Mask mask;
   Activation activation = Activation::kNone;
   double eps = 1e-5;
 };
+
+// What a forward pass of kReLU may leave for the backward pass, which then needs no residual: of every
+// element whether z is greater than 0 (or NaN), as a bit. A byte holds those of the elements in 16 bytes
+// of x, in the order of memory from its lowest bit on.
+constexpr std::int64_t elements_per_relu_byte(DType dtype) {
+  return 16 / static_cast<std::int64_t>(size_of(dtype));
+}
+// The positions of a channel (kNCS), or the channels of a position (kNSC), have to be whole bytes. There
+// are none of float64.
+inline bool fits_relu_bits(const NormInput& input) {
+  const std::int64_t run = input.layout == Layout::kNCS ? input.extent.s : input.extent.c;
+  return input.activation == Activation::kReLU && input.x.dtype != DType::kFloat64 &&
+         run % elements_per_relu_byte(input.x.dtype) == 0;
+}
 
 // Entries of scale and of bias.
 inline std::int64_t affine_count(const NormInput& input) {
