@@ -19,12 +19,16 @@ inline Status check_operands(const NormInput& input) {
   if (input.residual && !fits_arithmetic(input, input.residual.dtype)) {
     return Status::invalid("a float64 residual needs a float64 x");
   }
+  if (input.relu_bits != nullptr && (input.residual || !fits_relu_bits(input))) {
+    return Status::invalid("relu_bits replace the residual of a ReLU, in whole bytes");
+  }
   return Status::success();
 }
 
 inline Status check_input(const NormInput& input, ConstTensor y) {
   if (!y) return Status::invalid("y must be given");
   if (!fits_arithmetic(input, y.dtype)) return Status::invalid("a float64 y needs a float64 x");
+  if (input.relu_bits != nullptr) return Status::invalid("relu_bits are read by backward passes");
   return check_operands(input);
 }
 
@@ -58,11 +62,15 @@ inline Status check_double_backward(const NormInput& input, ConstTensor grad_y, 
         std::pair(grad_grad_y, "a float64 grad_grad_y needs a float64 x")}) {
     if (tensor && !fits_arithmetic(input, tensor.dtype)) return Status::invalid(message);
   }
+  if (input.relu_bits != nullptr) {
+    return Status::invalid("a double backward pass reads the residual, not relu_bits");
+  }
   return check_any_gradients(input, grad_y, mean, rstd, grad);
 }
 
 inline Status check_groups(const NormInput& input, std::int64_t num_groups) {
   const bool ok = num_groups > 0 && input.extent.c % num_groups == 0;
+  if (input.relu_bits != nullptr) return Status::invalid("relu_bits are those of batch norm");
   return ok ? Status::success() : Status::invalid("num_groups must divide c");
 }
 
@@ -73,6 +81,9 @@ inline Status check_args(const BatchNormForwardArgs& args) {
   }
   if (args.running.cumulative && args.running.num_batches_tracked == nullptr) {
     return Status::invalid("a cumulative average needs num_batches_tracked");
+  }
+  if (args.relu_bits != nullptr && !fits_relu_bits(args.input)) {
+    return Status::invalid("relu_bits are those of a ReLU, in whole bytes");
   }
   return check_input(args.input, args.y);
 }

@@ -145,6 +145,7 @@ class BackwardPass {
     out.x = advance(call_.input.x, place.offset);
     out.grad_y = advance(call_.grad_y, place.offset);
     out.residual = advance(call_.input.residual, place.offset);
+    out.relu_bits = advance_relu_bits(call_.input.relu_bits, call_.input.x.dtype, place.offset);
     out.mask = place.mask;
     out.activation = call_.input.activation;
     out.coefficients = place.coefficients.view(place.entry, call_.batch_statistics);
@@ -168,6 +169,7 @@ class BackwardPass {
     if (const A* const g = kept(place); g != nullptr) {
       out.grad_y = {g, kArithmeticType<A>};
       out.residual = {};
+      out.relu_bits = nullptr;
       out.activation = Activation::kNone;
     }
     return out;

@@ -20,6 +20,7 @@
 #include "cpu/coefficients-inl.h"
 #include "cpu/primitives.h"
 #include "cpu/primitives_export.h"
+#include "cpu/relu_bits-inl.h"
 #include "cpu/units-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -34,18 +35,25 @@ inline constexpr bool kTyped = !std::is_void_v<G>;
 template <class G, Activation kActivation>
 inline constexpr bool kPlain = kTyped<G> && kActivation == Activation::kNone;
 
+template <class T, class A>
+HWY_INLINE const std::uint8_t* relu_bits_of(const GradientArgs<A>& args, std::int64_t offset) {
+  return args.relu_bits == nullptr ? nullptr : args.relu_bits + offset / kPerReluByte<T>;
+}
+
 // One run or row of the operands; offsets are applied once.
 template <class T, class G>
 struct Operands {
   const T* x;
   const G* grad_y;
-  const T* residual;  // null: none
+  const T* residual;              // null: none
+  const std::uint8_t* relu_bits;  // likewise
 
   template <class A>
   HWY_INLINE Operands(const GradientArgs<A>& args, std::int64_t offset, const std::uint8_t*, bool)
       : x(static_cast<const T*>(args.x.data) + offset),
         grad_y(static_cast<const G*>(args.grad_y.data) + offset),
-        residual(static_cast<const T*>(advance(args.residual, offset).data)) {}
+        residual(static_cast<const T*>(advance(args.residual, offset).data)),
+        relu_bits(relu_bits_of<T>(args, offset)) {}
 };
 
 template <class T>
@@ -53,6 +61,7 @@ struct Operands<T, void> {
   const T* x;
   ConstTensor grad_y;
   ConstTensor residual;
+  const std::uint8_t* relu_bits;
   Activation activation;
   const std::uint8_t* mask;  // null: every value counts
   bool mask_is_one_value;    // the mask is a single byte for the whole row
@@ -63,6 +72,7 @@ struct Operands<T, void> {
       : x(static_cast<const T*>(args.x.data) + offset),
         grad_y(advance(args.grad_y, offset)),
         residual(advance(args.residual, offset)),
+        relu_bits(relu_bits_of<T>(args, offset)),
         activation(args.activation),
         mask(mask),
         mask_is_one_value(mask_is_one_value) {}
@@ -87,6 +97,13 @@ HWY_INLINE Pair<A> behind_activation(const Pair<A>& grad_y, const Pair<A>& z) {
           hn::Mul(grad_y.hi, activation_derivative<kActivation, A>(z.hi))};
 }
 
+// The same of kReLU, from its bits.
+HWY_INLINE Pair<float> behind_relu(const Pair<float>& grad_y, const PairMask<float>& is_active) {
+  const auto one = hn::Set(Tag<float>(), 1.0f);
+  return {hn::Mul(grad_y.lo, hn::IfThenElseZero(is_active.lo, one)),
+          hn::Mul(grad_y.hi, hn::IfThenElseZero(is_active.hi, one))};
+}
+
 // kActivation: for typed operands only.
 template <class A, Activation kActivation, class T, class G, class Unit, class V>
 HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, G>& in,
@@ -96,6 +113,12 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, G>& in,
   if constexpr (kTyped<G>) {
     out.g = u.load(in.grad_y);
     out.centered = centered(x, c);
+    if constexpr (kActivation == Activation::kReLU && std::is_same_v<A, float>) {
+      if (in.relu_bits != nullptr) {
+        out.g = behind_relu(out.g, load_relu_bits<kPerReluByte<T>>(u, in.relu_bits));
+        return out;
+      }
+    }
     if constexpr (kActivation != Activation::kNone) {
       auto z = normalized(out.centered, c);
       if (in.residual != nullptr) z = sum_of(z, u.load(in.residual));
@@ -120,11 +143,17 @@ HWY_INLINE Gradient<A> gradient_of_unit(const Unit& u, const Operands<T, G>& in,
     out.centered = {subtract_or_zero<A>(out.used.lo, x.lo, lo<A>(c.center)),
                     subtract_or_zero<A>(out.used.hi, x.hi, hi<A>(c.center))};
     if (in.activation != Activation::kNone) {
-      auto z = normalized(out.centered, c);
-      if (in.residual) z = sum_of(z, load_any<A>(u, in.residual));
-      visit_activation(in.activation, [&](auto activation) HWY_ATTR {
-        out.g = behind_activation<activation()>(out.g, z);
-      });
+      if (in.relu_bits != nullptr) {
+        if constexpr (std::is_same_v<A, float>) {
+          out.g = behind_relu(out.g, load_relu_bits<kPerReluByte<T>>(u, in.relu_bits));
+        }
+      } else {
+        auto z = normalized(out.centered, c);
+        if (in.residual) z = sum_of(z, load_any<A>(u, in.residual));
+        visit_activation(in.activation, [&](auto activation) HWY_ATTR {
+          out.g = behind_activation<activation()>(out.g, z);
+        });
+      }
       out.g = {hn::IfThenElseZero(out.used.lo, out.g.lo),
                hn::IfThenElseZero(out.used.hi, out.g.hi)};
     }
@@ -434,8 +463,9 @@ HWY_INLINE void gradient_of_block(const GradientArgs<A>& args, bool stream, std:
   if constexpr (kTyped<G>) {
     // Coefficients hold canonical NaNs only, and so do values of T.
     constexpr bool kCanonical = std::is_same_v<G, T> && kActivation == Activation::kNone;
+    const bool may_stream = args.relu_bits == nullptr || streams_whole_relu_bytes(grad_x);
     for_each_stored_unit<A, kOrderOf<A, T>, StoreOptions{.canonical_nan = kCanonical},
-                         Source::kEndOfRun>(n, grad_x, stream, step);
+                         Source::kEndOfRun>(n, grad_x, stream && may_stream, step);
   } else {
     for_each_unit<A, kOrderOf<A, T>>(n, [&](const auto& u) HWY_ATTR {
       step(u, std::integral_constant<StoreOptions, StoreOptions{}>());

@@ -13,7 +13,8 @@ void forward(const BatchNormForwardArgs& args, const CpuPlan& plan, void* worksp
              const CpuExecutor& executor) {
   const double weight = args.running.mean ? running_weight(args.running) : 0.0;
   const BatchStatistics<A> statistics{args.input.eps, args.mean, args.rstd, args.running, weight};
-  run_forward(args.input, 0, Pass::kForward, statistics, args.y, plan, workspace, executor);
+  run_forward(args.input, 0, Pass::kForward, statistics, {args.y, args.relu_bits}, plan, workspace,
+              executor);
 }
 
 template <class A>
@@ -21,7 +22,7 @@ void inference(const BatchNormInferenceArgs& args, const CpuPlan& plan, void* wo
                const CpuExecutor& executor) {
   const GivenStatistics<A> statistics{args.input.eps, args.running_mean, args.running_var,
                                       args.rstd};
-  run_forward(args.input, 0, Pass::kInference, statistics, args.y, plan, workspace, executor);
+  run_forward(args.input, 0, Pass::kInference, statistics, {args.y}, plan, workspace, executor);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "normcore/kernels/norm_input.h"
 #include "normcore/kernels/types.h"
 
 namespace normcore::kernels {
@@ -136,6 +137,12 @@ inline MutableTensor advance(MutableTensor tensor, std::int64_t elements) {
   if (!tensor) return tensor;
   const auto bytes = elements * static_cast<std::int64_t>(size_of(tensor.dtype));
   return {static_cast<char*>(tensor.data) + bytes, tensor.dtype};
+}
+
+// To the byte of an element that begins one.
+template <class Byte>
+Byte* advance_relu_bits(Byte* bits, DType dtype, std::int64_t elements) {
+  return bits == nullptr ? bits : bits + elements / elements_per_relu_byte(dtype);
 }
 
 }  // namespace normcore::kernels

@@ -14,7 +14,7 @@ struct ForwardCall {
   const NormInput& input;
   std::int64_t num_groups;
   const Statistics& statistics;
-  MutableTensor y;
+  ForwardOutputs outputs;
   bool stream;
   Affine<A> affine;
   Primitives<A> simd;
@@ -22,7 +22,8 @@ struct ForwardCall {
   ApplyArgs<A> apply_args(std::int64_t offset, const Coefficients<A>& coefficients) const {
     return {advance(input.x, offset),
             advance(input.residual, offset),
-            advance(y, offset),
+            advance(outputs.y, offset),
+            advance_relu_bits(outputs.relu_bits, input.x.dtype, offset),
             input.activation,
             coefficients,
             stream};
@@ -38,7 +39,7 @@ class PlanesForward {
       : call_(call), geometry_(problem) {}
 
   std::int64_t pieces(std::int64_t tile) const {
-    return call_.y ? geometry_.pieces(geometry_.tile(tile)) : 0;
+    return call_.outputs.y ? geometry_.pieces(geometry_.tile(tile)) : 0;
   }
   std::int64_t chunk_grain() const { return 2; }
 
@@ -102,7 +103,7 @@ class RowsForward {
         geometry_(problem),
         chunks_(problem.pass == Pass::kInference ? 0 : geometry_.chunks()) {}
 
-  std::int64_t pieces(std::int64_t) const { return call_.y ? geometry_.chunks() : 0; }
+  std::int64_t pieces(std::int64_t) const { return call_.outputs.y ? geometry_.chunks() : 0; }
   std::int64_t chunk_grain() const { return 1; }
 
   void reduce(std::int64_t tile, std::int64_t index, char*, void* partial) const {
@@ -191,7 +192,7 @@ class RowsForward {
 
 template <class Statistics>
 void run_forward(const NormInput& input, std::int64_t num_groups, Pass pass,
-                 const Statistics& statistics, MutableTensor y, const CpuPlan& plan,
+                 const Statistics& statistics, const ForwardOutputs& outputs, const CpuPlan& plan,
                  void* workspace, const CpuExecutor& executor) {
   const Problem problem(input, num_groups, pass);
   const WorkspaceLayout layout = workspace_layout(problem, plan);
@@ -199,7 +200,7 @@ void run_forward(const NormInput& input, std::int64_t num_groups, Pass pass,
   auto* base = static_cast<char*>(workspace);
   const ForwardCall<A, Statistics> call{
       input,          num_groups,
-      statistics,     y,
+      statistics,     outputs,
       plan.stream,    Affine<A>(input, reinterpret_cast<A*>(base)),
       primitives<A>()};
   char* const slots = base + layout.affine + layout.parameters;
@@ -211,16 +212,16 @@ void run_forward(const NormInput& input, std::int64_t num_groups, Pass pass,
 }
 
 template void run_forward(const NormInput&, std::int64_t, Pass, const BatchStatistics<float>&,
-                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+                          const ForwardOutputs&, const CpuPlan&, void*, const CpuExecutor&);
 template void run_forward(const NormInput&, std::int64_t, Pass, const BatchStatistics<double>&,
-                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+                          const ForwardOutputs&, const CpuPlan&, void*, const CpuExecutor&);
 template void run_forward(const NormInput&, std::int64_t, Pass, const GivenStatistics<float>&,
-                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+                          const ForwardOutputs&, const CpuPlan&, void*, const CpuExecutor&);
 template void run_forward(const NormInput&, std::int64_t, Pass, const GivenStatistics<double>&,
-                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+                          const ForwardOutputs&, const CpuPlan&, void*, const CpuExecutor&);
 template void run_forward(const NormInput&, std::int64_t, Pass, const PartStatistics<float>&,
-                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+                          const ForwardOutputs&, const CpuPlan&, void*, const CpuExecutor&);
 template void run_forward(const NormInput&, std::int64_t, Pass, const PartStatistics<double>&,
-                          MutableTensor, const CpuPlan&, void*, const CpuExecutor&);
+                          const ForwardOutputs&, const CpuPlan&, void*, const CpuExecutor&);
 
 }  // namespace normcore::kernels

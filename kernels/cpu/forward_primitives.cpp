@@ -22,6 +22,7 @@
 #include "cpu/coefficients-inl.h"
 #include "cpu/primitives.h"
 #include "cpu/primitives_export.h"
+#include "cpu/relu_bits-inl.h"
 #include "cpu/units-inl.h"
 #include "cpu/wide_moments.h"
 
@@ -411,6 +412,15 @@ HWY_INLINE void apply_block(const ApplyArgs<A>& args, bool stream, std::int64_t 
   const T* const x = static_cast<const T*>(args.x.data) + offset;
   const auto residual = advance(args.residual, offset);
   const auto y = advance(args.y, offset);
+  // After z is known.
+  const auto keep_bits = [&](const auto& u, const Pair<A>& z, int row) HWY_ATTR {
+    if constexpr (std::is_same_v<A, float>) {
+      constexpr int kPerByte = kPerReluByte<T>;
+      if (args.relu_bits == nullptr) return;
+      store_relu_bits<kPerByte>(u, is_active(z),
+                                args.relu_bits + (offset + row * stride) / kPerByte);
+    }
+  };
   const auto z_of = [&](const auto& u, const auto& c, int row)
                         HWY_ATTR { return normalized(centered(u.load(x + row * stride), c), c); };
   if constexpr (kEpilogue == Epilogue::kAny) {
@@ -419,6 +429,7 @@ HWY_INLINE void apply_block(const ApplyArgs<A>& args, bool stream, std::int64_t 
       for (int row = 0; row < kRows; ++row) {
         auto z = z_of(u, c, row);
         if (residual) z = sum_of(z, load_any<A>(u, advance(residual, row * stride)));
+        keep_bits(u, z, row);
         visit_activation(args.activation, [&](auto activation) HWY_ATTR {
           z = {activate<activation(), A>(z.lo), activate<activation(), A>(z.hi)};
         });
@@ -431,13 +442,15 @@ HWY_INLINE void apply_block(const ApplyArgs<A>& args, bool stream, std::int64_t 
     // Coefficients hold canonical NaNs only, and so do values of T.
     constexpr bool kCanonical =
         kActivation == Activation::kNone || kActivation == Activation::kReLU;
+    const bool may_stream = args.relu_bits == nullptr || streams_whole_relu_bytes(out);
     for_each_stored_unit<A, kOrder, StoreOptions{.canonical_nan = kCanonical}, Source::kEndOfRun>(
-        n, out, stream, [&](const auto& u, auto options) HWY_ATTR {
+        n, out, stream && may_stream, [&](const auto& u, auto options) HWY_ATTR {
           const auto& c = source.at(u);
           for (int row = 0; row < kRows; ++row) {
             auto z = z_of(u, c, row);
             if constexpr (kEpilogue == Epilogue::kTyped) {
               if (summand != nullptr) z = sum_of(z, u.load(summand + row * stride));
+              if constexpr (kActivation == Activation::kReLU) keep_bits(u, z, row);
               z = {activate<kActivation, A>(z.lo), activate<kActivation, A>(z.hi)};
             }
             u.template store<options()>(z, out + row * stride);

@@ -14,7 +14,7 @@ void forward(const GroupNormForwardArgs& args, const CpuPlan& plan, void* worksp
              const CpuExecutor& executor) {
   if (plan.path == CpuPath::kSample) return run_samples<A>(args, plan, workspace, executor);
   const BatchStatistics<A> statistics{args.input.eps, args.mean, args.rstd};
-  run_forward(args.input, args.num_groups, Pass::kForward, statistics, args.y, plan, workspace,
+  run_forward(args.input, args.num_groups, Pass::kForward, statistics, {args.y}, plan, workspace,
               executor);
 }
 

@@ -60,6 +60,7 @@ struct ApplyArgs {
   ConstTensor x;
   ConstTensor residual;
   MutableTensor y;
+  std::uint8_t* relu_bits = nullptr;  // of float arithmetic; may be absent
   Activation activation = Activation::kNone;
   Coefficients<A> coefficients;
   bool stream = false;  // y will not be read before it leaves the caches: write past them
@@ -70,6 +71,7 @@ struct GradientArgs {
   ConstTensor x;
   ConstTensor grad_y;
   ConstTensor residual;
+  const std::uint8_t* relu_bits = nullptr;  // instead of residual
   MaskBlock mask;
   Activation activation = Activation::kNone;
   Coefficients<A> coefficients;

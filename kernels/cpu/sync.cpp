@@ -20,7 +20,7 @@ template <class A>
 void apply(const SyncApplyArgs& args, const CpuPlan& plan, void* workspace,
            const CpuExecutor& executor) {
   const GivenStatistics<A> statistics{args.input.eps, args.mean, args.var, args.rstd};
-  run_forward(args.input, args.num_groups, Pass::kInference, statistics, args.y, plan, workspace,
+  run_forward(args.input, args.num_groups, Pass::kInference, statistics, {args.y}, plan, workspace,
               executor);
 }
 

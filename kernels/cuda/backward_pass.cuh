@@ -190,8 +190,10 @@ struct BackwardPass {
                                               const SliceStatistics<A>& statistics,
                                               const Slice& slice, std::int64_t sample,
                                               std::int64_t channel, bool for_sums = false) {
-    // Without an activation sums need the center only.
-    if (for_sums && call.input.activation == Activation::kNone) {
+    // Without an activation, or with its bits, sums need the center only.
+    const bool is_linear =
+        call.input.activation == Activation::kNone || call.input.relu_bits != nullptr;
+    if (for_sums && is_linear) {
       return {{statistics.center, A{0}, A{0}}, A{0}, A{0}};
     }
     const std::int64_t i = affine_index(call.input, sample, channel);
@@ -214,13 +216,20 @@ struct BackwardPass {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) g[i] = convert_from<A>(in.grad_y[i]);
     if (call.input.activation == Activation::kNone) return out;
-    A z[kWidth];
-    pre_activation<kPlain>(call.input, in.x, index, span, coefficients, z);
-    derive_all<T>(call.input.activation, z);
+    A slope[kWidth];
+    if (call.input.relu_bits != nullptr) {
+      const unsigned byte = call.input.relu_bits[index / kPerReluByte<T>];
+      const auto shift = static_cast<unsigned>(index % kPerReluByte<T>);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) slope[i] = static_cast<A>(byte >> (shift + i) & 1);
+    } else {
+      pre_activation<kPlain>(call.input, in.x, index, span, coefficients, slope);
+      derive_all<T>(call.input.activation, slope);
+    }
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const bool is_used = (counting >> i & 1) != 0 || g[i] != A{0};
-      g[i] = is_used ? g[i] * z[i] : A{0};
+      g[i] = is_used ? g[i] * slope[i] : A{0};
     }
     return out;
   }

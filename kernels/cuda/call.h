@@ -17,7 +17,7 @@ namespace normcore::kernels::cuda {
 enum class Stage : std::uint8_t { kResident, kTeam, kReduce, kApply };
 
 // For how many blocks of a kernel a multiprocessor has to have registers: kPlain kernels of kSplit and
-// kStream hold nothing, and need few; plans count on room for two blocks of teams.
+// kStream hold nothing, and need few; plans count on room for what team_blocks() says.
 constexpr int blocks_at_once(bool is_plain, Stage stage, int of_split) {
   if (stage == Stage::kTeam) return team_blocks(is_plain);
   return is_plain && stage != Stage::kResident ? of_split : 1;
@@ -42,6 +42,7 @@ struct ForwardCall {
   MutableTensor y;
   double* mean = nullptr;  // saved; null with given statistics
   MutableTensor rstd;      // saved
+  std::uint8_t* relu_bits = nullptr;  // saved; or null
   RunningStatistics running;
   ConstTensor given_mean, given_var;  // statistics that are not those of x
   MomentSums* sums = nullptr;         // of parts of slices (sync.h): instead of mean and rstd

@@ -24,6 +24,9 @@ template <class T>
 using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T>
+inline constexpr int kPerReluByte = kVectorBytes / sizeof(T);
+
+template <class T>
 struct TypeTag {
   using type = T;
 };

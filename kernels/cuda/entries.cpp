@@ -144,7 +144,11 @@ Status run(const BatchNormForwardArgs& args, const CudaPlan& plan, const CudaWor
   call.y = args.y;
   call.mean = args.mean;
   call.rstd = args.rstd;
+  call.relu_bits = args.relu_bits;
   call.running = args.running;
+  if (call.relu_bits != nullptr && plan.width != elements_per_relu_byte(args.input.x.dtype)) {
+    return Status::invalid("relu_bits need x, residual and y that are aligned to 16 bytes");
+  }
   return start(call, problem_of(args), plan, workspace, stream);
 }
 

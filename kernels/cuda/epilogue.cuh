@@ -49,11 +49,24 @@ __device__ void pre_activation(const NormInput& input, const Vector<T, kWidth>& 
   for (int i = 0; i < kWidth; ++i) z[i] += residual[i];
 }
 
+// One byte for a vector, which is of 16 bytes.
+template <class T, int kWidth>
+__device__ void store_relu_bits(std::uint8_t* bits, std::int64_t index,
+                                const Arithmetic<T> (&z)[kWidth]) {
+  if constexpr (kWidth == kPerReluByte<T>) {
+    unsigned byte = 0;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) byte |= z[i] <= Arithmetic<T>{0} ? 0u : 1u << i;
+    bits[index / kWidth] = static_cast<std::uint8_t>(byte);
+  }
+}
+
 template <bool kPlain, class T, int kWidth, class Affines>
 __device__ void apply_forward(const ForwardCall& call, const Vector<T, kWidth>& x,
                               std::int64_t index, Span span, const Affines& affine) {
   Arithmetic<T> z[kWidth];
   pre_activation<kPlain>(call.input, x, index, span, affine, z);
+  if (call.relu_bits != nullptr) store_relu_bits<T>(call.relu_bits, index, z);
   activate_all<T>(call.input.activation, z);
   store_values<kPlain, T>(call.y, index, span, z);
 }

@@ -141,7 +141,7 @@ const Tensor& find(const Outputs& outputs, const std::string& name) {
   throw std::runtime_error("no output " + name);
 }
 
-Outputs run_forward(const Inputs& inputs, const Runner& runner) {
+Outputs run_forward(const Inputs& inputs, const Runner& runner, std::uint8_t* relu_bits) {
   const NormCase& c = inputs.norm_case;
   Outputs out;
   out.push_back({"y", Tensor(c.y, c.extent.numel(), c.placement)});
@@ -159,6 +159,7 @@ Outputs run_forward(const Inputs& inputs, const Runner& runner) {
     args.y = out[0].tensor.view();
     args.mean = mean;
     args.rstd = out[2].tensor.view();
+    args.relu_bits = relu_bits;
     if (c.running_statistics) {
       out.push_back({"running_mean", clone(inputs.running_mean, c.placement)});
       out.push_back({"running_var", clone(inputs.running_var, c.placement)});
@@ -263,7 +264,7 @@ void reference_call(const GroupNormDoubleBackwardArgs& args) {
 }  // namespace
 
 Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const Wanted& wanted,
-                     const Runner& runner) {
+                     const Runner& runner, const std::uint8_t* relu_bits) {
   const NormCase& c = inputs.norm_case;
   const SavedStatistics saved(inputs, statistics);
   Outputs out;
@@ -271,8 +272,12 @@ Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const W
   if (c.num_groups == 0) {
     // Running statistics come in the dtype of their buffer, saved ones as float64.
     const ConstTensor mean = statistics.from_batch ? saved.mean.view() : inputs.running_mean.view();
-    const BatchNormBackwardArgs args{inputs.norm_input(), inputs.grad_y.view(),  mean,
-                                     saved.rstd.view(),   statistics.from_batch, grad};
+    BatchNormBackwardArgs args{inputs.norm_input(), inputs.grad_y.view(),  mean,
+                               saved.rstd.view(),   statistics.from_batch, grad};
+    if (relu_bits != nullptr) {
+      args.input.residual = {};
+      args.input.relu_bits = relu_bits;
+    }
     if (!runner.run(args)) return {};
   } else {
     const GroupNormBackwardArgs args{inputs.norm_input(),  c.num_groups,
@@ -491,6 +496,41 @@ void check_double_backward(Inputs& inputs, const Cotangents& cotangents, bool fr
                                                                      : bounds.residual;
     for (const Outputs& actual : results) {
       expect_near(output.name, find(actual, output.name).values(), output.tensor.values(), bound);
+    }
+  }
+}
+
+void check_relu_bits(const NormCase& c) {
+  const Inputs inputs(c);
+  const std::int64_t per_byte = elements_per_relu_byte(c.x);
+  const auto check = [&](const Runner& runner) {
+    SCOPED_TRACE("relu_bits, " + runner.name() + ", " + to_string(c));
+    const GuardedBuffer bits(static_cast<std::size_t>(c.extent.numel() / per_byte), 1,
+                             Placement::kEnd);
+    const Outputs forward = run_forward(inputs, runner);
+    if (forward.empty()) return;
+    expect_same_bits("forward", run_forward(inputs, runner, bits.data()), forward);
+    EXPECT_TRUE(bits.intact());
+    const Tensor& y = find(forward, "y");
+    for (std::int64_t first = 0; first < y.count(); first += per_byte) {
+      unsigned expected = 0;
+      for (std::int64_t i = 0; i < per_byte; ++i) {
+        expected |= y.get(first + i) <= 0.0 ? 0u : 1u << i;
+      }
+      ASSERT_EQ(bits.data()[first / per_byte], expected) << "of elements from " << first;
+    }
+    const Statistics statistics{0, find(forward, "mean").values(), find(forward, "rstd").values(),
+                                true};
+    for (const Wanted& wanted : {Wanted{}, Wanted{true, false, false, false},
+                                 Wanted{false, true, true, false}}) {
+      expect_same_bits("backward", run_backward(inputs, statistics, wanted, runner, bits.data()),
+                       run_backward(inputs, statistics, wanted, runner));
+    }
+  };
+  for (const EqualRunners& equal : all_runners()) {
+    for (const auto& runner : equal) {
+      check(*runner);
+      if (runners_are_slow()) break;  // schedules make no difference here
     }
   }
 }

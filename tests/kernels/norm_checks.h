@@ -33,11 +33,13 @@ struct WantedOfDoubleBackward {
 // The kernels, with NaN-filled outputs; none if the runner cannot run the call. Forward: y, mean,
 // rstd and, for batch norm, running_mean, running_var. Inference: y, rstd. Backward: grad_x,
 // grad_scale, grad_bias and, with an activation, grad_residual. Double backward: those and
-// grad_grad_y.
-Outputs run_forward(const Inputs& inputs, const Runner& runner = default_runner());
+// grad_grad_y. relu_bits: written by a forward pass, read instead of the residual by a backward pass.
+Outputs run_forward(const Inputs& inputs, const Runner& runner = default_runner(),
+                    std::uint8_t* relu_bits = nullptr);
 Outputs run_inference(const Inputs& inputs, const Runner& runner = default_runner());
 Outputs run_backward(const Inputs& inputs, const Statistics& statistics, const Wanted& wanted = {},
-                     const Runner& runner = default_runner());
+                     const Runner& runner = default_runner(),
+                     const std::uint8_t* relu_bits = nullptr);
 Outputs run_double_backward(const Inputs& inputs, const Cotangents& cotangents,
                             const Statistics& statistics, const WantedOfDoubleBackward& wanted = {},
                             const Runner& runner = default_runner());
@@ -60,6 +62,10 @@ void check_inference(const Inputs& inputs);
 void check_backward(Inputs& inputs, bool from_batch = true, const Wanted& wanted = {});
 void check_double_backward(Inputs& inputs, const Cotangents& cotangents, bool from_batch = true,
                            const WantedOfDoubleBackward& wanted = {});
+
+// Of a batch norm that has bits of ReLU (norm_input.h): that the forward pass writes them, and nothing else
+// changes; that the backward pass gives the same bits with them as with the residual.
+void check_relu_bits(const NormCase& c);
 
 // That results of either pass, by whatever means, are within the bounds.
 void expect_forward(const Inputs& inputs, const std::vector<Outputs>& results);

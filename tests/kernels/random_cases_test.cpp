@@ -71,6 +71,9 @@ TEST_P(RandomCases, AgreeWithTheReference) {
     Inputs inputs(random_case(draw, runners_are_slow() ? 8000 : 40000));
     check_forward(inputs);
     check_backward(inputs);
+    const NormCase& c = inputs.norm_case;
+    const bool is_plain = c.residual.value_or(c.x) == c.x;  // or it changes the plan
+    if (c.num_groups == 0 && is_plain && fits_relu_bits(inputs.norm_input())) check_relu_bits(c);
   }
 }
 

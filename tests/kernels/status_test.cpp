@@ -174,6 +174,44 @@ TEST_F(StatusTest, Backward) {
   expect_invalid(batch_args, "mean");
 }
 
+TEST_F(StatusTest, ReluBits) {
+  std::uint8_t bits[24] = {};
+  NormCase fitting = small_case();
+  fitting.extent = {2, 4, 4};
+  fitting.num_groups = 0;
+  const Inputs inputs(fitting);
+
+  BatchNormForwardArgs forward = batch_norm_args();
+  forward.relu_bits = bits;
+  expect_invalid(forward, "whole bytes");  // of 3 positions
+  forward.input = inputs.norm_input();
+  forward.input.activation = Activation::kSiLU;
+  expect_invalid(forward, "whole bytes");
+  forward = batch_norm_args();
+  forward.input = inputs.norm_input();
+  forward.input.residual = {};
+  forward.input.relu_bits = bits;
+  expect_invalid(forward, "backward");
+
+  BatchNormBackwardArgs backward;
+  backward.input = inputs.norm_input();
+  backward.input.relu_bits = bits;
+  backward.grad_y = inputs.grad_y.view();
+  backward.mean = {mean_, DType::kFloat64};
+  backward.rstd = rstd_.view();
+  backward.grad.x = y_.view();
+  expect_invalid(backward, "residual");  // is there as well
+  GroupNormBackwardArgs group_norm = backward_args();
+  group_norm.input.residual = {};
+  group_norm.input.relu_bits = bits;
+  expect_invalid(group_norm, "batch norm");
+  BatchNormDoubleBackwardArgs twice = batch_norm_double_backward_args();
+  twice.input = inputs.norm_input();
+  twice.input.residual = {};
+  twice.input.relu_bits = bits;
+  expect_invalid(twice, "double backward");
+}
+
 TEST_F(StatusTest, DoubleBackward) {
   // One rule after the other, for both norms.
   const auto expect_both = [&](auto change, const char* word) {

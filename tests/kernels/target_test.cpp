@@ -29,6 +29,25 @@ TEST_P(Target, BatchNorm) {
   }
 }
 
+TEST_P(Target, ReluBits) {
+  for (const Layout layout : kBothLayouts) {
+    for (const DType x : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+      for (std::int64_t bytes = 1; bytes <= 17; ++bytes) {
+        const std::int64_t width = bytes * elements_per_relu_byte(x);
+        NormCase c;
+        c.extent = layout == Layout::kNCS ? Extent{3, 2, width} : Extent{3, width, 2};
+        c.layout = layout;
+        c.x = c.y = x;
+        c.residual = x;
+        c.activation = Activation::kReLU;
+        check_relu_bits(c);
+        c.mask = MaskKind::kElement;
+        check_relu_bits(c);
+      }
+    }
+  }
+}
+
 TEST_P(Target, GroupNorm) {
   for (const char* name : kShapes) {
     for (const Layout layout : kBothLayouts) {
