@@ -12,6 +12,7 @@ STREAMS = {
     "bn_backward": 3,  # x, dy, dx
     "bn_eval": 2,  # with running statistics
     "bn_add_relu_forward": 3,  # x, residual, y
+    "bn_add_relu_backward": 4,  # x, dy, dx, that of the residual
     "gn_forward": 2,
     "gn_backward": 3,
     "gn_silu_forward": 2,
@@ -29,6 +30,18 @@ MODES = ("inference", "training")
 MIN_VALUES = 10**5  # the first step of `scaling`
 VALUES_STEP = 10  # from one step to the next
 PEERS = ("torch", "compile", "onednn")
+
+
+def device_streams(operation: str) -> int:
+    """The same of an operation of gpu.py, by its name."""
+    if operation.endswith("double backward"):
+        return 5
+    added = 1 if " add " in operation else 0  # the residual, or its gradient
+    return (3 if operation.endswith("backward") else 2) + added
+
+
+def has_residual(operation: str) -> bool:
+    return "_add_" in operation
 
 
 def is_backward(operation: str) -> bool:

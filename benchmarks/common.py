@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ class Operands:
     bias: Tensor
     grad: Tensor
     groups: int
+    residual: Tensor | None = None
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -54,6 +55,11 @@ def make_operands(
     return Operands(x, weight, bias, torch.randn_like(x), groups)
 
 
+def with_residual(o: Operands) -> Operands:
+    """A residual that wants its gradient, too."""
+    return replace(o, residual=torch.randn_like(o.x).requires_grad_())
+
+
 def batch_norms(o: Operands, training: bool) -> tuple[Norm, Norm]:
     """The batch norm of normcore and of torch."""
     # Running statistics of their own: a later call must not change what a backward has saved.
@@ -71,7 +77,7 @@ def batch_norms(o: Operands, training: bool) -> tuple[Norm, Norm]:
 
 def add_relu_batch_norms(o: Operands) -> tuple[Norm, Norm]:
     """relu(norm(x) + residual) in training: the end of a block of ResNet, in place in torch."""
-    residual = torch.randn_like(o.x)
+    residual = torch.randn_like(o.x) if o.residual is None else o.residual
     _, torch_batch_norm = batch_norms(o, True)
     mean, var = torch.zeros_like(o.bias), torch.ones_like(o.bias)
 
@@ -100,13 +106,15 @@ def group_norms(o: Operands, activation: str | None = None) -> tuple[Norm, Norm]
 
 
 def backward_of(norm: Norm, o: Operands) -> Callable[[], tuple[Tensor, ...]]:
-    """The backward pass of one call, for all three gradients.
+    """The backward pass of one call, for all gradients.
 
     On a device it runs on the stream that is current here.
     """
     x = o.x.detach().requires_grad_()
     y = norm(x)
-    leaves = (x, o.weight, o.bias)
+    leaves = [x, o.weight, o.bias]
+    if o.residual is not None:
+        leaves.append(o.residual)
     return lambda: torch.autograd.grad(y, leaves, o.grad, retain_graph=True)
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
+from .cases import device_streams
 from .documents import Document
 from .markdown import image_links, microseconds, table
 
@@ -24,21 +25,15 @@ def rows_of(document: Document) -> dict[Key, dict[str, Document]]:
     return {key: row for key, row in rows.items() if "normcore" in row}
 
 
-def streams(operation: str) -> int:
-    if not operation.endswith("backward"):
-        return 2
-    return 5 if operation.endswith("double backward") else 3
-
-
 def bytes_of(result: Document) -> int:
-    return math.prod(result["size"]) * BYTES[result["dtype"]] * streams(result["operation"])
+    return math.prod(result["size"]) * BYTES[result["dtype"]] * device_streams(result["operation"])
 
 
 def bytes_per_second(result: Document) -> float:
     """Of the bytes that cannot be avoided; a copy moves two tensors, whatever its operation."""
     moved = bytes_of(result)
     if result["candidate"] == "copy":
-        moved = moved * 2 // streams(result["operation"])
+        moved = moved * 2 // device_streams(result["operation"])
     return float(moved / (1e-6 * result["cold_us"]))
 
 

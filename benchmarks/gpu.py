@@ -10,10 +10,10 @@ of a case take turns, and each takes its best time between two events:
 * warm: the mean of several replays in a row.
 
 "% copy" is the time of the copy, scaled to the bytes that an operation cannot avoid (forward: read
-x, write y; backward: read x and dy, write dx; double backward: read three tensors, write two), over
-the time of the candidate; 100 % is as fast as a copy. Cases are run in the order of their
-importance until the time is over; torch.compile is left out of the later ones if its compilation
-would take their time. What was left out is listed.
+x, write y; backward: read x and dy, write dx; double backward: read three tensors, write two; with
+a residual one more forward, and its gradient backward), over the time of the candidate; 100 % is as
+fast as a copy. Cases are run in the order of their importance until the time is over; torch.compile
+is left out of the later ones if its compilation would take their time. What was left out is listed.
 
 With --paths the forward and backward passes of normcore take those paths too, where they can run so
 (normcore/kernels/cuda_plan.h), as candidates "normcore split" and so on.
@@ -37,73 +37,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._functorch.config
-from common import (
-    Norm,
-    Operands,
-    backward_of,
-    batch_norms,
-    commit,
-    double_backward_of,
-    group_norms,
-    make_operands,
-)
+from cases import device_streams
+from common import commit
+from gpu_cases import Case, attempt, candidates, cases, difference, operands_of, shrink, wanted
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 import normcore
 
 NO_DEVICE = 77
 WARM_REPLAYS = 5
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-ALL = ("batch_norm", "group_norm", "group_norm + silu")
-
-
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    size: tuple[int, ...]
-    groups: int
-    norms: tuple[str, ...] = ALL
-    dtypes: tuple[torch.dtype, ...] = (BF16, F16, F32)
-    layouts: tuple[str, ...] = ("contiguous", "channels_last")
-
-
-GROUP, BATCH = ALL[1:], ALL[:1]
-VOLUME = ("contiguous", "channels_last_3d")
-SHAPES = [
-    Shape("resnet 56", (32, 256, 56, 56), 32),
-    Shape("resnet 28", (32, 512, 28, 28), 32),
-    Shape("resnet 7", (32, 2048, 7, 7), 32),
-    Shape("SD UNet", (2, 320, 64, 64), 32, GROUP),
-    Shape("VAE", (1, 128, 256, 256), 32, GROUP),
-    Shape("large BN", (4, 128, 1024, 1024), 32, BATCH, (F16,)),
-    Shape("video VAE", (1, 256, 17, 256, 256), 32, ("group_norm + silu",), (BF16, F16), VOLUME),
-    Shape("3-D UNet", (2, 64, 32, 32, 32), 32, layouts=VOLUME),
-    Shape("MLP", (4096, 256), 32, layouts=("contiguous",)),
-    Shape("wide MLP", (4096, 4096), 2, GROUP, layouts=("contiguous",)),
-]
-
-
-@dataclass(frozen=True)
-class Case:
-    shape: Shape
-    norm: str
-    layout: str
-    dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.shape.name}, {self.norm}, {self.layout}, {dtype}"
 
 
 @dataclass
@@ -129,29 +79,6 @@ class Report:
     results: list[Result] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-
-
-def cases() -> list[Case]:
-    """The most important first: bfloat16 and the shapes named with a dtype, then the rest."""
-    every = [
-        Case(shape, norm, layout, dtype)
-        for shape in SHAPES
-        for layout in shape.layouts
-        for norm in shape.norms
-        for dtype in shape.dtypes
-    ]
-
-    def rank(case: Case) -> tuple[bool, int, int, int]:
-        named = case.dtype == case.shape.dtypes[0]
-        named |= (case.shape.name, case.norm, case.dtype) == ("resnet 56", "batch_norm", F16)
-        return (
-            not named,
-            0 if named else (BF16, F16, F32).index(case.dtype),
-            case.shape.layouts.index(case.layout),
-            case.shape.norms.index(case.norm),
-        )
-
-    return sorted(every, key=rank)
 
 
 class Stopwatch:
@@ -216,147 +143,6 @@ class RehearsalStopwatch:
         return times
 
 
-@contextmanager
-def attempt(what: str, failures: list[str]) -> Iterator[None]:
-    """Notes an error and goes on: a peer may lack a case, and the others are still of use."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error).strip().splitlines() or [""]
-        failures.append(f"{what}: {type(error).__name__}: {text[0][:200]}")
-
-
-@torch.no_grad()
-def forward_of(norm: Norm, x: Tensor) -> tuple[Tensor]:
-    return (norm(x),)
-
-
-def norms_of(case: Case, o: Operands) -> tuple[Norm, Norm]:
-    if case.norm == "batch_norm":
-        return batch_norms(o, True)
-    return group_norms(o, "silu" if case.norm.endswith("silu") else None)
-
-
-def on_path(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    def on_path() -> Any:
-        normcore._C.set_cuda_path(name)
-        try:
-            return run()
-        finally:
-            normcore._C.set_cuda_path("")
-
-    return on_path
-
-
-def path_candidates(
-    case: Case, o: Operands, paths: list[str]
-) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
-    """Forward and backward passes of normcore on paths that can run them, by name."""
-    axes = {"axis": 1, "num_groups": o.groups} if case.norm != "batch_norm" else {"axis": 1}
-    op = case.norm.split(" ")[0]
-    forward: dict[str, Callable[[], Any]] = {}
-    backward: dict[str, Callable[[], Any]] = {}
-    for path in paths:
-        for is_backward, found in ((False, forward), (True, backward)):
-            explain = partial(normcore.explain, o.x, op, backward=is_backward, **axes)
-            if f" {path} path, " not in on_path(path, partial(explain, device="cuda"))():
-                continue
-            norm = norms_of(case, o)[0]
-            run = backward_of(norm, o) if is_backward else partial(forward_of, norm, o.x)
-            found[f"normcore {path}"] = on_path(path, run)
-    return forward, backward
-
-
-def triton_candidates(
-    case: Case, o: Operands
-) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
-    """Forward and backward passes of the Triton kernels, by name."""
-    import triton_norms
-
-    groups = None if case.norm == "batch_norm" else o.groups
-    running = (torch.zeros_like(o.bias), torch.ones_like(o.bias)) if groups is None else None
-    norm = triton_norms.Norm(
-        triton_norms.Geometry.of(o.x, groups),
-        o.weight.detach(),
-        o.bias.detach(),
-        silu=case.norm.endswith("silu"),
-        running=running,
-    )
-    _, mean, rstd = norm.forward_split(o.x)
-    forward = {f"triton {way}": lambda f=f: f(o.x) for way, f in norm.forwards().items()}
-    backward = {
-        f"triton {way}": lambda f=f: f(o.x, o.grad, mean, rstd)
-        for way, f in norm.backwards().items()
-    }
-    return forward, backward
-
-
-def candidates(
-    case: Case, o: Operands, peers: set[str], paths: list[str], failures: list[str]
-) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Of each operation, by name. The first result of each is what the operation is about."""
-    # Norms of their own for each use: a call must not change the statistics that a backward saved.
-    forward: dict[str, Callable[[], Any]] = {
-        name: partial(forward_of, norm, o.x)
-        for name, norm in zip(("normcore", "torch"), norms_of(case, o), strict=True)
-    }
-    backward: dict[str, Callable[[], Any]] = {}
-    for name, norm in zip(("normcore", "torch"), norms_of(case, o), strict=True):
-        with attempt(f"{case.name}, {name}", failures):
-            backward[name] = backward_of(norm, o)
-    with attempt(f"{case.name}, normcore on paths", failures):
-        more_forward, more_backward = path_candidates(case, o, paths)
-        forward |= more_forward
-        backward |= more_backward
-    if "compile" in peers:
-        with attempt(f"{case.name}, compile", failures):
-            # One compilation serves both passes: the forward pass is that of a training step.
-            compiled = torch.compile(norms_of(case, o)[1], dynamic=False, fullgraph=True)
-            leaf = o.x.detach().requires_grad_()
-            backward["compile"] = backward_of(compiled, o)
-            forward["compile"] = lambda: (compiled(leaf).detach(),)
-    if "triton" in peers:
-        with attempt(f"{case.name}, triton", failures):
-            more_forward, more_backward = triton_candidates(case, o)
-            forward |= more_forward
-            backward |= more_backward
-    double: dict[str, Callable[[], Any]] = {}
-    for name, norm in zip(("normcore", "torch"), norms_of(case, o), strict=True):
-        with attempt(f"{case.name}, {name}", failures):
-            double[name] = double_backward_of(norm, o)
-    operation = "batch_norm train" if case.norm == "batch_norm" else case.norm
-    found = {
-        operation: forward,
-        f"{case.norm} backward": backward,
-        f"{case.norm} double backward": double,
-    }
-    if case.norm == "batch_norm":
-        evaluations = zip(("normcore", "torch"), batch_norms(o, False), strict=True)
-        found["batch_norm eval"] = {
-            name: partial(forward_of, norm, o.x) for name, norm in evaluations
-        }
-    return found
-
-
-def difference(got: Tensor, want: Tensor) -> float:
-    got, want = got.detach().float(), want.float()
-    return ((got - want).norm() / want.norm()).item()
-
-
-def wanted(case: Case, o: Operands) -> dict[str, Tensor]:
-    """Results of torch in float32 for the same operands."""
-    weight, bias = (p.detach().float().requires_grad_() for p in (o.weight, o.bias))
-    wide = Operands(o.x.float(), weight, bias, o.grad.float(), o.groups)
-    _, theirs = norms_of(case, wide)
-    operation = "batch_norm train" if case.norm == "batch_norm" else case.norm
-    with torch.no_grad():
-        y = theirs(wide.x)
-    return {
-        operation: y,
-        f"{case.norm} backward": backward_of(theirs, wide)()[0],
-    }
-
-
 def measure(
     case: Case,
     watch: Any,
@@ -367,9 +153,7 @@ def measure(
     report: Report,
 ) -> None:
     shape = case.shape
-    # torch's group norm on a device wants scale and bias in the dtype of x.
-    parameters = torch.float32 if case.norm == "batch_norm" else case.dtype
-    o = make_operands(shape.size, shape.groups, case.layout, case.dtype, device, parameters)
+    o = operands_of(case, device)
     target = torch.empty_like(o.x)
     operations = candidates(case, o, peers, paths, report.failures)
     exact = wanted(case, o) if o.x.numel() <= 1 << 30 else {}
@@ -391,9 +175,7 @@ def measure(
                 break
             for name, pair in zip(prepared, watch.round(list(prepared.values())), strict=True):
                 times[name].append(pair)
-        bytes_over_copy = 1.0
-        if operation.endswith("backward"):
-            bytes_over_copy = 2.5 if operation.endswith("double backward") else 1.5
+        bytes_over_copy = device_streams(operation) / 2
         best = {n: [min(column) for column in zip(*t, strict=True)] for n, t in times.items()}
         for name, pairs in times.items():
             cold, warm = best[name]
@@ -585,19 +367,6 @@ def sweep(report: Report, arguments: argparse.Namespace) -> None:
         gc.collect()
         if not rehearse:
             torch.cuda.empty_cache()
-
-
-def shrink() -> None:
-    """Makes the shapes small, for a rehearsal."""
-
-    def smaller(shape: Shape) -> Shape:
-        spatial = tuple(min(n, 4) for n in shape.size[2:])
-        size = (min(shape.size[0], 2), min(shape.size[1], 32), *spatial)
-        # Of a group of one value the gradient is 0, and a relative error says nothing.
-        groups = min(shape.groups, size[1] // 8)
-        return Shape(shape.name, size, groups, shape.norms, shape.dtypes[:1], shape.layouts)
-
-    SHAPES[:] = map(smaller, SHAPES)
 
 
 def main() -> int:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch._functorch.config
-from torch import Tensor
 
-from .cases import STREAMS, Case, is_backward
+from .cases import STREAMS, Case, has_residual, is_backward
 from .common import (
     Norm,
     Operands,
@@ -18,6 +17,7 @@ from .common import (
     batch_norms,
     group_norms,
     make_operands,
+    with_residual,
 )
 from .onednn import OneDnn, UnavailableError
 from .timing import Call, Contender
@@ -27,6 +27,7 @@ NORMS: Mapping[str, Callable[[Operands], tuple[Norm, Norm]]] = {
     "bn_backward": lambda o: batch_norms(o, True),
     "bn_eval": lambda o: batch_norms(o, False),
     "bn_add_relu_forward": add_relu_batch_norms,
+    "bn_add_relu_backward": add_relu_batch_norms,
     "gn_forward": group_norms,
     "gn_backward": group_norms,
     "gn_silu_forward": lambda o: group_norms(o, "silu"),
@@ -58,19 +59,23 @@ class Contenders:
                 contender.close()
 
 
-def copy_of(case: Case, o: Operands) -> Callable[[], Tensor]:
+def copy_of(case: Case, o: Operands) -> Callable[[], object]:
     """As much traffic as the case cannot avoid, by the plainest kernel of torch."""
     if STREAMS[case.operation] == 2:
         return o.x.clone
+    target = torch.empty_like(o.x)
+    if STREAMS[case.operation] == 4:
+        other = torch.empty_like(o.x)
+        return lambda: torch._foreach_copy_([target, other], [o.x, o.grad])
     if is_backward(case.operation):
-        target = torch.empty_like(o.x)
         return lambda: torch.add(o.x, o.grad, out=target)
     return lambda: torch.add(o.x, o.grad)
 
 
 def operands_of(case: Case, device: str) -> Operands:
     dtype = getattr(torch, case.dtype)
-    return make_operands(case.shape.size, case.shape.groups, case.layout, dtype, device)
+    o = make_operands(case.shape.size, case.shape.groups, case.layout, dtype, device)
+    return with_residual(o) if has_residual(case.operation) else o
 
 
 def call_of(case: Case, norm: Norm, o: Operands, device: str) -> Call:
