@@ -27,7 +27,12 @@ enum class Operation {
   kGroupNormDoubleBackward,
   kGroupNormSiluForward,
   kGroupNormSiluBackward,
-  kGroupNormSiluDoubleBackward
+  kGroupNormSiluDoubleBackward,
+  // relu(norm + residual), whose backward pass reads the residual or the bits that the forward pass left
+  kResidualForward,
+  kResidualBackward,
+  kReluBitsForward,
+  kReluBitsBackward
 };
 
 const char* name_of(Operation operation) {
@@ -52,6 +57,14 @@ const char* name_of(Operation operation) {
       return "group_norm_silu_backward";
     case Operation::kGroupNormSiluDoubleBackward:
       return "group_norm_silu_double_backward";
+    case Operation::kResidualForward:
+      return "residual_forward";
+    case Operation::kResidualBackward:
+      return "residual_backward";
+    case Operation::kReluBitsForward:
+      return "relu_bits_forward";
+    case Operation::kReluBitsBackward:
+      return "relu_bits_backward";
   }
   return "";
 }
@@ -62,7 +75,12 @@ int tensors_of(Operation operation) {
     case Operation::kBatchNormBackward:
     case Operation::kGroupNormBackward:
     case Operation::kGroupNormSiluBackward:
+    case Operation::kResidualForward:
+    case Operation::kReluBitsForward:
       return 3;
+    case Operation::kResidualBackward:
+    case Operation::kReluBitsBackward:
+      return 4;
     case Operation::kBatchNormDoubleBackward:
     case Operation::kGroupNormDoubleBackward:
     case Operation::kGroupNormSiluDoubleBackward:
@@ -76,6 +94,11 @@ bool has_silu(Operation operation) {
   return operation == Operation::kGroupNormSiluForward ||
          operation == Operation::kGroupNormSiluBackward ||
          operation == Operation::kGroupNormSiluDoubleBackward;
+}
+
+bool has_residual(Operation operation) {
+  return operation == Operation::kResidualForward || operation == Operation::kResidualBackward ||
+         operation == Operation::kReluBitsForward || operation == Operation::kReluBitsBackward;
 }
 
 struct Case {
@@ -129,7 +152,7 @@ void measure(benchmark::State& state, Operation operation, const Case& c, Layout
   const std::int64_t size = c.extent.numel();
   const Memory x = make_tensor(size, dtype), grad_y = make_tensor(size, dtype),
                cotangent = make_tensor(size, dtype), out = make_tensor(size, dtype),
-               out_too = make_tensor(size, dtype);
+               out_too = make_tensor(size, dtype), residual = make_tensor(size, dtype);
   const auto channels = static_cast<std::size_t>(c.extent.c);
   const auto slices = static_cast<std::size_t>(c.extent.n) * channels;
   const std::vector<float> scale(channels, 1.5f), bias(channels, 0.5f), zeros(channels, 0.0f);
@@ -142,15 +165,40 @@ void measure(benchmark::State& state, Operation operation, const Case& c, Layout
   input.scale = {scale.data()};
   input.bias = {bias.data()};
   if (has_silu(operation)) input.activation = Activation::kSiLU;
+  if (has_residual(operation)) {
+    input.residual = {residual.get(), dtype};
+    input.activation = Activation::kReLU;
+  }
+  std::vector<std::uint8_t> bits(static_cast<std::size_t>(size));
+  NormInput input_of_bits = input;
+  input_of_bits.residual = {};
+  input_of_bits.relu_bits = bits.data();
   const MutableTensor y{out.get(), dtype}, saved_rstd{rstd.data()};
   const NormGradients grad{y, {grad_scale.data()}, {grad_bias.data()}, {}};
   // As a gradient penalty needs it.
   const GradientCotangents cotangents{{cotangent.get(), dtype}, {}, {}, {}};
   const MutableTensor grad_grad_y{out_too.get(), dtype};
+  NormGradients residual_grad = grad;
+  residual_grad.residual = {out_too.get(), dtype};
   const NormGradients second_grad{y, {grad_scale.data()}, {}, {}};
   // Calls body(args) with the args of the operation.
   const auto with_args = [&](const auto& body) {
+    const auto residual_backward = [&](const NormInput& operands) {
+      return body(BatchNormBackwardArgs{operands,
+                                        {grad_y.get(), dtype},
+                                        {mean.data(), DType::kFloat64},
+                                        {rstd.data()},
+                                        true,
+                                        residual_grad});
+    };
     switch (operation) {
+      case Operation::kResidualBackward:
+        return residual_backward(input);
+      case Operation::kReluBitsBackward:
+        return residual_backward(input_of_bits);
+      case Operation::kReluBitsForward:
+        return body(BatchNormForwardArgs{input, {}, y, mean.data(), saved_rstd, bits.data()});
+      case Operation::kResidualForward:
       case Operation::kBatchNormForward:
         return body(BatchNormForwardArgs{input, {}, y, mean.data(), saved_rstd});
       case Operation::kBatchNormInference:
@@ -216,7 +264,9 @@ void register_all(const char* shapes) {
           Operation::kBatchNormBackward, Operation::kBatchNormDoubleBackward,
           Operation::kGroupNormForward, Operation::kGroupNormBackward,
           Operation::kGroupNormDoubleBackward, Operation::kGroupNormSiluForward,
-          Operation::kGroupNormSiluBackward, Operation::kGroupNormSiluDoubleBackward}) {
+          Operation::kGroupNormSiluBackward, Operation::kGroupNormSiluDoubleBackward,
+          Operation::kResidualForward, Operation::kReluBitsForward, Operation::kResidualBackward,
+          Operation::kReluBitsBackward}) {
       for (const auto layout : {Layout::kNCS, Layout::kNSC}) {
         for (const auto dtype : {DType::kFloat32, DType::kBFloat16}) {
           const std::string name = std::string(name_of(operation)) + "/" + c.name + "/" +

@@ -199,9 +199,8 @@ void run_forward(const NormInput& input, std::int64_t num_groups, Pass pass,
   using A = typename Statistics::Arithmetic;
   auto* base = static_cast<char*>(workspace);
   const ForwardCall<A, Statistics> call{
-      input,          num_groups,
-      statistics,     outputs,
-      plan.stream,    Affine<A>(input, reinterpret_cast<A*>(base)),
+      input,          num_groups,  statistics,
+      outputs,        plan.stream, Affine<A>(input, reinterpret_cast<A*>(base)),
       primitives<A>()};
   char* const slots = base + layout.affine + layout.parameters;
   if (input.layout == Layout::kNCS) {

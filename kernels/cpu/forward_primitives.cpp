@@ -412,13 +412,13 @@ HWY_INLINE void apply_block(const ApplyArgs<A>& args, bool stream, std::int64_t 
   const T* const x = static_cast<const T*>(args.x.data) + offset;
   const auto residual = advance(args.residual, offset);
   const auto y = advance(args.y, offset);
-  // After z is known.
+  // A pointer of its own: what is stored through it might be one of args.
+  std::uint8_t* const relu_bits = args.relu_bits;
   const auto keep_bits = [&](const auto& u, const Pair<A>& z, int row) HWY_ATTR {
     if constexpr (std::is_same_v<A, float>) {
       constexpr int kPerByte = kPerReluByte<T>;
-      if (args.relu_bits == nullptr) return;
-      store_relu_bits<kPerByte>(u, is_active(z),
-                                args.relu_bits + (offset + row * stride) / kPerByte);
+      if (relu_bits == nullptr) return;
+      store_relu_bits<kPerByte>(u, is_active(z), relu_bits + (offset + row * stride) / kPerByte);
     }
   };
   const auto z_of = [&](const auto& u, const auto& c, int row)
@@ -442,7 +442,7 @@ HWY_INLINE void apply_block(const ApplyArgs<A>& args, bool stream, std::int64_t 
     // Coefficients hold canonical NaNs only, and so do values of T.
     constexpr bool kCanonical =
         kActivation == Activation::kNone || kActivation == Activation::kReLU;
-    const bool may_stream = args.relu_bits == nullptr || streams_whole_relu_bytes(out);
+    const bool may_stream = relu_bits == nullptr || streams_whole_relu_bytes(out);
     for_each_stored_unit<A, kOrder, StoreOptions{.canonical_nan = kCanonical}, Source::kEndOfRun>(
         n, out, stream && may_stream, [&](const auto& u, auto options) HWY_ATTR {
           const auto& c = source.at(u);

@@ -20,6 +20,18 @@ namespace normcore::kernels::HWY_NAMESPACE {
 template <class T>
 inline constexpr int kPerReluByte = 16 / sizeof(T);
 
+// Words of 1, 2 or 4 bytes. Stores and loads are of the same size, or the processor could not pass them on.
+template <class Word>
+HWY_INLINE std::uint32_t load_word(const std::uint8_t* p) {
+  Word word;
+  std::memcpy(&word, p, sizeof(word));
+  return word;
+}
+HWY_INLINE std::uint32_t load_word(const std::uint8_t* p, std::int64_t bytes) {
+  if (bytes == 1) return *p;
+  return bytes == 2 ? load_word<std::uint16_t>(p) : load_word<std::uint32_t>(p);
+}
+
 // Those of `count` elements from `at` on, as they lie in memory: whole bytes, or a part of one. A byte has
 // kPerByte of them, 4 or 8.
 template <int kPerByte>
@@ -29,9 +41,7 @@ class ReluBits {
                                        std::int64_t count) {
     const std::uint8_t* const from = run + at / kPerByte;
     if (count < kPerByte) return std::uint32_t{*from} >> at % kPerByte;
-    std::uint32_t word = 0;
-    std::memcpy(&word, from, static_cast<std::size_t>(count / kPerByte));
-    return word;
+    return load_word(from, count / kPerByte);
   }
 
   HWY_INLINE static void store(std::uint32_t word, std::uint8_t* run, std::int64_t at,
@@ -81,11 +91,7 @@ HWY_INLINE hn::Mask<Tag<float>> test_bits(std::uint32_t word, std::uint32_t firs
 template <class D>
 HWY_INLINE std::uint32_t bits_of(D d, hn::Mask<D> mask) {
   std::uint8_t bytes[8];
-  hn::StoreMaskBits(d, mask, bytes);
-  std::uint32_t bits;
-  std::memcpy(&bits, bytes, sizeof(bits));
-  const auto lanes = hn::Lanes(d);
-  return lanes < 32 ? bits & ((1u << lanes) - 1u) : bits;
+  return load_word(bytes, static_cast<std::int64_t>(hn::StoreMaskBits(d, mask, bytes)));
 }
 
 template <int kPerByte, Order kOrder>

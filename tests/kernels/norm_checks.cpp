@@ -521,8 +521,8 @@ void check_relu_bits(const NormCase& c) {
     }
     const Statistics statistics{0, find(forward, "mean").values(), find(forward, "rstd").values(),
                                 true};
-    for (const Wanted& wanted : {Wanted{}, Wanted{true, false, false, false},
-                                 Wanted{false, true, true, false}}) {
+    for (const Wanted& wanted :
+         {Wanted{}, Wanted{true, false, false, false}, Wanted{false, true, true, false}}) {
       expect_same_bits("backward", run_backward(inputs, statistics, wanted, runner, bits.data()),
                        run_backward(inputs, statistics, wanted, runner));
     }

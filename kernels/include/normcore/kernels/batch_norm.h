@@ -37,7 +37,8 @@ struct BatchNormForwardArgs {
   MutableTensor y;         // extent and layout of x, any DType (float64 only with float64 x)
   double* mean = nullptr;  // [c] saved mean of the batch
   MutableTensor rstd;      // [c] saved 1 / sqrt(var + eps), dtype compute_type(x.dtype)
-  std::uint8_t* relu_bits = nullptr;  // norm_input.h; on CUDA x, residual and y are then aligned to 16 bytes
+  std::uint8_t* relu_bits =
+      nullptr;  // norm_input.h; on CUDA x, residual and y are then aligned to 16 bytes
 };
 
 struct BatchNormInferenceArgs {
