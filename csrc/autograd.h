@@ -157,7 +157,7 @@ enum SavedTensor : std::size_t {
   kInput,
   kWeight,
   kBias,
-  kResidual,
+  kResidual,  // or its relu_bits
   kMask,
   kMean,
   kRstd,
@@ -287,8 +287,13 @@ class Recorder {
     save_operands(*node_, operands, norm.activation != kernels::Activation::kNone);
   }
 
-  void attach(const Tensor& y, const Tensor& mean, const Tensor& rstd) const {
+  explicit operator bool() const { return static_cast<bool>(node_); }
+
+  // relu_bits, if there are any, are kept instead of the residual.
+  void attach(const Tensor& y, const Tensor& mean, const Tensor& rstd,
+              const Tensor& relu_bits = {}) const {
     if (!node_) return;
+    if (relu_bits.defined()) node_->save(kResidual, relu_bits);
     node_->save(kMean, mean);
     node_->save(kRstd, rstd);
     const NodePtr node(node_);

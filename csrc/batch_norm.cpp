@@ -8,6 +8,7 @@
 #include "context.h"
 #include "formulas.h"
 #include "outputs.h"
+#include "relu_bits.h"
 #include "staging.h"
 #include "subclass.h"
 #include "sync.h"
@@ -16,12 +17,12 @@ namespace normcore {
 namespace {
 
 template <class Int>
-std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     at::IntArrayRef axis, std::optional<double> momentum, double eps, bool unbiased,
-    OptionalString activation, OptionalDType dtype) {
+    OptionalString activation, OptionalDType dtype, bool save_relu_bits) {
   const Operands operands{input, weight, bias, residual, mask};
   const auto norm =
       Check<Int>::batch_norm_train(operands, running_mean, running_var, num_batches_tracked, axis,
@@ -30,9 +31,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
   const auto mean = empty_statistic<Int>(input, {norm.channels}, at::kDouble);
   const auto rstd =
       empty_statistic<Int>(input, {norm.channels}, compute_dtype(input.scalar_type()));
+  const auto bits_axis = save_relu_bits ? relu_bits_axis(operands, norm) : std::nullopt;
+  const auto relu_bits = bits_axis ? empty_relu_bits<Int>(input, *bits_axis) : Tensor();
   if constexpr (is_concrete<Int>) {
-    if (input.numel() == 0) return {y, mean.zero_(), rstd.zero_()};
-    Staging staging(operands, norm, Samples::kReduced);
+    if (input.numel() == 0) return {y, mean.zero_(), rstd.zero_(), relu_bits};
+    Staging staging(operands, norm, Samples::kReduced, bits_axis.has_value());
     kernels::BatchNormForwardArgs args;
     args.input = staging.input();
     args.running.mean = staging.update_vector(value_or_undefined(running_mean));
@@ -46,10 +49,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
     args.y = staging.write(y);
     args.mean = mean.template mutable_data_ptr<double>();
     args.rstd = backend::mutable_view(rstd);
+    if (bits_axis) args.relu_bits = relu_bits.template mutable_data_ptr<std::uint8_t>();
     backend::run(args, input.device());
     staging.finish();
   }
-  return {y, mean, rstd};
+  return {y, mean, rstd, relu_bits};
 }
 
 template <class Int>
@@ -87,18 +91,26 @@ Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                               const OptionalTensor& residual, const OptionalTensor& mask,
                               const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis,
                               bool batch_statistics, double eps, OptionalString activation,
-                              OutputMask output_mask) {
-  const OptionalTensor no_mask;
-  const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
-  const auto norm = Check<Int>::batch_norm_backward(grad_output, operands, mean, rstd, axis,
-                                                    batch_statistics, eps, activation);
-  const auto gradients = empty_gradients<Int>(operands, output_mask);
+                              OutputMask output_mask, const OptionalTensor& relu_bits) {
+  const OptionalTensor none;
+  const auto& counting = batch_statistics ? mask : none;
+  const Operands given{input, weight, bias, residual, counting};
+  const auto norm = Check<Int>::batch_norm_backward(grad_output, given, mean, rstd, axis,
+                                                    batch_statistics, eps, activation, relu_bits);
+  // What bits replace had the dtype of the input.
+  const OptionalTensor added = has(relu_bits) ? OptionalTensor(input) : residual;
+  const auto gradients = empty_gradients<Int>({input, weight, bias, added, counting}, output_mask);
   if constexpr (is_concrete<Int>) {
     const auto remaining = fill_without_kernel(gradients, grad_output, norm.activation);
     if (!any_defined(remaining)) return gradients;
+    const bool reads_bits = has(relu_bits) && reads_relu_bits(*relu_bits, input, norm);
+    const OptionalTensor stand_in =
+        has(relu_bits) && !reads_bits ? OptionalTensor(residual_of(*relu_bits, input)) : residual;
+    const Operands operands{input, weight, bias, stand_in, counting};
     Staging staging(operands, norm, Samples::kReduced);
     kernels::BatchNormBackwardArgs args;
     args.input = staging.input();
+    if (reads_bits) args.input.relu_bits = relu_bits->const_data_ptr<std::uint8_t>();
     args.grad_y = staging.read(grad_output);
     args.mean = staging.read_vector(mean);
     args.rstd = staging.read_vector(rstd);
@@ -210,7 +222,8 @@ Tensor train(const Operands& operands, const RunningState& running, bool counts,
   const OptionalTensor none;
   return std::get<0>(op::batch_norm_train().call(
       x, weight, bias, residual, mask, counts ? mean : none, counts ? var : none,
-      counts ? num_batches_tracked : none, axis, momentum, eps, unbiased, activation, y_dtype));
+      counts ? num_batches_tracked : none, axis, momentum, eps, unbiased, activation, y_dtype,
+      /*save_relu_bits=*/false));
 }
 
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,

@@ -7,9 +7,15 @@
 #include "autograd.h"
 #include "checks.h"
 #include "formulas.h"
+#include "relu_bits.h"
+#include "subclass.h"
 
 namespace normcore::autograd {
 namespace {
+
+OptionalTensor residual_or_stand_in(const OptionalTensor& kept, const Tensor& input) {
+  return is_relu_bits(kept) ? OptionalTensor(residual_of(*kept, input)) : kept;
+}
 
 struct BatchNormBackward {
   static constexpr const char* kNodeName = "NormcoreBatchNormBackward";
@@ -22,19 +28,22 @@ struct BatchNormBackward {
 
   Gradients backward(const Tensor& grad_output, const Operands& operands, const Tensor& mean,
                      const Tensor& rstd, const OutputMask& output_mask) const {
-    return op::batch_norm_backward().call(grad_output, operands.input, operands.weight,
-                                          operands.bias, operands.residual, operands.mask, mean,
-                                          rstd, axis, batch_statistics, eps,
-                                          activation_name(activation), output_mask);
+    const OptionalTensor none;
+    const bool has_bits = is_relu_bits(operands.residual);
+    return op::batch_norm_backward().call(
+        grad_output, operands.input, operands.weight, operands.bias,
+        has_bits ? none : operands.residual, operands.mask, mean, rstd, axis, batch_statistics, eps,
+        activation_name(activation), output_mask, has_bits ? operands.residual : none);
   }
 
   DoubleGradients double_backward(const Cotangents& cotangents, const Tensor& grad_output,
                                   const Operands& operands, const Tensor& mean, const Tensor& rstd,
                                   const DoubleOutputMask& output_mask) const {
+    const auto residual = residual_or_stand_in(operands.residual, operands.input);
     return op::batch_norm_double_backward().call(
         cotangents.input, cotangents.weight, cotangents.bias, cotangents.residual, grad_output,
-        operands.input, operands.weight, operands.bias, operands.residual, operands.mask, mean,
-        rstd, axis, batch_statistics, eps, activation_name(activation), output_mask);
+        operands.input, operands.weight, operands.bias, residual, operands.mask, mean, rstd, axis,
+        batch_statistics, eps, activation_name(activation), output_mask);
   }
 
   template <class Self, class F>
@@ -46,12 +55,13 @@ struct BatchNormBackward {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train(
     c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
     const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
-    double eps, bool unbiased, OptionalString activation, OptionalDType dtype) {
+    double eps, bool unbiased, OptionalString activation, OptionalDType dtype,
+    bool save_relu_bits) {
   check_no_tangent("batch_norm", "running_mean and running_var", running_mean, running_var);
   check_no_grad("batch_norm", running_mean, running_var);
   const Operands operands{input, weight, bias, residual, mask};
@@ -59,14 +69,16 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
     return BatchNormBackward{axis.vec(), /*batch_statistics=*/true, eps,
                              parse_activation("batch_norm", activation)};
   });
-  const auto result = [&] {
+  // Shards of a DTensor may have bits where the whole tensor has none.
+  const bool keeps_bits = recorder && has(residual) && !is_dtensor(input);
+  const auto [y, mean, rstd, relu_bits] = [&] {
     const at::AutoDispatchBelowAutograd guard;
-    return op::batch_norm_train().redispatch(
-        keys & c10::after_autograd_keyset, input, weight, bias, residual, mask, running_mean,
-        running_var, num_batches_tracked, axis, momentum, eps, unbiased, activation, dtype);
+    return op::batch_norm_train().redispatch(keys & c10::after_autograd_keyset, input, weight, bias,
+                                             residual, mask, running_mean, running_var,
+                                             num_batches_tracked, axis, momentum, eps, unbiased,
+                                             activation, dtype, save_relu_bits || keeps_bits);
   }();
-  const auto& [y, mean, rstd] = result;
-  recorder.attach(y, mean, rstd);
+  recorder.attach(y, mean, rstd, relu_bits);
   propagate_tangents(y, operands,
                      [&](const Operands& primals) {
                        return Check<c10::SymInt>::batch_norm_train(
@@ -74,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
                            activation, dtype);
                      },
                      {mean, rstd});
-  return result;
+  return {y, mean, rstd, save_relu_bits ? relu_bits : Tensor()};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_eval(c10::DispatchKeySet keys, const Tensor& input,
@@ -114,13 +126,17 @@ Gradients batch_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_outpu
                               const OptionalTensor& bias, const OptionalTensor& residual,
                               const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd,
                               at::IntArrayRef axis, bool batch_statistics, double eps,
-                              OptionalString activation, OutputMask output_mask) {
+                              OptionalString activation, OutputMask output_mask,
+                              const OptionalTensor& relu_bits) {
   check_no_tangent("batch_norm", "mean and rstd", mean, rstd);
   const OptionalTensor no_mask;
-  const Operands operands{input, weight, bias, residual, batch_statistics ? mask : no_mask};
+  const auto& counting = batch_statistics ? mask : no_mask;
   if (have_tangent(grad_output, input, weight, bias, residual)) {
     const auto norm = Check<c10::SymInt>::batch_norm_backward(
-        grad_output, operands, mean, rstd, axis, batch_statistics, eps, activation);
+        grad_output, {input, weight, bias, residual, counting}, mean, rstd, axis, batch_statistics,
+        eps, activation, relu_bits);
+    const auto stand_in = residual_or_stand_in(has(relu_bits) ? relu_bits : residual, input);
+    const Operands operands{input, weight, bias, stand_in, counting};
     return norm_backward_formula(grad_output, operands, norm, {mean, rstd, !batch_statistics},
                                  output_mask);
   }
@@ -128,12 +144,14 @@ Gradients batch_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_outpu
     const at::AutoDispatchBelowAutograd guard;
     return op::batch_norm_backward().redispatch(
         keys & c10::after_autograd_keyset, grad_output, input, weight, bias, residual, mask, mean,
-        rstd, axis, batch_statistics, eps, activation, output_mask);
+        rstd, axis, batch_statistics, eps, activation, output_mask, relu_bits);
   }();
   if (ta::compute_requires_grad(grad_output, input, weight, bias, residual)) {
     const BatchNormBackward norm{axis.vec(), batch_statistics, eps,
                                  parse_activation("batch_norm", activation)};
-    record_backward(result, grad_output, operands, norm, mean, rstd);
+    record_backward(result, grad_output,
+                    {input, weight, bias, has(relu_bits) ? relu_bits : residual, counting}, norm,
+                    mean, rstd);
   }
   return result;
 }
@@ -162,17 +180,19 @@ DoubleGradients batch_norm_double_backward(
 
 // Version counters of what training has changed. Inference tensors have none. A size that is not
 // known yet counts as not empty.
-std::tuple<Tensor, Tensor, Tensor> batch_norm_train_bump_versions(
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train_bump_versions(
     c10::DispatchKeySet keys, const Tensor& input, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& mask,
     const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
-    double eps, bool unbiased, OptionalString activation, OptionalDType dtype) {
+    double eps, bool unbiased, OptionalString activation, OptionalDType dtype,
+    bool save_relu_bits) {
   auto result = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return op::batch_norm_train().redispatch(
-        keys & c10::after_ADInplaceOrView_keyset, input, weight, bias, residual, mask, running_mean,
-        running_var, num_batches_tracked, axis, momentum, eps, unbiased, activation, dtype);
+    return op::batch_norm_train().redispatch(keys & c10::after_ADInplaceOrView_keyset, input,
+                                             weight, bias, residual, mask, running_mean,
+                                             running_var, num_batches_tracked, axis, momentum, eps,
+                                             unbiased, activation, dtype, save_relu_bits);
   }();
   if (input.sym_numel().maybe_as_int() == 0) return result;
   for (const auto* t : {&running_mean, &running_var, &num_batches_tracked}) {

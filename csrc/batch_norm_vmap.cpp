@@ -4,6 +4,7 @@
 #include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
+#include "relu_bits.h"
 #include "vmap.h"
 
 namespace normcore::vmap {
@@ -37,12 +38,12 @@ void blend(const Running& running, const OptionalTensor& batch_mean,
   running.var->mul_(1 - weight).add_(*batch_var * weight);
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     at::IntArrayRef axis, std::optional<double> momentum, double eps, bool unbiased,
-    OptionalString activation, OptionalDType dtype) {
+    OptionalString activation, OptionalDType dtype, bool save_relu_bits) {
   const auto norm = Check<c10::SymInt>::batch_norm_train({input, weight, bias, residual, mask},
                                                          std::nullopt, std::nullopt, std::nullopt,
                                                          axis, momentum, eps, activation, dtype);
@@ -50,15 +51,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
                     num_batches_tracked);
   const auto call = [&](const Tensor& x, const OptionalTensor& w, const OptionalTensor& b,
                         const OptionalTensor& r, const OptionalTensor& m, const Running& running,
-                        at::IntArrayRef axes, std::optional<double> decay) {
+                        at::IntArrayRef axes, std::optional<double> decay, bool with_bits = false) {
     return op::batch_norm_train().call(x, w, b, r, m, running.mean, running.var, running.count,
-                                       axes, decay, eps, unbiased, activation, dtype);
+                                       axes, decay, eps, unbiased, activation, dtype, with_bits);
   };
   const auto is_same_for_all = !level.any_mapped(input, mask);
   Running running{running_mean, running_var, num_batches_tracked};
   if (is_same_for_all && !level.any_mapped(running_mean, running_var, num_batches_tracked)) {
     if (!level.any_mapped(weight, bias, residual)) {
-      return call(input, weight, bias, residual, mask, running, axis, momentum);
+      return call(input, weight, bias, residual, mask, running, axis, momentum, save_relu_bits);
     }
     if (has(running_mean) || has(num_batches_tracked)) {
       call(input, {}, {}, {}, mask, running, axis, momentum);
@@ -91,15 +92,16 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
                                            /*momentum=*/0.0, eps, activation, dtype);
     }
   }
-  const auto [y, mean, rstd] =
+  // Without bits, whose axis of bytes could be the mapped one.
+  const auto [y, mean, rstd, no_bits] =
       call(x, level.front(weight), level.front(bias), level.front(residual),
            level.front_of_rank(mask, input.dim()), own, with_mapped_axis(axis), decay);
   if (level.is_mapped(num_batches_tracked) && x.sym_numel() != 0) {
     if (has(own.mean) && !momentum.has_value()) blend(running, own.mean, own.var);
     running.count->add_(1);
   }
-  return {level.wrap(y), level.wrap_flat(mean, norm.channels),
-          level.wrap_flat(rstd, norm.channels)};
+  return {level.wrap(y), level.wrap_flat(mean, norm.channels), level.wrap_flat(rstd, norm.channels),
+          no_bits};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_eval(const Tensor& input, const OptionalTensor& weight,
@@ -137,23 +139,24 @@ Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                               const OptionalTensor& residual, const OptionalTensor& mask,
                               const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis,
                               bool batch_statistics, double eps, OptionalString activation,
-                              OutputMask output_mask) {
+                              OutputMask output_mask, const OptionalTensor& relu_bits) {
   Check<c10::SymInt>::batch_norm_backward(grad_output, {input, weight, bias, residual, mask}, mean,
-                                          rstd, axis, batch_statistics, eps, activation);
-  const Level level(grad_output, input, weight, bias, residual, mask, mean, rstd);
+                                          rstd, axis, batch_statistics, eps, activation, relu_bits);
+  const auto added = has(relu_bits) ? OptionalTensor(residual_of(*relu_bits, input)) : residual;
+  const Level level(grad_output, input, weight, bias, added, mask, mean, rstd);
   const auto call = [&](const Tensor& dy, const Tensor& x, const OptionalTensor& w,
                         const OptionalTensor& b, const OptionalTensor& r, const OptionalTensor& m,
                         const Tensor& mu, const Tensor& rs, at::IntArrayRef axes) {
     return op::batch_norm_backward().call(dy, x, w, b, r, m, mu, rs, axes, batch_statistics, eps,
-                                          activation, output_mask);
+                                          activation, output_mask, std::nullopt);
   };
-  if (!level.any_mapped(grad_output, input, weight, bias, residual, mask, mean, rstd)) {
-    return call(grad_output, input, weight, bias, residual, mask, mean, rstd, axis);
+  if (!level.any_mapped(grad_output, input, weight, bias, added, mask, mean, rstd)) {
+    return call(grad_output, input, weight, bias, added, mask, mean, rstd, axis);
   }
   const auto flat = [&](const Tensor& t) { return level.front(t).flatten(0, 1); };
   const auto [x, w, b, r] =
       call(level.front(grad_output), level.front(input), level.front(weight), level.front(bias),
-           level.front(residual), level.front_of_rank(mask, input.dim()),
+           level.front(added), level.front_of_rank(mask, input.dim()),
            batch_statistics ? flat(mean) : level.front(mean), flat(rstd), with_mapped_axis(axis));
   return {level.wrap(x), level.wrap(w), level.wrap(b), level.wrap(r)};
 }

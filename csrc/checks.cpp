@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "normcore/ops.h"
+#include "relu_bits.h"
 
 namespace normcore {
 namespace {
@@ -35,6 +36,12 @@ bool holds(const c10::SymBool& rule) { return rule.expect_true(__FILE__, __LINE_
 
 bool equal(std::int64_t a, std::int64_t b) { return a == b; }
 bool equal(const c10::SymInt& a, const c10::SymInt& b) { return holds(a.sym_eq(b)); }
+
+// Whether it is known.
+bool is_known_equal(std::int64_t a, std::int64_t b) { return a == b; }
+bool is_known_equal(const c10::SymInt& a, const c10::SymInt& b) {
+  return TORCH_GUARD_OR_FALSE(a.sym_eq(b));
+}
 
 bool broadcasts(std::int64_t from, std::int64_t to) { return from == 1 || from == to; }
 bool broadcasts(const c10::SymInt& from, const c10::SymInt& to) {
@@ -254,6 +261,36 @@ void check_cotangents(const char* op, const Cotangents& cotangents, const Operan
   check("grad_grad_residual", cotangents.residual, "residual", operands.residual);
 }
 
+// They replace the residual; an axis of the input, whichever, has one for several elements.
+template <class Int>
+void check_relu_bits(const Tensor& bits, const Operands& operands, kernels::Activation activation) {
+  const auto& input = operands.input;
+  TORCH_CHECK_VALUE(activation == kernels::Activation::kReLU, kBatchNorm,
+                    ": expected activation 'relu' with relu_bits, got ",
+                    activation_name(activation).value_or("None"));
+  TORCH_CHECK_VALUE(!has(operands.residual), kBatchNorm,
+                    ": expected either residual or relu_bits, got both");
+  check_device(kBatchNorm, "relu_bits", bits, input);
+  TORCH_CHECK_TYPE(bits.scalar_type() == at::kByte, kBatchNorm,
+                   ": expected relu_bits to have dtype uint8, got ",
+                   dtype_name(bits.scalar_type()));
+  TORCH_CHECK_TYPE(input.scalar_type() != at::kDouble, kBatchNorm,
+                   ": expected an input of dtype float32, bfloat16 or float16 with relu_bits, got "
+                   "float64");
+  const auto sizes = sizes_of<Int>(input), bits_sizes = sizes_of<Int>(bits);
+  const Int per_byte(elements_per_relu_byte(input));
+  std::int64_t divided = 0;
+  bool fits = bits_sizes.size() == sizes.size();
+  for (std::size_t d = 0; fits && d < sizes.size(); ++d) {
+    if (is_known_equal(bits_sizes[d], sizes[d])) continue;
+    fits = equal(Int(bits_sizes[d] * per_byte), sizes[d]);
+    ++divided;
+  }
+  TORCH_CHECK_VALUE(fits && divided == 1, kBatchNorm,
+                    ": expected relu_bits to have the input's shape ", sizes,
+                    " with one axis divided by ", per_byte, ", got ", bits_sizes);
+}
+
 template <class Int>
 void check_running(const Tensor& running_mean, const Tensor& running_var, const Tensor& input,
                    const Axes& axes) {
@@ -338,7 +375,8 @@ CheckedNorm<Int> Check<Int>::batch_norm_backward(const Tensor& grad_output,
                                                  const Operands& operands, const Tensor& mean,
                                                  const Tensor& rstd, at::IntArrayRef axis,
                                                  bool batch_statistics, double eps,
-                                                 OptionalString activation) {
+                                                 OptionalString activation,
+                                                 const OptionalTensor& relu_bits) {
   const auto& input = operands.input;
   auto norm = check_batch_norm<Int>(operands, axis, eps, activation, std::nullopt);
   check_grad_output<Int>(kBatchNorm, grad_output, input);
@@ -350,6 +388,7 @@ CheckedNorm<Int> Check<Int>::batch_norm_backward(const Tensor& grad_output,
                       select(sizes_of<Int>(input), norm.axes.feature));
   }
   check_saved<Int>(kBatchNorm, "rstd", rstd, input, flat, compute_dtype(input.scalar_type()));
+  if (has(relu_bits)) check_relu_bits<Int>(*relu_bits, operands, norm.activation);
   return norm;
 }
 

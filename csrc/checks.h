@@ -90,7 +90,8 @@ struct Check {
   static CheckedNorm<Int> batch_norm_backward(const Tensor& grad_output, const Operands& operands,
                                               const Tensor& mean, const Tensor& rstd,
                                               at::IntArrayRef axis, bool batch_statistics,
-                                              double eps, OptionalString activation);
+                                              double eps, OptionalString activation,
+                                              const OptionalTensor& relu_bits = {});
 
   static CheckedNorm<Int> batch_norm_double_backward(const Cotangents& cotangents,
                                                      const Tensor& grad_output,

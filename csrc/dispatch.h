@@ -49,12 +49,12 @@ using GroupNormFn = Tensor(const Tensor& input, std::int64_t num_groups,
                            const OptionalTensor& residual, OptionalDType dtype,
                            OptionalString group, std::string_view sync_weighting);
 
-using BatchNormTrainFn = std::tuple<Tensor, Tensor, Tensor>(
+using BatchNormTrainFn = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& residual, const OptionalTensor& mask, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     at::IntArrayRef axis, std::optional<double> momentum, double eps, bool unbiased,
-    OptionalString activation, OptionalDType dtype);
+    OptionalString activation, OptionalDType dtype, bool save_relu_bits);
 
 using BatchNormEvalFn = std::tuple<Tensor, Tensor>(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -66,7 +66,7 @@ using BatchNormBackwardFn = Gradients(const Tensor& grad_output, const Tensor& i
                                       const OptionalTensor& residual, const OptionalTensor& mask,
                                       const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis,
                                       bool batch_statistics, double eps, OptionalString activation,
-                                      OutputMask output_mask);
+                                      OutputMask output_mask, const OptionalTensor& relu_bits);
 
 using BatchNormDoubleBackwardFn = DoubleGradients(
     const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,

@@ -168,9 +168,10 @@ Results run_batch_norm(DispatchKeySet keys, const Tensor& input, const OptionalT
   const auto dtype = input.is_cuda() ? compute_dtype(input.scalar_type())
                                      : *parameter_dtype(input, weight, bias, running_mean);
   if (training) {
-    const auto [y, mean, rstd] = op::batch_norm_train().redispatch(
+    const auto [y, mean, rstd, relu_bits] = op::batch_norm_train().redispatch(
         keys, x, weight, bias, std::nullopt, std::nullopt, running_mean, running_var, std::nullopt,
-        {1}, momentum, eps, /*unbiased=*/true, std::nullopt, std::nullopt);
+        {1}, momentum, eps, /*unbiased=*/true, std::nullopt, std::nullopt,
+        /*save_relu_bits=*/false);
     return save_as(dtype, y, mean, rstd);
   }
   const auto [y, rstd] =
@@ -247,7 +248,8 @@ Results native_batch_norm_backward(DispatchKeySet keys, const Tensor& grad_outpu
   return without_residual(op::batch_norm_backward().redispatch(
       keys, grad_output, arrange_batch_norm(input), scale, bias, std::nullopt, std::nullopt,
       train ? mean->to(at::kDouble) : *mean, train ? computed : computed.add(eps).rsqrt(), {1},
-      train, eps, std::nullopt, {output_mask[0], output_mask[1], output_mask[2], false}));
+      train, eps, std::nullopt, {output_mask[0], output_mask[1], output_mask[2], false},
+      std::nullopt));
 }
 
 bool is_group_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

@@ -55,12 +55,14 @@ TORCH_LIBRARY(normcore, m) {
       "Device? device=None) -> str",
       tags);
 
-  // (y, mean [C] float64, rstd [C])
+  // (y, mean [C] float64, rstd [C], relu_bits). The latter (relu_bits.h) are wanted only if the backward
+  // pass is to read them instead of the residual, and undefined where there are none.
   m.def(
       "_batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
       "Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, int[] axis, float? momentum, float eps, bool unbiased, "
-      "str? activation, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
+      "str? activation, ScalarType? dtype, bool save_relu_bits=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor)",
       tags);
   // (y, rstd [C])
   m.def(
@@ -72,8 +74,8 @@ TORCH_LIBRARY(normcore, m) {
   m.def(
       "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
       "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int[] axis, "
-      "bool batch_statistics, float eps, str? activation, bool[4] output_mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor)",
+      "bool batch_statistics, float eps, str? activation, bool[4] output_mask, "
+      "Tensor? relu_bits=None) -> (Tensor, Tensor, Tensor, Tensor)",
       tags);
   // The derivative of the former: grad_grad_* are gradients with respect to its results (None:
   // zero). Gradients of (grad_output, input, weight, bias, residual); undefined where output_mask

@@ -6,8 +6,10 @@
 
 namespace normcore {
 
-Staging::Staging(const Operands& operands, const CheckedNorm<std::int64_t>& norm, Samples samples)
-    : mapping_(operands.input, norm.axes, samples) {
+Staging::Staging(const Operands& operands, const CheckedNorm<std::int64_t>& norm, Samples samples,
+                 bool is_aligned)
+    // CUDA kernels choose the order of a sum by alignment too, which tells views of one batch apart.
+    : mapping_(operands.input, norm.axes, samples), is_aligned_(is_aligned || batch_invariant()) {
   input_.extent = mapping_.extent();
   input_.layout = mapping_.layout();
   input_.x = read(operands.input);
@@ -29,8 +31,7 @@ Staging::Staging(const Operands& operands, const CheckedNorm<std::int64_t>& norm
 kernels::ConstTensor Staging::read(const Tensor& t) {
   if (!t.defined()) return {};
   owned_.push_back(mapping_.arrange(t));
-  // CUDA kernels choose the order of a sum by alignment too, which tells views of one batch apart.
-  if (t.is_cuda() && batch_invariant() && !backend::is_aligned(owned_.back())) {
+  if (t.is_cuda() && is_aligned_ && !backend::is_aligned(owned_.back())) {
     owned_.back() = owned_.back().clone();
   }
   return backend::const_view(owned_.back());

@@ -16,7 +16,9 @@ namespace normcore {
 
 class Staging {
  public:
-  Staging(const Operands& operands, const CheckedNorm<std::int64_t>& norm, Samples samples);
+  // is_aligned: as CUDA kernels need it that read whole vectors.
+  Staging(const Operands& operands, const CheckedNorm<std::int64_t>& norm, Samples samples,
+          bool is_aligned = false);
 
   const kernels::NormInput& input() const { return input_; }
 
@@ -35,6 +37,7 @@ class Staging {
 
  private:
   Mapping mapping_;
+  bool is_aligned_;
   kernels::NormInput input_;
   c10::SmallVector<Tensor, 6> owned_;
   c10::SmallVector<std::pair<Tensor, Tensor>, 2> pending_;  // result, buffer

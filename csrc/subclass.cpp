@@ -28,6 +28,10 @@ bool is_dtensor(const char* op, const Operands& operands, const RunningState& ru
   return hooks.is_dtensor(op, input, others);
 }
 
+bool is_dtensor(const Tensor& t) {
+  return hooks.is_dtensor != nullptr && is_subclass(t) && hooks.is_dtensor("", t, {});
+}
+
 bool is_spread(const Tensor& input, const RunningState& running, at::IntArrayRef axis) {
   return hooks.is_spread(input, running, axis);
 }

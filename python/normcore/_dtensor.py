@@ -39,7 +39,7 @@ _STATISTICS = ("mean", "rstd", "running_mean", "running_var")
 _UPDATED = ("running_mean", "running_var", "num_batches_tracked")
 
 _RESULTS = {
-    "_batch_norm_train": ("y", "mean", "rstd"),
+    "_batch_norm_train": ("y", "mean", "rstd", "relu_bits"),
     "_batch_norm_eval": ("y", "rstd"),
     "_group_norm": ("y", "mean", "rstd"),
     "_batch_norm_backward": ("input", "weight", "bias", "residual"),
@@ -139,7 +139,9 @@ def _placements(
     placements: list[Placement | None] = []
     wanted = arguments.get("output_mask")  # of gradients
     for i, result in enumerate(_RESULTS[name]):
-        if wanted is not None and (not wanted[i] or arguments[result] is None):
+        if result == "relu_bits":  # which are not asked for
+            placements.append(None)
+        elif wanted is not None and (not wanted[i] or arguments[result] is None):
             placements.append(None)
         elif wanted is not None and split is not None and result in _PARAMETERS:
             placements.append(split.parameter_gradients)

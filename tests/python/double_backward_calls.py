@@ -54,7 +54,7 @@ class Call:
             else:
                 state = dict.fromkeys(("running_mean", "running_var", "num_batches_tracked"))
                 rest: Any = {"momentum": 0.1, "unbiased": True, "dtype": None, **state}
-                _, mean, rstd = ops._batch_norm_train(*operands, **rules, **rest)
+                _, mean, rstd, _ = ops._batch_norm_train(*operands, **rules, **rest)
             rules["batch_statistics"] = self.running is None
         tensors = dict(self.tensors)
         if by_formula:  # what gives a third derivative

@@ -38,14 +38,15 @@ SCHEMAS = [
     "_batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
     "Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, int[] axis, float? momentum, float eps, bool unbiased, "
-    "str? activation, ScalarType? dtype) -> (Tensor, Tensor, Tensor)",
+    "str? activation, ScalarType? dtype, bool save_relu_bits=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     "_batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
     "Tensor running_mean, Tensor running_var, int[] axis, float eps, str? activation, "
     "ScalarType? dtype) -> (Tensor, Tensor)",
     "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
     "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int[] axis, "
-    "bool batch_statistics, float eps, str? activation, bool[4] output_mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "bool batch_statistics, float eps, str? activation, bool[4] output_mask, "
+    "Tensor? relu_bits=None) -> (Tensor, Tensor, Tensor, Tensor)",
     "_batch_norm_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, "
     "Tensor? grad_grad_bias, Tensor? grad_grad_residual, Tensor grad_output, Tensor input, "
     "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, "
@@ -214,7 +215,7 @@ def low_level_eval() -> Any:
 
 def low_level_backward() -> Any:
     x, (w, b) = channels_last(), parameters(6)
-    y, mean, rstd = ops._batch_norm_train(
+    y, mean, rstd, _ = ops._batch_norm_train(
         x, w, b, None, None, None, None, None, [1], 0.1, 1e-5, True, "silu", None
     )
     args = (torch.randn_like(y), x, w, b, None, None, mean, rstd, [1], True, 1e-5, "silu")
@@ -474,7 +475,7 @@ def test_meta_tensors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_saved_statistics(dtype: torch.dtype) -> None:
     x = torch.randn(4, 2, 3, 5).to(dtype)
-    _, mean, rstd = ops._batch_norm_train(
+    _, mean, rstd, _ = ops._batch_norm_train(
         x, None, None, None, None, None, None, None, [1, 2], 0.1, 1e-5, True, None, None
     )
     assert mean.dtype == torch.float64
