@@ -284,7 +284,10 @@ class Recorder {
     const Norm norm = make_norm();
     node_ = make_node<Node>(BackwardRule<Norm>{norm});
     node_->set_next_edges(ta::collect_next_edges(input, weight, bias, residual));
-    save_operands(*node_, operands, norm.activation != kernels::Activation::kNone);
+    const bool has_activation = norm.activation != kernels::Activation::kNone;
+    const OptionalTensor none;
+    save_operands(*node_, {input, weight, bias, none, mask}, has_activation);
+    if (has_activation) residual_ = residual;
   }
 
   explicit operator bool() const { return static_cast<bool>(node_); }
@@ -293,7 +296,7 @@ class Recorder {
   void attach(const Tensor& y, const Tensor& mean, const Tensor& rstd,
               const Tensor& relu_bits = {}) const {
     if (!node_) return;
-    if (relu_bits.defined()) node_->save(kResidual, relu_bits);
+    node_->save(kResidual, relu_bits.defined() ? OptionalTensor(relu_bits) : residual_);
     node_->save(kMean, mean);
     node_->save(kRstd, rstd);
     const NodePtr node(node_);
@@ -304,6 +307,7 @@ class Recorder {
  private:
   using Node = OperatorNode<BackwardRule<Norm>>;
   decltype(make_node<Node>(std::declval<BackwardRule<Norm>>())) node_{};
+  OptionalTensor residual_;  // kept only once it is known that there are no bits
 };
 
 template <class MakeNorm>

@@ -94,6 +94,12 @@ f64, f32, f16, i64 = torch.float64, torch.float32, torch.float16, torch.int64
 NAN = float("nan")
 FLOATS = "float64, float32, bfloat16 or float16"
 
+
+def bits_backward(**changes: Any) -> Callable[[], Any]:
+    bits = {"relu_bits": torch.zeros(3, 1, 5, dtype=torch.uint8), "activation": "relu"}
+    return batch_backward(**(bits | changes))
+
+
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     # axes
     (
@@ -268,6 +274,33 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         batch_backward(grad_output=torch.ones(3, 4, 1)),
         ValueError,
         "batch_norm: expected grad_output to have shape [3, 4, 5], got [3, 4, 1]",
+    ),
+    (
+        bits_backward(activation="silu"),
+        ValueError,
+        "batch_norm: expected activation 'relu' with relu_bits, got silu",
+    ),
+    (
+        bits_backward(residual=x()),
+        ValueError,
+        "batch_norm: expected either residual or relu_bits, got both",
+    ),
+    (
+        bits_backward(relu_bits=torch.zeros(3, 1, 5)),
+        TypeError,
+        "batch_norm: expected relu_bits to have dtype uint8, got float32",
+    ),
+    (
+        bits_backward(relu_bits=torch.zeros(3, 4, 5, dtype=torch.uint8)),
+        ValueError,
+        "batch_norm: expected relu_bits to have the input's shape [3, 4, 5] with one axis divided "
+        "by 4, got [3, 4, 5]",
+    ),
+    (
+        bits_backward(input=x().double(), rstd=torch.ones(4, dtype=f64)),
+        TypeError,
+        "batch_norm: expected an input of dtype float32, bfloat16 or float16 with relu_bits, got "
+        "float64",
     ),
     (
         batch_backward(rstd=torch.ones(5)),

@@ -208,6 +208,19 @@ def low_level_train() -> Any:
     return ops._batch_norm_train, (*args, [1], 0.1, 1e-5, True, "relu", None), {}
 
 
+def low_level_train_with_relu_bits() -> Any:
+    x, r = torch.randn(3, 6, 4, 8), torch.randn(3, 6, 4, 8, requires_grad=True)
+    args = (x, *parameters(6), r, None, *statistics(6), None, [1], 0.1, 1e-5, True, "relu", None)
+    return ops._batch_norm_train, (*args, True), {}
+
+
+def low_level_backward_of_relu_bits() -> Any:
+    _, (x, w, b, *rest), _ = low_level_train_with_relu_bits()
+    y, mean, rstd, bits = (t.detach() for t in ops._batch_norm_train(x, w, b, *rest))
+    args = (torch.randn_like(y), x, w, b, None, None, mean, rstd, [1], True, 1e-5, "relu")
+    return ops._batch_norm_backward, (*args, [True] * 4, bits), {}
+
+
 def low_level_eval() -> Any:
     args = (nchw(), *parameters(6), None, *statistics(6))
     return ops._batch_norm_eval, (*args, [1], 1e-5, None, None), {}
@@ -315,6 +328,8 @@ CASES = [
     group_norm_per_sample,
     group_norm_kept_axes,
     low_level_train,
+    low_level_train_with_relu_bits,
+    low_level_backward_of_relu_bits,
     low_level_eval,
     low_level_backward,
     low_level_eval_backward,
