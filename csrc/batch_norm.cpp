@@ -22,20 +22,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train(
     const OptionalTensor& residual, const OptionalTensor& mask, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     at::IntArrayRef axis, std::optional<double> momentum, double eps, bool unbiased,
-    OptionalString activation, OptionalDType dtype, bool save_relu_bits) {
+    OptionalString activation, OptionalDType dtype, OptionalFormat relu_bits_format) {
   const Operands operands{input, weight, bias, residual, mask};
   const auto norm =
       Check<Int>::batch_norm_train(operands, running_mean, running_var, num_batches_tracked, axis,
-                                   momentum, eps, activation, dtype);
+                                   momentum, eps, activation, dtype, relu_bits_format);
   const auto y = empty_output<Int>(input, norm.dtype);
   const auto mean = empty_statistic<Int>(input, {norm.channels}, at::kDouble);
   const auto rstd =
       empty_statistic<Int>(input, {norm.channels}, compute_dtype(input.scalar_type()));
-  const auto bits_axis = save_relu_bits ? relu_bits_axis(operands, norm) : std::nullopt;
-  const auto relu_bits = bits_axis ? empty_relu_bits<Int>(input, *bits_axis) : Tensor();
+  const auto relu_bits = relu_bits_format ? empty_relu_bits<Int>(input) : Tensor();
   if constexpr (is_concrete<Int>) {
     if (input.numel() == 0) return {y, mean.zero_(), rstd.zero_(), relu_bits};
-    Staging staging(operands, norm, Samples::kReduced, bits_axis.has_value());
+    // In the order of the bits; vectors of CUDA kernels are whole bytes of them.
+    const auto x = relu_bits_format ? input.contiguous(*relu_bits_format) : input;
+    Staging staging({x, weight, bias, residual, mask}, norm, Samples::kReduced,
+                    /*is_aligned=*/relu_bits_format.has_value());
     kernels::BatchNormForwardArgs args;
     args.input = staging.input();
     args.running.mean = staging.update_vector(value_or_undefined(running_mean));
@@ -49,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train(
     args.y = staging.write(y);
     args.mean = mean.template mutable_data_ptr<double>();
     args.rstd = backend::mutable_view(rstd);
-    if (bits_axis) args.relu_bits = relu_bits.template mutable_data_ptr<std::uint8_t>();
+    if (relu_bits_format) args.relu_bits = relu_bits.template mutable_data_ptr<std::uint8_t>();
     backend::run(args, input.device());
     staging.finish();
   }
@@ -91,21 +93,25 @@ Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                               const OptionalTensor& residual, const OptionalTensor& mask,
                               const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis,
                               bool batch_statistics, double eps, OptionalString activation,
-                              OutputMask output_mask, const OptionalTensor& relu_bits) {
+                              OutputMask output_mask, const OptionalTensor& relu_bits,
+                              OptionalFormat relu_bits_format) {
   const OptionalTensor none;
   const auto& counting = batch_statistics ? mask : none;
   const Operands given{input, weight, bias, residual, counting};
-  const auto norm = Check<Int>::batch_norm_backward(grad_output, given, mean, rstd, axis,
-                                                    batch_statistics, eps, activation, relu_bits);
+  const auto norm =
+      Check<Int>::batch_norm_backward(grad_output, given, mean, rstd, axis, batch_statistics, eps,
+                                      activation, relu_bits, relu_bits_format);
   // What bits replace had the dtype of the input.
   const OptionalTensor added = has(relu_bits) ? OptionalTensor(input) : residual;
   const auto gradients = empty_gradients<Int>({input, weight, bias, added, counting}, output_mask);
   if constexpr (is_concrete<Int>) {
     const auto remaining = fill_without_kernel(gradients, grad_output, norm.activation);
     if (!any_defined(remaining)) return gradients;
-    const bool reads_bits = has(relu_bits) && reads_relu_bits(*relu_bits, input, norm);
+    const bool reads_bits =
+        has(relu_bits) && input.is_contiguous(*relu_bits_format) && relu_bits->is_contiguous();
+    const bool has_other_order = has(relu_bits) && !reads_bits;
     const OptionalTensor stand_in =
-        has(relu_bits) && !reads_bits ? OptionalTensor(residual_of(*relu_bits, input)) : residual;
+        has_other_order ? residual_of(*relu_bits, *relu_bits_format, input) : residual;
     const Operands operands{input, weight, bias, stand_in, counting};
     Staging staging(operands, norm, Samples::kReduced);
     kernels::BatchNormBackwardArgs args;
@@ -223,7 +229,7 @@ Tensor train(const Operands& operands, const RunningState& running, bool counts,
   return std::get<0>(op::batch_norm_train().call(
       x, weight, bias, residual, mask, counts ? mean : none, counts ? var : none,
       counts ? num_batches_tracked : none, axis, momentum, eps, unbiased, activation, y_dtype,
-      /*save_relu_bits=*/false));
+      /*relu_bits_format=*/std::nullopt));
 }
 
 Tensor batch_norm(const Tensor& input, const OptionalTensor& running_mean,

@@ -13,10 +13,6 @@
 namespace normcore::autograd {
 namespace {
 
-OptionalTensor residual_or_stand_in(const OptionalTensor& kept, const Tensor& input) {
-  return is_relu_bits(kept) ? OptionalTensor(residual_of(*kept, input)) : kept;
-}
-
 struct BatchNormBackward {
   static constexpr const char* kNodeName = "NormcoreBatchNormBackward";
   static constexpr const char* kDoubleNodeName = "NormcoreBatchNormBackwardBackward";
@@ -25,6 +21,7 @@ struct BatchNormBackward {
   bool batch_statistics = true;
   double eps = 0.0;
   kernels::Activation activation = kernels::Activation::kNone;
+  at::MemoryFormat bits_format = at::MemoryFormat::Contiguous;  // of relu_bits, if there are any
 
   Gradients backward(const Tensor& grad_output, const Operands& operands, const Tensor& mean,
                      const Tensor& rstd, const OutputMask& output_mask) const {
@@ -33,13 +30,16 @@ struct BatchNormBackward {
     return op::batch_norm_backward().call(
         grad_output, operands.input, operands.weight, operands.bias,
         has_bits ? none : operands.residual, operands.mask, mean, rstd, axis, batch_statistics, eps,
-        activation_name(activation), output_mask, has_bits ? operands.residual : none);
+        activation_name(activation), output_mask, has_bits ? operands.residual : none,
+        has_bits ? OptionalFormat(bits_format) : std::nullopt);
   }
 
   DoubleGradients double_backward(const Cotangents& cotangents, const Tensor& grad_output,
                                   const Operands& operands, const Tensor& mean, const Tensor& rstd,
                                   const DoubleOutputMask& output_mask) const {
-    const auto residual = residual_or_stand_in(operands.residual, operands.input);
+    const auto& kept = operands.residual;
+    const auto residual =
+        is_relu_bits(kept) ? OptionalTensor(residual_of(*kept, bits_format, operands.input)) : kept;
     return op::batch_norm_double_backward().call(
         cotangents.input, cotangents.weight, cotangents.bias, cotangents.residual, grad_output,
         operands.input, operands.weight, operands.bias, residual, operands.mask, mean, rstd, axis,
@@ -52,6 +52,7 @@ struct BatchNormBackward {
     f(self.batch_statistics);
     f(self.eps);
     f(self.activation);
+    f(self.bits_format);
   }
 };
 
@@ -61,22 +62,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train(
     const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
     double eps, bool unbiased, OptionalString activation, OptionalDType dtype,
-    bool save_relu_bits) {
+    OptionalFormat relu_bits_format) {
   check_no_tangent("batch_norm", "running_mean and running_var", running_mean, running_var);
   check_no_grad("batch_norm", running_mean, running_var);
   const Operands operands{input, weight, bias, residual, mask};
+  auto format = relu_bits_format;
   const Recorder recorder(operands, [&] {
-    return BatchNormBackward{axis.vec(), /*batch_statistics=*/true, eps,
-                             parse_activation("batch_norm", activation)};
+    BatchNormBackward norm{axis.vec(), /*batch_statistics=*/true, eps,
+                           parse_activation("batch_norm", activation)};
+    // DTensor does not know how they are spread.
+    if (!format && !is_dtensor(input))
+      format = format_for_relu_bits(operands, axis, norm.activation);
+    norm.bits_format = format.value_or(norm.bits_format);
+    return norm;
   });
-  // Shards of a DTensor may have bits where the whole tensor has none.
-  const bool keeps_bits = recorder && has(residual) && !is_dtensor(input);
   const auto [y, mean, rstd, relu_bits] = [&] {
     const at::AutoDispatchBelowAutograd guard;
-    return op::batch_norm_train().redispatch(keys & c10::after_autograd_keyset, input, weight, bias,
-                                             residual, mask, running_mean, running_var,
-                                             num_batches_tracked, axis, momentum, eps, unbiased,
-                                             activation, dtype, save_relu_bits || keeps_bits);
+    return op::batch_norm_train().redispatch(
+        keys & c10::after_autograd_keyset, input, weight, bias, residual, mask, running_mean,
+        running_var, num_batches_tracked, axis, momentum, eps, unbiased, activation, dtype, format);
   }();
   recorder.attach(y, mean, rstd, relu_bits);
   propagate_tangents(y, operands,
@@ -86,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train(
                            activation, dtype);
                      },
                      {mean, rstd});
-  return {y, mean, rstd, save_relu_bits ? relu_bits : Tensor()};
+  return {y, mean, rstd, relu_bits_format ? relu_bits : Tensor()};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_eval(c10::DispatchKeySet keys, const Tensor& input,
@@ -127,15 +131,17 @@ Gradients batch_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_outpu
                               const OptionalTensor& mask, const Tensor& mean, const Tensor& rstd,
                               at::IntArrayRef axis, bool batch_statistics, double eps,
                               OptionalString activation, OutputMask output_mask,
-                              const OptionalTensor& relu_bits) {
+                              const OptionalTensor& relu_bits, OptionalFormat relu_bits_format) {
   check_no_tangent("batch_norm", "mean and rstd", mean, rstd);
   const OptionalTensor no_mask;
   const auto& counting = batch_statistics ? mask : no_mask;
   if (have_tangent(grad_output, input, weight, bias, residual)) {
     const auto norm = Check<c10::SymInt>::batch_norm_backward(
         grad_output, {input, weight, bias, residual, counting}, mean, rstd, axis, batch_statistics,
-        eps, activation, relu_bits);
-    const auto stand_in = residual_or_stand_in(has(relu_bits) ? relu_bits : residual, input);
+        eps, activation, relu_bits, relu_bits_format);
+    const auto stand_in = has(relu_bits)
+                              ? OptionalTensor(residual_of(*relu_bits, *relu_bits_format, input))
+                              : residual;
     const Operands operands{input, weight, bias, stand_in, counting};
     return norm_backward_formula(grad_output, operands, norm, {mean, rstd, !batch_statistics},
                                  output_mask);
@@ -144,11 +150,12 @@ Gradients batch_norm_backward(c10::DispatchKeySet keys, const Tensor& grad_outpu
     const at::AutoDispatchBelowAutograd guard;
     return op::batch_norm_backward().redispatch(
         keys & c10::after_autograd_keyset, grad_output, input, weight, bias, residual, mask, mean,
-        rstd, axis, batch_statistics, eps, activation, output_mask, relu_bits);
+        rstd, axis, batch_statistics, eps, activation, output_mask, relu_bits, relu_bits_format);
   }();
   if (ta::compute_requires_grad(grad_output, input, weight, bias, residual)) {
     const BatchNormBackward norm{axis.vec(), batch_statistics, eps,
-                                 parse_activation("batch_norm", activation)};
+                                 parse_activation("batch_norm", activation),
+                                 relu_bits_format.value_or(at::MemoryFormat::Contiguous)};
     record_backward(result, grad_output,
                     {input, weight, bias, has(relu_bits) ? relu_bits : residual, counting}, norm,
                     mean, rstd);
@@ -186,13 +193,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train_bump_versions(
     const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
     double eps, bool unbiased, OptionalString activation, OptionalDType dtype,
-    bool save_relu_bits) {
+    OptionalFormat relu_bits_format) {
   auto result = [&] {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return op::batch_norm_train().redispatch(keys & c10::after_ADInplaceOrView_keyset, input,
                                              weight, bias, residual, mask, running_mean,
                                              running_var, num_batches_tracked, axis, momentum, eps,
-                                             unbiased, activation, dtype, save_relu_bits);
+                                             unbiased, activation, dtype, relu_bits_format);
   }();
   if (input.sym_numel().maybe_as_int() == 0) return result;
   for (const auto* t : {&running_mean, &running_var, &num_batches_tracked}) {

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train(
     const OptionalTensor& residual, const OptionalTensor& mask, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     at::IntArrayRef axis, std::optional<double> momentum, double eps, bool unbiased,
-    OptionalString activation, OptionalDType dtype, bool save_relu_bits) {
+    OptionalString activation, OptionalDType dtype, OptionalFormat relu_bits_format) {
   const auto norm = Check<c10::SymInt>::batch_norm_train({input, weight, bias, residual, mask},
                                                          std::nullopt, std::nullopt, std::nullopt,
                                                          axis, momentum, eps, activation, dtype);
@@ -51,15 +51,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train(
                     num_batches_tracked);
   const auto call = [&](const Tensor& x, const OptionalTensor& w, const OptionalTensor& b,
                         const OptionalTensor& r, const OptionalTensor& m, const Running& running,
-                        at::IntArrayRef axes, std::optional<double> decay, bool with_bits = false) {
+                        at::IntArrayRef axes, std::optional<double> decay,
+                        OptionalFormat bits_format = {}) {
     return op::batch_norm_train().call(x, w, b, r, m, running.mean, running.var, running.count,
-                                       axes, decay, eps, unbiased, activation, dtype, with_bits);
+                                       axes, decay, eps, unbiased, activation, dtype, bits_format);
   };
   const auto is_same_for_all = !level.any_mapped(input, mask);
   Running running{running_mean, running_var, num_batches_tracked};
   if (is_same_for_all && !level.any_mapped(running_mean, running_var, num_batches_tracked)) {
     if (!level.any_mapped(weight, bias, residual)) {
-      return call(input, weight, bias, residual, mask, running, axis, momentum, save_relu_bits);
+      return call(input, weight, bias, residual, mask, running, axis, momentum, relu_bits_format);
     }
     if (has(running_mean) || has(num_batches_tracked)) {
       call(input, {}, {}, {}, mask, running, axis, momentum);
@@ -92,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_train(
                                            /*momentum=*/0.0, eps, activation, dtype);
     }
   }
-  // Without bits, whose axis of bytes could be the mapped one.
+  // Without bits, which have no mapped axis.
   const auto [y, mean, rstd, no_bits] =
       call(x, level.front(weight), level.front(bias), level.front(residual),
            level.front_of_rank(mask, input.dim()), own, with_mapped_axis(axis), decay);
@@ -139,16 +140,19 @@ Gradients batch_norm_backward(const Tensor& grad_output, const Tensor& input,
                               const OptionalTensor& residual, const OptionalTensor& mask,
                               const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis,
                               bool batch_statistics, double eps, OptionalString activation,
-                              OutputMask output_mask, const OptionalTensor& relu_bits) {
+                              OutputMask output_mask, const OptionalTensor& relu_bits,
+                              OptionalFormat relu_bits_format) {
   Check<c10::SymInt>::batch_norm_backward(grad_output, {input, weight, bias, residual, mask}, mean,
-                                          rstd, axis, batch_statistics, eps, activation, relu_bits);
-  const auto added = has(relu_bits) ? OptionalTensor(residual_of(*relu_bits, input)) : residual;
+                                          rstd, axis, batch_statistics, eps, activation, relu_bits,
+                                          relu_bits_format);
+  const auto added =
+      has(relu_bits) ? OptionalTensor(residual_of(*relu_bits, *relu_bits_format, input)) : residual;
   const Level level(grad_output, input, weight, bias, added, mask, mean, rstd);
   const auto call = [&](const Tensor& dy, const Tensor& x, const OptionalTensor& w,
                         const OptionalTensor& b, const OptionalTensor& r, const OptionalTensor& m,
                         const Tensor& mu, const Tensor& rs, at::IntArrayRef axes) {
     return op::batch_norm_backward().call(dy, x, w, b, r, m, mu, rs, axes, batch_statistics, eps,
-                                          activation, output_mask, std::nullopt);
+                                          activation, output_mask, std::nullopt, std::nullopt);
   };
   if (!level.any_mapped(grad_output, input, weight, bias, added, mask, mean, rstd)) {
     return call(grad_output, input, weight, bias, added, mask, mean, rstd, axis);

@@ -37,12 +37,6 @@ bool holds(const c10::SymBool& rule) { return rule.expect_true(__FILE__, __LINE_
 bool equal(std::int64_t a, std::int64_t b) { return a == b; }
 bool equal(const c10::SymInt& a, const c10::SymInt& b) { return holds(a.sym_eq(b)); }
 
-// Whether it is known.
-bool is_known_equal(std::int64_t a, std::int64_t b) { return a == b; }
-bool is_known_equal(const c10::SymInt& a, const c10::SymInt& b) {
-  return TORCH_GUARD_OR_FALSE(a.sym_eq(b));
-}
-
 bool broadcasts(std::int64_t from, std::int64_t to) { return from == 1 || from == to; }
 bool broadcasts(const c10::SymInt& from, const c10::SymInt& to) {
   return holds(from.sym_eq(1).sym_or(from.sym_eq(to)));
@@ -261,34 +255,44 @@ void check_cotangents(const char* op, const Cotangents& cotangents, const Operan
   check("grad_grad_residual", cotangents.residual, "residual", operands.residual);
 }
 
-// They replace the residual; an axis of the input, whichever, has one for several elements.
+// What replaces the residual (relu_bits.h), in which order.
 template <class Int>
-void check_relu_bits(const Tensor& bits, const Operands& operands, kernels::Activation activation) {
-  const auto& input = operands.input;
-  TORCH_CHECK_VALUE(activation == kernels::Activation::kReLU, kBatchNorm,
+void check_relu_bits_format(const Tensor& input, const CheckedNorm<Int>& norm,
+                            at::MemoryFormat format) {
+  TORCH_CHECK_VALUE(norm.activation == kernels::Activation::kReLU, kBatchNorm,
                     ": expected activation 'relu' with relu_bits, got ",
-                    activation_name(activation).value_or("None"));
+                    activation_name(norm.activation).value_or("None"));
+  TORCH_CHECK_TYPE(input.scalar_type() != at::kDouble, kBatchNorm,
+                   ": expected an input of dtype float32, bfloat16 or float16 with relu_bits, got "
+                   "float64");
+  const bool has_rank = format == at::MemoryFormat::Contiguous ||
+                        (format == at::MemoryFormat::ChannelsLast && input.dim() == 4) ||
+                        (format == at::MemoryFormat::ChannelsLast3d && input.dim() == 5);
+  TORCH_CHECK_VALUE(has_rank, kBatchNorm,
+                    ": expected relu_bits_format to be a dense format of rank ", input.dim(),
+                    ", got ", format);
+  TORCH_CHECK_VALUE(fits_relu_bits<Int>(input, norm.axes, format), kBatchNorm,
+                    ": expected neighbours in memory of format ", format,
+                    ", positions of a channel or channels of a position, to be a multiple of ",
+                    elements_per_relu_byte(input), " with relu_bits, got shape ",
+                    sizes_of<Int>(input), " with axis ", at::IntArrayRef(norm.axes.feature));
+}
+
+template <class Int>
+void check_relu_bits(const Tensor& bits, const Operands& operands, const CheckedNorm<Int>& norm,
+                     OptionalFormat format) {
+  const auto& input = operands.input;
   TORCH_CHECK_VALUE(!has(operands.residual), kBatchNorm,
                     ": expected either residual or relu_bits, got both");
+  TORCH_CHECK_VALUE(format.has_value(), kBatchNorm,
+                    ": expected relu_bits_format with relu_bits, got None");
+  check_relu_bits_format(input, norm, *format);
+  const Sizes<Int> flat{product(sizes_of<Int>(input)) / Int(elements_per_relu_byte(input))};
   check_device(kBatchNorm, "relu_bits", bits, input);
   TORCH_CHECK_TYPE(bits.scalar_type() == at::kByte, kBatchNorm,
                    ": expected relu_bits to have dtype uint8, got ",
                    dtype_name(bits.scalar_type()));
-  TORCH_CHECK_TYPE(input.scalar_type() != at::kDouble, kBatchNorm,
-                   ": expected an input of dtype float32, bfloat16 or float16 with relu_bits, got "
-                   "float64");
-  const auto sizes = sizes_of<Int>(input), bits_sizes = sizes_of<Int>(bits);
-  const Int per_byte(elements_per_relu_byte(input));
-  std::int64_t divided = 0;
-  bool fits = bits_sizes.size() == sizes.size();
-  for (std::size_t d = 0; fits && d < sizes.size(); ++d) {
-    if (is_known_equal(bits_sizes[d], sizes[d])) continue;
-    fits = equal(Int(bits_sizes[d] * per_byte), sizes[d]);
-    ++divided;
-  }
-  TORCH_CHECK_VALUE(fits && divided == 1, kBatchNorm,
-                    ": expected relu_bits to have the input's shape ", sizes,
-                    " with one axis divided by ", per_byte, ", got ", bits_sizes);
+  check_shape<Int>(kBatchNorm, "relu_bits", bits, flat);
 }
 
 template <class Int>
@@ -344,8 +348,9 @@ template <class Int>
 CheckedNorm<Int> Check<Int>::batch_norm_train(
     const Operands& operands, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, at::IntArrayRef axis, std::optional<double> momentum,
-    double eps, OptionalString activation, OptionalDType dtype) {
+    double eps, OptionalString activation, OptionalDType dtype, OptionalFormat relu_bits_format) {
   auto norm = check_batch_norm<Int>(operands, axis, eps, activation, dtype);
+  if (relu_bits_format) check_relu_bits_format(operands.input, norm, *relu_bits_format);
   check_both(running_mean, running_var);
   if (has(running_mean)) {
     check_running<Int>(*running_mean, *running_var, operands.input, norm.axes);
@@ -371,12 +376,10 @@ CheckedNorm<Int> Check<Int>::batch_norm_eval(const Operands& operands, const Ten
 }
 
 template <class Int>
-CheckedNorm<Int> Check<Int>::batch_norm_backward(const Tensor& grad_output,
-                                                 const Operands& operands, const Tensor& mean,
-                                                 const Tensor& rstd, at::IntArrayRef axis,
-                                                 bool batch_statistics, double eps,
-                                                 OptionalString activation,
-                                                 const OptionalTensor& relu_bits) {
+CheckedNorm<Int> Check<Int>::batch_norm_backward(
+    const Tensor& grad_output, const Operands& operands, const Tensor& mean, const Tensor& rstd,
+    at::IntArrayRef axis, bool batch_statistics, double eps, OptionalString activation,
+    const OptionalTensor& relu_bits, OptionalFormat relu_bits_format) {
   const auto& input = operands.input;
   auto norm = check_batch_norm<Int>(operands, axis, eps, activation, std::nullopt);
   check_grad_output<Int>(kBatchNorm, grad_output, input);
@@ -388,7 +391,7 @@ CheckedNorm<Int> Check<Int>::batch_norm_backward(const Tensor& grad_output,
                       select(sizes_of<Int>(input), norm.axes.feature));
   }
   check_saved<Int>(kBatchNorm, "rstd", rstd, input, flat, compute_dtype(input.scalar_type()));
-  if (has(relu_bits)) check_relu_bits<Int>(*relu_bits, operands, norm.activation);
+  if (has(relu_bits)) check_relu_bits(*relu_bits, operands, norm, relu_bits_format);
   return norm;
 }
 

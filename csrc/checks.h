@@ -74,13 +74,11 @@ struct CheckedNorm {
 // The rules of each low-level operator.
 template <class Int>
 struct Check {
-  static CheckedNorm<Int> batch_norm_train(const Operands& operands,
-                                           const OptionalTensor& running_mean,
-                                           const OptionalTensor& running_var,
-                                           const OptionalTensor& num_batches_tracked,
-                                           at::IntArrayRef axis, std::optional<double> momentum,
-                                           double eps, OptionalString activation,
-                                           OptionalDType dtype);
+  static CheckedNorm<Int> batch_norm_train(
+      const Operands& operands, const OptionalTensor& running_mean,
+      const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+      at::IntArrayRef axis, std::optional<double> momentum, double eps, OptionalString activation,
+      OptionalDType dtype, OptionalFormat relu_bits_format = {});
 
   static CheckedNorm<Int> batch_norm_eval(const Operands& operands, const Tensor& running_mean,
                                           const Tensor& running_var, at::IntArrayRef axis,
@@ -91,7 +89,8 @@ struct Check {
                                               const Tensor& mean, const Tensor& rstd,
                                               at::IntArrayRef axis, bool batch_statistics,
                                               double eps, OptionalString activation,
-                                              const OptionalTensor& relu_bits = {});
+                                              const OptionalTensor& relu_bits = {},
+                                              OptionalFormat relu_bits_format = {});
 
   static CheckedNorm<Int> batch_norm_double_backward(const Cotangents& cotangents,
                                                      const Tensor& grad_output,

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/MemoryFormat.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/OptionalArrayRef.h>
 
@@ -19,6 +20,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalString = std::optional<std::string_view>;
 using OptionalDType = std::optional<at::ScalarType>;
+using OptionalFormat = std::optional<at::MemoryFormat>;
 using OutputMask = std::array<bool, 4>;  // gradients of input, weight, bias, residual
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -54,7 +56,7 @@ using BatchNormTrainFn = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     const OptionalTensor& residual, const OptionalTensor& mask, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
     at::IntArrayRef axis, std::optional<double> momentum, double eps, bool unbiased,
-    OptionalString activation, OptionalDType dtype, bool save_relu_bits);
+    OptionalString activation, OptionalDType dtype, OptionalFormat relu_bits_format);
 
 using BatchNormEvalFn = std::tuple<Tensor, Tensor>(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -66,7 +68,8 @@ using BatchNormBackwardFn = Gradients(const Tensor& grad_output, const Tensor& i
                                       const OptionalTensor& residual, const OptionalTensor& mask,
                                       const Tensor& mean, const Tensor& rstd, at::IntArrayRef axis,
                                       bool batch_statistics, double eps, OptionalString activation,
-                                      OutputMask output_mask, const OptionalTensor& relu_bits);
+                                      OutputMask output_mask, const OptionalTensor& relu_bits,
+                                      OptionalFormat relu_bits_format);
 
 using BatchNormDoubleBackwardFn = DoubleGradients(
     const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,

@@ -171,7 +171,7 @@ Results run_batch_norm(DispatchKeySet keys, const Tensor& input, const OptionalT
     const auto [y, mean, rstd, relu_bits] = op::batch_norm_train().redispatch(
         keys, x, weight, bias, std::nullopt, std::nullopt, running_mean, running_var, std::nullopt,
         {1}, momentum, eps, /*unbiased=*/true, std::nullopt, std::nullopt,
-        /*save_relu_bits=*/false);
+        /*relu_bits_format=*/std::nullopt);
     return save_as(dtype, y, mean, rstd);
   }
   const auto [y, rstd] =
@@ -249,7 +249,7 @@ Results native_batch_norm_backward(DispatchKeySet keys, const Tensor& grad_outpu
       keys, grad_output, arrange_batch_norm(input), scale, bias, std::nullopt, std::nullopt,
       train ? mean->to(at::kDouble) : *mean, train ? computed : computed.add(eps).rsqrt(), {1},
       train, eps, std::nullopt, {output_mask[0], output_mask[1], output_mask[2], false},
-      std::nullopt));
+      std::nullopt, std::nullopt));
 }
 
 bool is_group_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,

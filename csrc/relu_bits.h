@@ -1,6 +1,7 @@
-// The bits of ReLU that batch norm in training leaves for its backward pass (norm_input.h of the kernels) as
-// a tensor: uint8, with the shape and the memory format of the input, but for the axis along which neighbours
-// lie in memory. That one has an entry for each byte.
+// The bits of ReLU that batch norm in training leaves for its backward pass (norm_input.h of the
+// kernels) as a flat tensor of bytes (uint8). Whoever asks for them says in which order they are to
+// be: that of a contiguous or of a channels-last input. Compilers may give an operator other strides
+// than it was traced with; its results must not depend on them.
 #pragma once
 
 #include <optional>
@@ -9,23 +10,24 @@
 
 namespace normcore {
 
-// That axis; none where a norm of this input leaves no bits.
-template <class Int>
-std::optional<std::int64_t> relu_bits_axis(const Operands& operands, const CheckedNorm<Int>& norm);
+// In which order a norm of this input leaves bits without a copy; none if it cannot, or if its backward
+// pass reads no residual.
+OptionalFormat format_for_relu_bits(const Operands& operands, at::IntArrayRef axis,
+                                    kernels::Activation activation);
 
+// Whether neighbours in that order are whole bytes: positions of a channel, or channels of a position.
 template <class Int>
-Tensor empty_relu_bits(const Tensor& input, std::int64_t axis);
+bool fits_relu_bits(const Tensor& input, const Axes& axes, at::MemoryFormat format);
 
 // Of an input that is not float64.
 std::int64_t elements_per_relu_byte(const Tensor& input);
 
-// Whether kernels that are given this input read them as they lie.
-bool reads_relu_bits(const Tensor& bits, const Tensor& input,
-                     const CheckedNorm<std::int64_t>& norm);
+template <class Int>
+Tensor empty_relu_bits(const Tensor& input);
 
 // A stand-in for the residual, for whatever does not read bits: infinity where they are set, -infinity
 // elsewhere, in the shape and dtype of the input.
-Tensor residual_of(const Tensor& bits, const Tensor& input);
+Tensor residual_of(const Tensor& bits, at::MemoryFormat format, const Tensor& input);
 
 // Where a residual or its bits are kept: which of the two.
 inline bool is_relu_bits(const OptionalTensor& t) {

@@ -55,13 +55,13 @@ TORCH_LIBRARY(normcore, m) {
       "Device? device=None) -> str",
       tags);
 
-  // (y, mean [C] float64, rstd [C], relu_bits). The latter (relu_bits.h) are wanted only if the backward
-  // pass is to read them instead of the residual, and undefined where there are none.
+  // (y, mean [C] float64, rstd [C], relu_bits). The latter are what the backward pass reads instead of the
+  // residual (relu_bits.h), in the order of the given format; undefined without one.
   m.def(
       "_batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
       "Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, int[] axis, float? momentum, float eps, bool unbiased, "
-      "str? activation, ScalarType? dtype, bool save_relu_bits=False) "
+      "str? activation, ScalarType? dtype, MemoryFormat? relu_bits_format=None) "
       "-> (Tensor, Tensor, Tensor, Tensor)",
       tags);
   // (y, rstd [C])
@@ -75,7 +75,8 @@ TORCH_LIBRARY(normcore, m) {
       "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
       "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int[] axis, "
       "bool batch_statistics, float eps, str? activation, bool[4] output_mask, "
-      "Tensor? relu_bits=None) -> (Tensor, Tensor, Tensor, Tensor)",
+      "Tensor? relu_bits=None, MemoryFormat? relu_bits_format=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor)",
       tags);
   // The derivative of the former: grad_grad_* are gradients with respect to its results (None:
   // zero). Gradients of (grad_output, input, weight, bias, residual); undefined where output_mask

@@ -40,8 +40,8 @@ struct ForwardCall {
   NormInput input;
   std::int64_t num_groups = 0;  // 0: batch norm
   MutableTensor y;
-  double* mean = nullptr;  // saved; null with given statistics
-  MutableTensor rstd;      // saved
+  double* mean = nullptr;             // saved; null with given statistics
+  MutableTensor rstd;                 // saved
   std::uint8_t* relu_bits = nullptr;  // saved; or null
   RunningStatistics running;
   ConstTensor given_mean, given_var;  // statistics that are not those of x

@@ -139,9 +139,8 @@ def _placements(
     placements: list[Placement | None] = []
     wanted = arguments.get("output_mask")  # of gradients
     for i, result in enumerate(_RESULTS[name]):
-        if result == "relu_bits":  # which are not asked for
-            placements.append(None)
-        elif wanted is not None and (not wanted[i] or arguments[result] is None):
+        is_unwanted = wanted is not None and (not wanted[i] or arguments[result] is None)
+        if is_unwanted or result == "relu_bits":  # which are not asked for
             placements.append(None)
         elif wanted is not None and split is not None and result in _PARAMETERS:
             placements.append(split.parameter_gradients)

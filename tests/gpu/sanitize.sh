@@ -23,7 +23,7 @@ if [ ${#selection[@]} -eq 0 ]; then
   plain="test_small and (float32 or bfloat16)"
   fused="(test_epilogue or test_affine_map or test_mask or test_double) and bfloat16 and (odd or several_blocks or many_rows)"
   # What blocks hold together, on shapes that need several.
-  teams="test_every_path and (cluster or team) and bfloat16 and (odd or several_blocks or rows)"
+  teams="(test_every_path or test_relu_bits) and (cluster or team) and bfloat16 and (odd or several_blocks or rows)"
   selection=(tests/gpu/test_agreement.py -k "($plain) or ($fused) or ($teams)")
 fi
 

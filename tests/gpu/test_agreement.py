@@ -15,7 +15,8 @@ from devices import needs_cuda
 from freed_memory import poison_freed_memory
 from shape_list import Shape
 from tolerance import compute_dtype
-from workloads import DTYPES, LARGE, NORMS, PATHS, SMALL, Workload, name_of
+from torch import Tensor
+from workloads import DTYPES, LARGE, NORMS, PATHS, SMALL, Workload, assert_same_bits, name_of
 
 pytestmark = needs_cuda
 
@@ -63,6 +64,39 @@ def test_every_path(path: str, norm: str, shape: Shape, dtype: torch.dtype, mask
     if not workload.takes(path):
         pytest.skip(f"the {path} path cannot run it")
     check_workload(workload)
+
+
+def is_dense(x: Tensor, format: torch.memory_format) -> bool:
+    rank = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(format, x.ndim)
+    return x.ndim == rank and x.is_contiguous(memory_format=format)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SMALL, *LARGE], ids=name_of)
+@pytest.mark.parametrize("path", PATHS, indirect=True)
+def test_relu_bits(path: str, shape: Shape, dtype: torch.dtype) -> None:
+    """The backward pass gives the same with bits of ReLU as with the residual."""
+    workload = Workload.random("batch_norm", shape, dtype, activation="relu", residual=True)
+    if not workload.takes(path):
+        pytest.skip(f"the {path} path cannot run it")
+    w = workload.to("cuda")
+    weight, bias, residual = (w.operands[name] for name in ("weight", "bias", "residual"))
+    axis = list(shape.axis)
+    poison_freed_memory()
+    ops = torch.ops.normcore
+    formats = [torch.channels_last, torch.channels_last_3d, torch.contiguous_format]
+    order = next(f for f in formats if f == torch.contiguous_format or is_dense(w.x, f))
+    rest = None, None, None, None, axis, 0.1, 1e-5, True, "relu", None
+    try:
+        y, mean, rstd, bits = ops._batch_norm_train(w.x, weight, bias, residual, *rest, order)
+    except ValueError:
+        pytest.skip("neighbours in memory are no whole bytes")
+    saved = None, mean, rstd, axis, True, 1e-5, "relu", [True] * 4
+    of_residual = ops._batch_norm_backward(w.dy, w.x, weight, bias, residual, *saved)
+    of_bits = ops._batch_norm_backward(w.dy, w.x, weight, bias, None, *saved, bits, order)
+    names = ["x", *DIFFERENTIABLE]
+    assert_same_bits(dict(zip(names, of_bits)), dict(zip(names, of_residual)))
+    assert torch.equal(of_bits[3], torch.where(y > 0, w.dy, 0))
 
 
 @pytest.mark.parametrize("activation", [None, "silu", "gelu", "gelu_tanh"])

@@ -96,8 +96,10 @@ FLOATS = "float64, float32, bfloat16 or float16"
 
 
 def bits_backward(**changes: Any) -> Callable[[], Any]:
-    bits = {"relu_bits": torch.zeros(3, 1, 5, dtype=torch.uint8), "activation": "relu"}
-    return batch_backward(**(bits | changes))
+    bits = {"relu_bits": torch.zeros(12, dtype=torch.uint8), "activation": "relu"}
+    planes = {"input": torch.randn(3, 4, 4), "grad_output": torch.randn(3, 4, 4)}
+    order = {"relu_bits_format": torch.contiguous_format}
+    return batch_backward(**(bits | planes | order | changes))
 
 
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
@@ -281,26 +283,47 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "batch_norm: expected activation 'relu' with relu_bits, got silu",
     ),
     (
-        bits_backward(residual=x()),
+        bits_backward(residual=torch.randn(3, 4, 4)),
         ValueError,
         "batch_norm: expected either residual or relu_bits, got both",
     ),
     (
-        bits_backward(relu_bits=torch.zeros(3, 1, 5)),
+        bits_backward(relu_bits=torch.zeros(12)),
         TypeError,
         "batch_norm: expected relu_bits to have dtype uint8, got float32",
     ),
     (
-        bits_backward(relu_bits=torch.zeros(3, 4, 5, dtype=torch.uint8)),
+        bits_backward(relu_bits=torch.zeros(3, 4, dtype=torch.uint8)),
         ValueError,
-        "batch_norm: expected relu_bits to have the input's shape [3, 4, 5] with one axis divided "
-        "by 4, got [3, 4, 5]",
+        "batch_norm: expected relu_bits to have shape [12], got [3, 4]",
     ),
     (
-        bits_backward(input=x().double(), rstd=torch.ones(4, dtype=f64)),
+        bits_backward(relu_bits_format=None),
+        ValueError,
+        "batch_norm: expected relu_bits_format with relu_bits, got None",
+    ),
+    (
+        bits_backward(relu_bits_format=torch.channels_last),
+        ValueError,
+        "batch_norm: expected relu_bits_format to be a dense format of rank 3, got ChannelsLast",
+    ),
+    (
+        bits_backward(input=x(), grad_output=x()),
+        ValueError,
+        "batch_norm: expected neighbours in memory of format Contiguous, positions of a channel or "
+        "channels of a position, to be a multiple of 4 with relu_bits, got shape [3, 4, 5] with "
+        "axis [1]",
+    ),
+    (
+        bits_backward(input=torch.randn(3, 4, 4).double(), rstd=torch.ones(4, dtype=f64)),
         TypeError,
         "batch_norm: expected an input of dtype float32, bfloat16 or float16 with relu_bits, got "
         "float64",
+    ),
+    (
+        low_level_train(activation="silu", relu_bits_format=torch.contiguous_format),
+        ValueError,
+        "batch_norm: expected activation 'relu' with relu_bits, got silu",
     ),
     (
         batch_backward(rstd=torch.ones(5)),

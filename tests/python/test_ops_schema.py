@@ -38,7 +38,7 @@ SCHEMAS = [
     "_batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
     "Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, int[] axis, float? momentum, float eps, bool unbiased, "
-    "str? activation, ScalarType? dtype, bool save_relu_bits=False) "
+    "str? activation, ScalarType? dtype, MemoryFormat? relu_bits_format=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "_batch_norm_eval(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
     "Tensor running_mean, Tensor running_var, int[] axis, float eps, str? activation, "
@@ -46,7 +46,8 @@ SCHEMAS = [
     "_batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
     "Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, int[] axis, "
     "bool batch_statistics, float eps, str? activation, bool[4] output_mask, "
-    "Tensor? relu_bits=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? relu_bits=None, MemoryFormat? relu_bits_format=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     "_batch_norm_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, "
     "Tensor? grad_grad_bias, Tensor? grad_grad_residual, Tensor grad_output, Tensor input, "
     "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, Tensor mean, Tensor rstd, "
@@ -211,14 +212,14 @@ def low_level_train() -> Any:
 def low_level_train_with_relu_bits() -> Any:
     x, r = torch.randn(3, 6, 4, 8), torch.randn(3, 6, 4, 8, requires_grad=True)
     args = (x, *parameters(6), r, None, *statistics(6), None, [1], 0.1, 1e-5, True, "relu", None)
-    return ops._batch_norm_train, (*args, True), {}
+    return ops._batch_norm_train, args, {"relu_bits_format": torch.contiguous_format}
 
 
 def low_level_backward_of_relu_bits() -> Any:
-    _, (x, w, b, *rest), _ = low_level_train_with_relu_bits()
-    y, mean, rstd, bits = (t.detach() for t in ops._batch_norm_train(x, w, b, *rest))
+    _, (x, w, b, *rest), order = low_level_train_with_relu_bits()
+    y, mean, rstd, bits = (t.detach() for t in ops._batch_norm_train(x, w, b, *rest, **order))
     args = (torch.randn_like(y), x, w, b, None, None, mean, rstd, [1], True, 1e-5, "relu")
-    return ops._batch_norm_backward, (*args, [True] * 4, bits), {}
+    return ops._batch_norm_backward, (*args, [True] * 4, bits), order
 
 
 def low_level_eval() -> Any:

@@ -22,13 +22,14 @@ ops = torch.ops.normcore
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RULES = [1], 0.1, 1e-5, True  # axis, momentum, eps, unbiased
 
-# Memory formats, with sizes that have bits and axes along which they lie.
+# Memory formats, with sizes that have bits.
 FORMATS = {
-    "rows": (torch.contiguous_format, (12, 16), 1),
-    "planes": (torch.contiguous_format, (3, 5, 4, 8), 3),
-    "long planes": (torch.contiguous_format, (2, 2, 72, 64), 3),
-    "channels_last": (torch.channels_last, (3, 24, 3, 5), 1),
-    "channels_last_3d": (torch.channels_last_3d, (2, 8, 3, 2, 5), 1),
+    "rows": (torch.contiguous_format, (12, 16)),
+    "rows of one position": (torch.contiguous_format, (5, 16, 1, 1)),
+    "planes": (torch.contiguous_format, (3, 5, 4, 6)),
+    "long planes": (torch.contiguous_format, (2, 2, 72, 64)),
+    "channels_last": (torch.channels_last, (3, 24, 3, 5)),
+    "channels_last_3d": (torch.channels_last_3d, (2, 8, 3, 2, 5)),
 }
 
 
@@ -39,6 +40,7 @@ class Case:
         def elements() -> Tensor:
             return torch.randn(size).to(dtype).contiguous(memory_format=format)
 
+        self.format = format
         self.x, self.r, self.dy = elements(), elements(), elements()
         self.w, self.b = torch.rand(size[1]) + 0.5, torch.randn(size[1])
 
@@ -48,14 +50,15 @@ class Case:
 
     def forward(self, mask: Tensor | None = None, save: bool = True) -> Any:
         state = None, None, None
-        return ops._batch_norm_train(*self.operands, mask, *state, *RULES, "relu", None, save)
+        order = self.format if save else None
+        return ops._batch_norm_train(*self.operands, mask, *state, *RULES, "relu", None, order)
 
     def backward(self, *saved: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> Any:
         """Of mean, rstd and, instead of the residual, bits."""
         mean, rstd, *bits = saved
         r = None if bits else self.r
         x = self.x if x is None else x
-        rest = [1], True, 1e-5, "relu", [True] * 4, *bits
+        rest = [1], True, 1e-5, "relu", [True] * 4, *bits, *([self.format] if bits else [])
         return ops._batch_norm_backward(self.dy, x, self.w, self.b, r, mask, mean, rstd, *rest)
 
 
@@ -66,15 +69,18 @@ def format(request: pytest.FixtureRequest) -> str:
 
 
 def case_of(format: str, dtype: torch.dtype = torch.float32) -> Case:
-    memory_format, size, _ = FORMATS[format]
+    memory_format, size = FORMATS[format]
     return Case(size, memory_format, dtype)
 
 
-def unpacked(bits: Tensor, axis: int, per_byte: int) -> Tensor:
-    bytes = bits.movedim(axis, -1)
-    single = [(bytes >> i) & 1 for i in range(per_byte)]
-    assert int(bytes.max()) < 1 << per_byte
-    return torch.stack(single, -1).flatten(-2).movedim(-1, axis).bool()
+def unpacked(bits: Tensor, x: Tensor, format: torch.memory_format) -> Tensor:
+    per_byte = 16 // x.element_size()
+    assert bits.shape == (x.numel() // per_byte,)
+    assert int(bits.max()) < 1 << per_byte
+    elements = torch.stack([(bits >> i) & 1 for i in range(per_byte)], 1).bool()
+    if format == torch.contiguous_format:
+        return elements.view(x.shape)
+    return elements.view(x.movedim(1, -1).shape).movedim(-1, 1)
 
 
 def norm(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
@@ -96,16 +102,28 @@ def leaves(case: Case, dtype: torch.dtype | None = None) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits(format: str, dtype: torch.dtype) -> None:
-    case, axis = case_of(format, dtype), FORMATS[format][2]
+    case = case_of(format, dtype)
     y, _, _, bits = case.forward()
-    per_byte = 4 if dtype == torch.float32 else 8
     assert bits.dtype == torch.uint8
-    assert bits.numel() * per_byte == y.numel()
-    assert torch.equal(unpacked(bits, axis, per_byte), y > 0)
+    assert torch.equal(unpacked(bits, y, case.format), y > 0)
     meta = ops._batch_norm_train(
-        *(t.to("meta") for t in case.operands), *[None] * 4, *RULES, "relu", None, True
+        *(t.to("meta") for t in case.operands), *[None] * 4, *RULES, "relu", None, case.format
     )[3]
     assert (meta.shape, meta.stride(), meta.dtype) == (bits.shape, bits.stride(), bits.dtype)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_bits_in_the_order_that_was_asked_for(format: torch.memory_format) -> None:
+    """Whatever the strides of the input: compilers change them."""
+    other = torch.channels_last if format == torch.contiguous_format else torch.contiguous_format
+    case = Case((2, 16, 4, 8), other, torch.float32)
+    want = case.forward(save=False)
+    case.format = format
+    y, mean, rstd, bits = case.forward()
+    assert y.stride() == case.x.stride()
+    torch.testing.assert_close(y, want[0])
+    assert torch.equal(unpacked(bits, y, format), y > 0)
+    assert all(map(torch.equal, case.backward(mean, rstd, bits), case.backward(mean, rstd)))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -148,9 +166,12 @@ def test_autograd_keeps_bits_instead_of_the_residual(format: str) -> None:
 
 
 WITHOUT_BITS: dict[str, Callable[[], tuple[Case, dict[str, Any]]]] = {
-    "width": lambda: (Case((3, 8, 4, 7), torch.contiguous_format, torch.float32), {}),
+    "positions": lambda: (Case((3, 8, 3, 7), torch.contiguous_format, torch.float32), {}),
     "channels": lambda: (Case((3, 6, 4, 4), torch.channels_last, torch.float32), {}),
-    "width of bytes": lambda: (Case((3, 8, 4, 4), torch.contiguous_format, torch.bfloat16), {}),
+    "positions of 16 bits": lambda: (
+        Case((3, 8, 2, 6), torch.contiguous_format, torch.bfloat16),
+        {},
+    ),
     "float64": lambda: (Case((3, 8, 4, 8), torch.contiguous_format, torch.float64), {}),
     "residual of another dtype": lambda: (case_of("planes", torch.bfloat16), {"r": torch.float32}),
     "strides": lambda: (case_of("planes"), {"x": lambda x: x.transpose(0, 2).contiguous()}),
@@ -173,8 +194,15 @@ def test_inputs_without_bits(why: str) -> None:
         w = b = None  # type: ignore[assignment]
     activation = change.get("activation", "relu")
     args = x, w, b, residual, *[None] * 4, change.get("axis", [1]), *RULES[1:], activation, None
-    assert ops._batch_norm_train(*args, True)[3] is None
-    y = ops._batch_norm_train(*args)[0]
+    kept: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = ops._batch_norm_train(*args)[0]
+    assert not any(t.dtype == torch.uint8 for t in kept)
     double = [None if t is None else t.detach().double().requires_grad_() for t in args[:4]]
     exact = ops._batch_norm_train(*double, *args[4:])[0]
     (got,), (want,) = (
@@ -198,7 +226,8 @@ def test_inputs_that_have_other_strides_in_the_backward_pass(dtype: torch.dtype)
     ):
         of_bits = case.backward(mean, rstd, bits, x=x)
         assert all(map(torch.equal, of_bits, case.backward(mean, rstd, x=x)))
-    elsewhere = bits.transpose(0, 1).contiguous().transpose(0, 1)
+    elsewhere = torch.stack([bits, bits], 1)[:, 0]
+    assert not elsewhere.is_contiguous()
     of_bits = case.backward(mean, rstd, elsewhere)
     assert all(map(torch.equal, of_bits, case.backward(mean, rstd)))
 
@@ -209,7 +238,7 @@ def test_memory_that_starts_anywhere(change: Callable[[Tensor], Tensor]) -> None
     case = Case((2, 8, 6, 8), torch.contiguous_format, torch.float32)
     case.x = change(memory)[: case.x.numel()].view(case.x.shape)
     y, mean, rstd, bits = case.forward()
-    assert torch.equal(unpacked(bits, 3, 4), y > 0)
+    assert torch.equal(unpacked(bits, y, torch.contiguous_format), y > 0)
     assert all(map(torch.equal, case.backward(mean, rstd, bits), case.backward(mean, rstd)))
 
 
