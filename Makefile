@@ -32,7 +32,8 @@ export CCACHE_SLOPPINESS ?= pch_defines,time_macros
 # Stamps carry a hash of what they depend on: they survive touched files and notice deleted ones.
 hash = $(shell find $(1) -type f -not -path '*/__pycache__/*' | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c -16)
 environment := $(stamps)/environment-$(call hash,pyproject.toml .ci/system_packages)
-installed = $(stamps)/installed-$(WERROR)-$(CUDA)-$(call hash,$(sources))
+flags = $(shell printf %s "$(cmake_args)" | sha256sum | cut -c -8)
+installed = $(stamps)/installed-$(flags)-$(call hash,$(sources))
 cmake_args = -DNORMCORE_TESTS=ON -DNORMCORE_WERROR=$(WERROR) -DNORMCORE_CUDA=$(CUDA) $(CMAKE_ARGS)
 sources := CMakeLists.txt cmake csrc kernels pyproject.toml python setup.py
 

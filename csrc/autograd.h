@@ -290,8 +290,6 @@ class Recorder {
     if (has_activation) residual_ = residual;
   }
 
-  explicit operator bool() const { return static_cast<bool>(node_); }
-
   // relu_bits, if there are any, are kept instead of the residual.
   void attach(const Tensor& y, const Tensor& mean, const Tensor& rstd,
               const Tensor& relu_bits = {}) const {

@@ -49,7 +49,7 @@ OptionalFormat format_for_relu_bits(const Operands& operands, at::IntArrayRef ax
   const auto& [input, weight, bias, residual, mask] = operands;
   if (activation != kernels::Activation::kReLU || !has(residual) ||
       residual->scalar_type() != input.scalar_type() || input.scalar_type() == at::kDouble ||
-      axis.size() != 1) {
+      axis.size() != 1 || axis[0] < -input.dim() || axis[0] >= input.dim()) {
     return std::nullopt;
   }
   Axes axes;

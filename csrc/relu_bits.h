@@ -10,12 +10,13 @@
 
 namespace normcore {
 
-// In which order a norm of this input leaves bits without a copy; none if it cannot, or if its backward
-// pass reads no residual.
+// In which order a norm of this input leaves bits without a copy; none if it cannot, or if its
+// backward pass reads no residual. The arguments may break the rules of the operator.
 OptionalFormat format_for_relu_bits(const Operands& operands, at::IntArrayRef axis,
                                     kernels::Activation activation);
 
-// Whether neighbours in that order are whole bytes: positions of a channel, or channels of a position.
+// Whether neighbours in that order are whole bytes: positions of a channel, or channels of a
+// position.
 template <class Int>
 bool fits_relu_bits(const Tensor& input, const Axes& axes, at::MemoryFormat format);
 

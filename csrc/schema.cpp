@@ -55,8 +55,8 @@ TORCH_LIBRARY(normcore, m) {
       "Device? device=None) -> str",
       tags);
 
-  // (y, mean [C] float64, rstd [C], relu_bits). The latter are what the backward pass reads instead of the
-  // residual (relu_bits.h), in the order of the given format; undefined without one.
+  // (y, mean [C] float64, rstd [C], relu_bits). The latter are what the backward pass reads instead
+  // of the residual (relu_bits.h), in the order of the given format; undefined without one.
   m.def(
       "_batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
       "Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, "

@@ -64,7 +64,8 @@ void check_double_backward(Inputs& inputs, const Cotangents& cotangents, bool fr
                            const WantedOfDoubleBackward& wanted = {});
 
 // Of a batch norm that has bits of ReLU (norm_input.h): that the forward pass writes them, and nothing else
-// changes; that the backward pass gives the same bits with them as with the residual.
+// changes; that the backward pass gives the same bits with them as with the residual;
+// if that has another dtype than x, in its gradient.
 void check_relu_bits(const NormCase& c);
 
 // That results of either pass, by whatever means, are within the bounds.

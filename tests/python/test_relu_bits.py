@@ -242,6 +242,23 @@ def test_memory_that_starts_anywhere(change: Callable[[Tensor], Tensor]) -> None
     assert all(map(torch.equal, case.backward(mean, rstd, bits), case.backward(mean, rstd)))
 
 
+@pytest.mark.parametrize("axis", [[4], [-5], [1, 1]])
+def test_wrong_axes(axis: list[int]) -> None:
+    x, w, b, r = leaves(case_of("planes"))
+    with pytest.raises((IndexError, ValueError), match=r"^batch_norm: expected axis"):
+        NF.batch_norm(x, None, None, w, b, True, axis=axis, activation="relu", residual=r)
+
+
+def test_empty_inputs() -> None:
+    for size in ((0, 8, 4, 4), (2, 8, 0, 4), (2, 0, 4, 4)):
+        case = Case(size, torch.contiguous_format, torch.float32)
+        tensors = leaves(case)
+        y = norm(*tensors)
+        got = torch.autograd.grad(y, tensors, case.dy)
+        assert [g.shape for g in got] == [t.shape for t in tensors]
+        assert not got[1].any()
+
+
 def test_values_that_are_not_finite() -> None:
     case = case_of("planes")
     case.r.view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
